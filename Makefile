@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+BIN := $(VENV)/bin
+CPP := $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES := pyproject.toml setup.py constraints.txt $(CPP)
+# On a machine with a CUDA build of torch: make demo FAISS=gpu
+FAISS ?= cpu
+
+.PHONY: demo test test-slow check format clean
+
+demo: $(VENV)/.run
+	$(BIN)/llfast demo --out $(DEMO)
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info llfast/*.so
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(SOURCES) | $(BIN)/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(FAISS),map]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(FAISS),map,dev]'
+	touch $@

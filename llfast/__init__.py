@@ -1,0 +1,78 @@
+"""Score texts with causal language models, and compare the models by what they say.
+
+Importing llfast is cheap: torch and transformers are loaded by the first thing that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import (
+        CheckpointError,
+        LlfastError,
+        MissingDependencyError,
+        ScoringError,
+        SearchError,
+        SpaceError,
+        StoreError,
+        TextSetError,
+        UnsupportedModelError,
+    )
+    from .kernels import token_logprobs
+    from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
+    from .scoring import score
+    from .search import KLIndex
+    from .space import ModelSpace
+    from .store import Store
+    from .texts import TextSet, build_texts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "KLEstimate",
+    "KLIndex",
+    "LlfastError",
+    "LogLikelihoodMatrix",
+    "LogLikelihoods",
+    "MissingDependencyError",
+    "ModelSpace",
+    "ScoringError",
+    "SearchError",
+    "SpaceError",
+    "Store",
+    "StoreError",
+    "TextSet",
+    "TextSetError",
+    "UnsupportedModelError",
+    "build_texts",
+    "score",
+    "token_logprobs",
+]
+
+_HOME = {
+    "KLEstimate": "results",
+    "KLIndex": "search",
+    "LogLikelihoodMatrix": "results",
+    "LogLikelihoods": "results",
+    "ModelSpace": "space",
+    "Store": "store",
+    "TextSet": "texts",
+    "build_texts": "texts",
+    "score": "scoring",
+    "token_logprobs": "kernels",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

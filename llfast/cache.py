@@ -1,0 +1,87 @@
+"""A folder of things that can be made again: token ids, digests of files.
+
+It is `$LLFAST_CACHE`, else `$XDG_CACHE_HOME/llfast`, else `~/.cache/llfast`. A missing, damaged or
+unwritable cache costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .files import atomic_write
+
+_FORMAT = "1"  # part of every key: raised when what is cached changes its meaning
+
+
+def folder() -> Path:
+    """Where the cache is; it need not exist."""
+    given = os.environ.get("LLFAST_CACHE")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "llfast"
+
+
+def key(*parts: str) -> str:
+    """A file name for what `parts` describe."""
+    digest = hashlib.sha256()
+    for part in (_FORMAT, *parts):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def load_arrays(name: str) -> dict[str, np.ndarray] | None:
+    """The arrays saved under a key, or None if there are none that can be read."""
+    try:
+        with np.load(folder() / f"{name}.npz", allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def save_arrays(name: str, **arrays: np.ndarray) -> None:
+    """Keep arrays under a key, atomically; does nothing if the folder cannot be written."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder() / f"{name}.npz") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+    except OSError:
+        return
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file, remembered by its place, size, time of change and inode.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    stat = path.stat()
+    name = key("sha256", str(path.resolve()), f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
+    known = load_arrays(name)
+    if known is not None and "sha256" in known:
+        return str(known["sha256"])
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    save_arrays(name, sha256=np.array(digest))
+    return digest
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """What decides a fast tokenizer's output; None for a slow one, which cannot be asked."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = json.loads(backend.to_str())
+    # Set by the last call, not by the tokenizer.
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    return f"{type(tokenizer).__name__} {json.dumps(state, sort_keys=True)}"

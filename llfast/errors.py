@@ -1,0 +1,51 @@
+"""The exceptions that llfast defines.
+
+    LlfastError
+    ├── TextSetError            a text file or text set cannot be used
+    ├── CheckpointError         a checkpoint is missing, damaged or incomplete
+    │   └── UnsupportedModelError   it is whole, but of a kind that llfast does not score
+    ├── ScoringError            a model ran, but gave no usable numbers
+    ├── StoreError              a store folder or one of its files cannot be used
+    ├── SpaceError              vectors that cannot be compared were asked to be
+    ├── SearchError             an index or a query cannot be used
+    └── MissingDependencyError  an optional package is needed; the message has the pip command
+
+Arguments of the wrong type or value raise `TypeError` or `ValueError`, and files that cannot be
+opened raise `OSError`. The command line prints any of these as one line and exits with 1.
+"""
+
+
+class LlfastError(Exception):
+    """Base of everything that llfast raises for a reason of its own."""
+
+
+class TextSetError(LlfastError):
+    """A text file or text set cannot be used."""
+
+
+class CheckpointError(LlfastError):
+    """A checkpoint is missing, damaged or incomplete."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A checkpoint is whole, but of a kind that llfast does not score."""
+
+
+class ScoringError(LlfastError):
+    """A model ran, but gave no usable numbers."""
+
+
+class StoreError(LlfastError):
+    """A store folder or one of its files cannot be used."""
+
+
+class SpaceError(LlfastError):
+    """Vectors that cannot be compared were asked to be."""
+
+
+class SearchError(LlfastError):
+    """An index or a query cannot be used."""
+
+
+class MissingDependencyError(LlfastError):
+    """An optional package is needed; the message has the pip command."""

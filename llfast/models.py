@@ -1,0 +1,344 @@
+"""Where a model's weights come from: a folder, the Hub, or memory.
+
+`open_model` finds out everything that can be known without reading weights, and refuses what cannot
+be scored; the source that it returns reads them when it is asked to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from .checkpoint import Checkpoint, is_adapter
+from .errors import CheckpointError, MissingDependencyError, UnsupportedModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What a scoring run reads from the Hub: never code, never pickles, unless asked for.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FolderSource:
+    """A checkpoint folder, which may be a snapshot of a Hub repository."""
+
+    name: str
+    revision: str
+    config: Any
+    checkpoint: Checkpoint
+    tokenizer_folder: Path
+    trust_remote_code: bool
+    adapter: Path | None = None
+
+    def dtype(self, asked: str, device: torch.device) -> torch.dtype:
+        """The dtype asked for, else the checkpoint's own where this device is fast in it."""
+        if asked != "auto":
+            return parse_dtype(asked)
+        stored: Any = _SAFETENSORS_DTYPES.get(self.checkpoint.stored_dtype)
+        stored = stored or getattr(self.config, "dtype", None)
+        return fast_dtype(stored if stored in DTYPES.values() else torch.float32, device)
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer.
+
+        Raises:
+            CheckpointError: if there is none that can be loaded.
+        """
+        with _quiet():
+            try:
+                return transformers.AutoTokenizer.from_pretrained(
+                    self.tokenizer_folder, trust_remote_code=self.trust_remote_code
+                )
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.tokenizer_folder} must hold a tokenizer, got none that loads "
+                    f"({_first_line(error)}); pass one with --tokenizer"
+                ) from error
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """Read the weights with transformers, and refuse to run with any of them missing.
+
+        Raises:
+            CheckpointError: if they cannot be read, or do not fill the model.
+        """
+        with _quiet():
+            try:
+                model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.checkpoint.folder,
+                    config=self.config,
+                    dtype=dtype,
+                    use_safetensors=not self.checkpoint.pickled,
+                    trust_remote_code=self.trust_remote_code,
+                    output_loading_info=True,
+                )
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.name} must be a checkpoint that transformers loads, got: "
+                    f"{_first_line(error)}"
+                ) from error
+            # transformers fills what is missing with random numbers and goes on.
+            for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+                if report[what]:
+                    keys = sorted(str(key) for key in report[what])
+                    raise CheckpointError(
+                        f"{self.name} must hold every weight of {type(model).__name__}, got "
+                        f"{len(keys)} {what.replace('_', ' ')}: {', '.join(keys[:3])}"
+                    )
+            if self.adapter is not None:
+                model = _merge_adapter(model, self.adapter)
+        return model.to(device).eval()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MemorySource:
+    """A model that the caller has loaded; it is used as and where it is."""
+
+    name: str
+    revision: str
+    config: Any
+    model: Any
+    given_tokenizer: Any
+    checkpoint: Checkpoint | None = None
+
+    def dtype(self, asked: str, device: torch.device) -> torch.dtype:  # noqa: ARG002 (protocol)
+        """The dtype that it is in.
+
+        Raises:
+            ValueError: if another one is asked for.
+        """
+        own: torch.dtype = self.model.dtype
+        if asked != "auto" and parse_dtype(asked) != own:
+            raise ValueError(f"dtype must be 'auto' for a loaded model in {own}, got {asked!r}")
+        return own
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that came with it.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.given_tokenizer is None:
+            raise ValueError("tokenizer must be given with a loaded model, got None")
+        return self.given_tokenizer
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ARG002 (protocol)
+        """The model itself."""
+        return self.model
+
+
+ModelSource = FolderSource | MemorySource
+
+
+def open_model(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    name: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    adapter_base: str | None = None,
+) -> ModelSource:
+    """Find a model without reading its weights.
+
+    Args:
+        model: a checkpoint folder, a Hub id, a loaded transformers model, or a pair
+            (loaded model, tokenizer).
+        tokenizer: a loaded tokenizer, for a loaded model, or the folder of one.
+        revision: a branch, tag or commit, for a Hub id.
+        name: what to call it; a folder's name is its path as given.
+        trust_remote_code: let the checkpoint bring code of its own.
+        allow_pickle: let weights be pickles.
+        adapter_base: the model that a LoRA adapter belongs to; both are merged.
+
+    Raises:
+        CheckpointError: if there is no such model, or it is damaged.
+        UnsupportedModelError: if it is of a kind that cannot be scored.
+    """
+    if isinstance(model, tuple):
+        model, tokenizer = model
+    if not isinstance(model, str | os.PathLike):
+        return MemorySource(
+            name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            revision=revision or "",
+            config=model.config,
+            model=model,
+            given_tokenizer=tokenizer,
+        )
+    given = os.fspath(model)
+    folder, commit = _find_folder(given, revision, trust_remote_code, allow_pickle)
+    adapter = None
+    if adapter_base is not None:
+        if not is_adapter(folder):
+            raise ValueError(f"adapter_base is for LoRA adapters, got {given}, which is none")
+        adapter = folder
+        folder, _ = _find_folder(adapter_base, None, trust_remote_code, allow_pickle)
+    checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
+    config = _load_config(folder, trust_remote_code)
+    _refuse_other_kinds(given, config)
+    own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    return FolderSource(
+        name=name or (os.path.normpath(given) if commit is None else given),
+        revision=commit or _digest(checkpoint, adapter),
+        config=config,
+        checkpoint=checkpoint,
+        tokenizer_folder=Path(tokenizer or (adapter if own_tokenizer and adapter else folder)),
+        trust_remote_code=trust_remote_code,
+        adapter=adapter,
+    )
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A dtype by name; ValueError for any but float32, bfloat16 and float16."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to run a checkpoint in: its own, except where a CPU is slow in it.
+
+    fp16 runs at a tenth of fp32's speed on a CPU, and bf16 needs instructions for it; fp32 holds
+    every number of both. Decided by what the processor is, never by a timing.
+    """
+    if device.type != "cpu" or stored == torch.float32:
+        return stored
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return stored if stored == torch.bfloat16 and has_bf16 else torch.float32
+
+
+def _find_folder(
+    given: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool
+) -> tuple[Path, str | None]:
+    """The folder of a model, and its commit if it comes from the Hub."""
+    path = Path(given)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision is for Hub ids, got {revision!r} for the folder {given}")
+        return path, None
+    if path.exists():
+        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
+        raise UnsupportedModelError(
+            f"model must be a checkpoint folder or Hub id, got {kind}: {given}"
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith("."):
+        raise CheckpointError(
+            f"model must be a checkpoint folder or Hub id, got {given}: no folder"
+        )
+    from huggingface_hub import errors, snapshot_download
+
+    files = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        folder = Path(
+            snapshot_download(
+                given,
+                revision=revision,
+                allow_patterns=[*files, "*.bin"] if allow_pickle else files,
+            )
+        )
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"revision must be one of {given}'s, got {revision!r}") from None
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"model {given} must be open to you, got a gated one; accept its terms on the Hub and "
+            "run `hf auth login`"
+        ) from None
+    except Exception as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise CheckpointError(
+            f"model must be a checkpoint folder or Hub id, got {given}{at}: there is no such "
+            f"folder, and the Hub did not give it ({_first_line(error)})"
+        ) from error
+    return folder, folder.name
+
+
+def _load_config(folder: Path, trust_remote_code: bool) -> Any:
+    with _quiet():
+        try:
+            return transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise UnsupportedModelError(
+                    f"{folder} must be of an architecture that transformers has, got one that "
+                    "brings its own code; pass --trust-remote-code if you trust it"
+                ) from None
+            raise UnsupportedModelError(
+                f"{folder} must have a config that transformers understands, got: "
+                f"{_first_line(error)}"
+            ) from error
+
+
+def _refuse_other_kinds(name: str, config: Any) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    brings_causal_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    what = ", ".join(architectures) or config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} must be a causal decoder, got an encoder-decoder: {what}"
+        )
+    if brings_causal_code:
+        return
+    # A bare "...Model" may be a causal model saved without its tied head; its keys will tell.
+    fits = any(each == causal or each.endswith("Model") for each in architectures)
+    if causal is None or (architectures and not fits):
+        raise UnsupportedModelError(f"{name} must be a causal language model, got {what}")
+
+
+def _merge_adapter(model: Any, adapter: Path) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise MissingDependencyError(
+            "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"
+        ) from None
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise UnsupportedModelError(f"{adapter} must hold adapter_model.safetensors, got none")
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def _digest(checkpoint: Checkpoint, adapter: Path | None) -> str:
+    digest = checkpoint.digest()
+    if adapter is None:
+        return digest
+    merged = hashlib.sha256(digest.encode())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = adapter / name
+        merged.update(path.read_bytes() if path.exists() else b"")
+    return merged.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and reports from transformers: what matters is raised."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,379 @@
+"""Score texts with a causal language model: the hot path.
+
+score ── open_model (models.py) ── tokenize (batches.py) ── find_head (head.py)
+  └─ _score_texts       plan the batches; halve the token budget when memory runs out
+       └─ _run_batch    ids (B, S) ─▶ model body ─▶ hidden (B, S, D)
+                        ─▶ real positions, packed (T, D) ─▶ token_logprobs (kernels/) ─▶ (T,)
+  └─ partial.py keeps finished texts on disk; results.py holds what is returned
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from .batches import (
+    GIVEN_TOKENS,
+    Batch,
+    TokenizedTexts,
+    given_tokens,
+    model_max_length,
+    plan_batches,
+    tokenize,
+)
+from .errors import CheckpointError, ScoringError
+from .head import Head, find_head, hidden_states, run_model
+from .kernels import instruction_set
+from .models import FolderSource, MemorySource, ModelSource, open_model
+from .partial import PartialScores
+from .progress import progress_bar
+from .results import LogLikelihoods
+from .texts import TextSet
+
+SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
+DEFAULT_TOKEN_BUDGETS = {"cpu": 2048, "cuda": 32768}
+_OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take where they are needed
+_PROBE_TOKENS = 24
+
+
+def score(
+    model: Any,
+    texts: TextSet | Iterable[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    token_ids: Sequence[Sequence[int]] | None = None,
+    convention: str = "paper",
+    dtype: str = "auto",
+    device: str = "auto",
+    token_budget: int | None = None,
+    per_token: bool = False,
+    name: str | None = None,
+    revision: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    adapter_base: str | None = None,
+    partial: str | PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> LogLikelihoods:
+    """The log-likelihood of every text under a causal language model.
+
+    A dense model gives a text the same bits whatever else is scored with it, in any order, and
+    after any restart, on one machine with one torch version and thread count. A mixture of experts
+    runs one text a batch, so that no text's routing can touch another's.
+
+    Args:
+        model: a checkpoint folder, a Hub id, a loaded transformers model, a pair (loaded model,
+            tokenizer), or what `models.open_model` returns.
+        texts: N texts; may be left out if `token_ids` are given (bits per byte are NaN then).
+        tokenizer: for a loaded model; or the folder of a tokenizer.
+        token_ids: N lists of token ids that are scored as they are, tokens 2..n of each.
+        convention: which tokens are fed and scored, see `batches.tokenize`.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, except that a CPU
+            runs fp16 (and bf16, without instructions for it) in fp32.
+        device: "cpu", "cuda", "cuda:1", ..., or "auto": a CUDA device if there is one.
+        token_budget: the most tokens in a batch; halved when memory runs out.
+        per_token: keep the logprob of every token, too.
+        name: what to call the model; by default its path or id as given.
+        revision: branch, tag or commit of a Hub id.
+        metadata: columns to keep with the result.
+        trust_remote_code: let the checkpoint bring code of its own.
+        allow_pickle: let weights be pickles.
+        adapter_base: the model that a LoRA adapter belongs to.
+        partial: a file in which finished texts are kept while the run goes on, so that a killed
+            run can continue with the same bits; remove it once the result is stored.
+        progress: show a bar; None means if standard error is a terminal.
+
+    Returns:
+        (N,) log-likelihoods in nats, with all that names how they were made.
+
+    Raises:
+        CheckpointError: if the model cannot be found or loaded.
+        UnsupportedModelError: if it is of a kind that has no log-likelihood.
+        ScoringError: if the numbers are not finite, or memory does not do for one text.
+        ValueError: for arguments that make no sense.
+    """
+    source = (
+        model
+        if isinstance(model, FolderSource | MemorySource)
+        else open_model(
+            model,
+            tokenizer=tokenizer,
+            revision=revision,
+            name=name,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            adapter_base=adapter_base,
+        )
+    )
+    place = resolve_device(device, source)
+    body_dtype = source.dtype(dtype, place)
+    budget = token_budget or DEFAULT_TOKEN_BUDGETS.get(place.type, 2048)
+    if budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {budget}")
+    texts, text_bytes = _text_set(texts, token_ids)
+    if token_ids is not None:
+        convention, adds_bos = GIVEN_TOKENS, None
+        tokens = given_tokens(token_ids, model_max_length(source.config, None, convention))
+    else:
+        own = source.tokenizer()
+        tokens = tokenize(texts, own, convention, model_max_length(source.config, own, convention))
+        adds_bos = _adds_bos(own) or convention != "paper"
+
+    loaded = source.load(body_dtype, place)
+    provenance = {
+        "device": device_name(place),
+        "instruction_set": instruction_set() if place.type == "cpu" else "",
+        "threads": torch.get_num_threads() if place.type == "cpu" else 0,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "attention": getattr(loaded.config, "_attn_implementation", None) or "",
+        "mixture_of_experts": is_mixture_of_experts(loaded.config),
+        "adds_bos": adds_bos,
+    }
+    with _ready(loaded):
+        _check_vocabulary(loaded, tokens)
+        head = find_head(loaded, _probe(tokens, loaded))
+        provenance["head"] = "own logits" if head is None else str(head)
+        key = repr((source.revision, texts.digest, convention, body_dtype, provenance))
+        with (
+            PartialScores.open(tokens, partial, key=key, per_token=per_token) as scores,
+            progress_bar(source.name, done=scores.done, total=len(texts), show=progress) as advance,
+        ):
+            for batch_texts in _score_texts(loaded, head, tokens, scores, budget, texts.ids):
+                advance(len(batch_texts), int(tokens.token_counts[batch_texts].sum()))
+    return LogLikelihoods(
+        model=source.name,
+        revision=source.revision,
+        textset_digest=texts.digest,
+        convention=convention,
+        dtype=str(body_dtype).removeprefix("torch."),
+        scoring_version=SCORING_VERSION,
+        ids=texts.ids,
+        loglikelihoods=scores.loglikelihoods,
+        token_counts=tokens.token_counts,
+        text_bytes=text_bytes,
+        truncated=tokens.truncated,
+        token_budgets=scores.token_budgets,
+        groups=texts.groups,
+        logprobs=scores.logprobs,
+        provenance=provenance,
+        metadata=dict(metadata or {}),
+    )
+
+
+def resolve_device(name: str, source: ModelSource) -> torch.device:
+    """The device to run on; ValueError if it is not there, or not where a loaded model is."""
+    own = source.model.device if isinstance(source, MemorySource) else None
+    if name == "auto":
+        return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be there, got {name!r} where torch sees no CUDA device")
+    if own is not None and device.type != own.type:
+        raise ValueError(f"device must be 'auto' for a loaded model on {own}, got {name!r}")
+    return device
+
+
+def is_mixture_of_experts(config: Any) -> bool:
+    """Whether tokens of a batch are routed to experts, and may so touch one another's bits."""
+    config = getattr(config, "text_config", None) or config
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    counts = [getattr(config, name, None) for name in names]
+    return any(isinstance(count, int) and count > 1 for count in counts)
+
+
+def _score_texts(
+    model: Any,
+    head: Head | None,
+    tokens: TokenizedTexts,
+    scores: PartialScores,
+    token_budget: int,
+    ids: Sequence[str],
+) -> Iterator[Int64[np.ndarray, " rows"]]:
+    """Score what is not yet scored, and yield the texts of each batch that is done."""
+    while True:
+        smaller = False
+        for batch in _plan(model, head, tokens, token_budget):
+            unscored = batch.texts[np.isnan(scores.loglikelihoods[batch.texts])]
+            if not len(unscored):
+                continue
+            try:
+                logprobs = _run_batch(model, head, tokens, batch)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if batch.shape[0] == 1:
+                    raise ScoringError(
+                        f"memory must hold one text of {batch.shape[1]} tokens, got too little for "
+                        f"text {ids[batch.texts[0]]!r}; use a smaller dtype or another device"
+                    ) from error
+                smaller = True
+                break
+            _keep(scores, tokens, batch, unscored, logprobs, token_budget, ids, model)
+            yield unscored
+        if not smaller:
+            return
+        token_budget //= 2
+        warnings.warn(f"out of memory: token_budget halved to {token_budget}", stacklevel=3)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _plan(model: Any, head: Head | None, tokens: TokenizedTexts, token_budget: int) -> list[Batch]:
+    if is_mixture_of_experts(model.config):
+        return plan_batches(tokens, token_budget, rows_per_batch=1)
+    if head is None:
+        vocabulary = _vocabulary(model) or 1
+        token_budget = min(token_budget, _OWN_LOGITS_BYTES // (4 * vocabulary))
+    return plan_batches(tokens, max(token_budget, 1))
+
+
+def _run_batch(
+    model: Any, head: Head | None, tokens: TokenizedTexts, batch: Batch
+) -> Float32[Tensor, " T"]:
+    """Log-probabilities (T,) of all scored tokens of a batch, text after text, on the host."""
+    input_ids = np.zeros(batch.shape, dtype=np.int64)  # padding and dummy rows: token 0
+    targets = []
+    for row, text in enumerate(batch.texts):
+        ids = tokens[text]
+        inputs = ids[: tokens.max_length]
+        input_ids[row, : len(inputs)] = inputs
+        targets.append(ids[1:])
+    counts = [len(target) for target in targets]
+    device = model.device
+    rows = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device)
+    columns = torch.from_numpy(np.concatenate([np.arange(count) for count in counts])).to(device)
+    target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device)
+    inputs_on_device = torch.from_numpy(input_ids).to(device)
+    if head is None:
+        return _own_logprobs(run_model(model, inputs_on_device), rows, columns, target).cpu()
+    with hidden_states(head) as collected:
+        run_model(model, inputs_on_device)
+    return head.token_logprobs(collected[0][rows, columns], target).cpu()
+
+
+def _own_logprobs(
+    logits: Tensor, rows: Tensor, columns: Tensor, target: Tensor
+) -> Float32[Tensor, " T"]:
+    """From the model's own logits (B, S, V), a bounded number of rows at a time."""
+    step = max(1, (_OWN_LOGITS_BYTES // 4) // (4 * logits.shape[-1]))
+    parts = []
+    for start in range(0, len(target), step):
+        part = slice(start, start + step)
+        chosen = torch.log_softmax(logits[rows[part], columns[part]].float(), dim=-1)
+        parts.append(chosen.gather(1, target[part, None])[:, 0])
+    return torch.cat(parts)
+
+
+def _keep(
+    scores: PartialScores,
+    tokens: TokenizedTexts,
+    batch: Batch,
+    unscored: Int64[np.ndarray, " rows"],
+    logprobs: Float32[Tensor, " T"],
+    token_budget: int,
+    ids: Sequence[str],
+    model: Any,
+) -> None:
+    """Sum a batch's logprobs by text, in fp64 and exactly rounded; refuse what is not finite."""
+    values = logprobs.numpy()
+    ends = np.cumsum(tokens.token_counts[batch.texts])
+    for text, part in zip(batch.texts, np.split(values, ends[:-1]), strict=True):
+        if text not in unscored:
+            continue
+        total = math.fsum(part)
+        if not math.isfinite(total):
+            hint = (
+                "; score it with dtype bfloat16 or float32" if model.dtype == torch.float16 else ""
+            )
+            raise ScoringError(
+                f"logprobs must be finite, got {total} for text {ids[text]!r} in "
+                f"{str(model.dtype).removeprefix('torch.')}{hint}"
+            )
+        scores.keep(int(text), total, part, token_budget)
+    scores.save_now_and_then()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+def _text_set(
+    texts: TextSet | Iterable[str] | None, token_ids: Sequence[Sequence[int]] | None
+) -> tuple[TextSet, Int64[np.ndarray, " N"]]:
+    if texts is None:
+        if token_ids is None:
+            raise ValueError("texts must be given, got neither texts nor token_ids")
+        # A stand-in that gives the ids a digest; how many bytes they stand for is not known.
+        stand_in = TextSet.from_texts([" ".join(map(str, ids)) for ids in token_ids])
+        return stand_in, np.zeros(len(stand_in), dtype=np.int64)
+    texts = texts if isinstance(texts, TextSet) else TextSet.from_texts(texts)
+    if token_ids is not None and len(token_ids) != len(texts):
+        raise ValueError(f"token_ids must be one a text ({len(texts)}), got {len(token_ids)}")
+    return texts, texts.text_bytes
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+
+
+def _vocabulary(model: Any) -> int | None:
+    embedding = model.get_input_embeddings()
+    rows: int | None = getattr(embedding, "num_embeddings", None)
+    return rows
+
+
+def _check_vocabulary(model: Any, tokens: TokenizedTexts) -> None:
+    rows = _vocabulary(model)
+    largest = int(tokens.ids.max(initial=0))
+    if rows is not None and largest >= rows:
+        raise CheckpointError(
+            f"token ids must be below the model's {rows} embedding rows, got {largest}; the "
+            "tokenizer does not belong to this model"
+        )
+
+
+def _probe(tokens: TokenizedTexts, model: Any) -> Int64[Tensor, " S"]:
+    """A few distinct tokens of the texts themselves, filled up from the vocabulary."""
+    used = np.unique(tokens.ids)
+    used = used[:: max(1, len(used) // _PROBE_TOKENS)][:_PROBE_TOKENS]
+    filler = np.arange(min(_vocabulary(model) or 2, _PROBE_TOKENS))
+    probe = np.concatenate((used, np.setdiff1d(filler, used)))[:_PROBE_TOKENS]
+    return torch.from_numpy(probe.astype(np.int64)).to(model.device)
+
+
+def device_name(device: torch.device) -> str:
+    """The chip's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def _ready(model: Any) -> Iterator[None]:
+    """Evaluation and inference mode, and the caller's model as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
