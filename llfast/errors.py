@@ -12,6 +12,8 @@
 
 Arguments of the wrong type or value raise `TypeError` or `ValueError`, and files that cannot be
 opened raise `OSError`. The command line prints any of these as one line and exits with 1.
+
+`LlfastWarning` is what llfast warns of: numbers that are right, but not all that they seem.
 """
 
 
@@ -49,3 +51,7 @@ class SearchError(LlfastError):
 
 class MissingDependencyError(LlfastError):
     """An optional package is needed; the message has the pip command."""
+
+
+class LlfastWarning(UserWarning):
+    """Numbers are right, but not all that they seem."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import LlfastError, MissingDependencyError, StoreError
-from .models import open_model
+from .estimate import Estimate, estimate
+from .models import ModelSource, open_model
 from .results import LogLikelihoods, ResultKey
 from .scoring import SCORING_VERSION, resolve_device, score
 from .store import Store
@@ -45,6 +47,28 @@ class Outcome:
     status: str
     result: LogLikelihoods | None = None
     error: str | None = None
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """What people and programs are told of it."""
+        facts: dict[str, Any] = {
+            "model": self.request.name or self.request.model,
+            "status": self.status,
+        }
+        if self.error is not None:
+            facts["error"] = self.error
+        if self.result is not None:
+            facts |= {
+                "model": self.result.model,
+                "revision": self.result.revision,
+                "dtype": self.result.dtype,
+                "bits_per_byte": self.result.mean_bits_per_byte,
+                "tokens": int(self.result.token_counts.sum()),
+                "truncated_texts": len(self.result.truncated_ids),
+                "unscored_texts": len(self.result.unscored_ids),
+                "seconds": self.seconds,
+            }
+        return facts
 
 
 def read_model_list(path: str | Path) -> list[ModelRequest]:
@@ -82,7 +106,7 @@ def score_models(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: bool | None = None,
-    report: Callable[[Outcome], None] = lambda _: None,
+    report: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Score models one after the other; a model that fails does not stop the rest.
 
@@ -111,15 +135,7 @@ def score_models(
     for request in requests:
         key = None
         try:
-            source = open_model(
-                request.model,
-                name=request.name,
-                revision=request.revision,
-                tokenizer=request.tokenizer,
-                adapter_base=request.adapter_base,
-                trust_remote_code=trust_remote_code,
-                allow_pickle=allow_pickle,
-            )
+            source = _open(request, trust_remote_code, allow_pickle)
             place = resolve_device(device, source)
             key = ResultKey(
                 source.name,
@@ -134,6 +150,7 @@ def score_models(
                 outcome = Outcome(request=request, status="skipped")
             else:
                 partial = store.partial_path(key)
+                start = time.monotonic()
                 result = score(
                     source,
                     texts,
@@ -145,10 +162,11 @@ def score_models(
                     partial=partial,
                     progress=progress,
                 )
+                seconds = time.monotonic() - start
                 store.add(result)
                 partial.unlink(missing_ok=True)
                 completed.add(key)
-                outcome = Outcome(request=request, status="scored", result=result)
+                outcome = Outcome(request=request, status="scored", result=result, seconds=seconds)
         except (StoreError, MissingDependencyError):
             raise
         except Exception as error:
@@ -166,8 +184,36 @@ def score_models(
             )
             store.add_failure(failed, outcome.error or "")
         outcomes.append(outcome)
-        report(outcome)
+        if report is not None:
+            report(outcome)
     return outcomes
+
+
+def estimate_models(
+    requests: Sequence[ModelRequest],
+    texts: TextSet,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> list[Estimate]:
+    """What `score_models` would take; reads no weights and writes nothing."""
+    return [
+        estimate(_open(request, trust_remote_code, allow_pickle), texts, **options)
+        for request in requests
+    ]
+
+
+def _open(request: ModelRequest, trust_remote_code: bool, allow_pickle: bool) -> ModelSource:
+    return open_model(
+        request.model,
+        name=request.name,
+        revision=request.revision,
+        tokenizer=request.tokenizer,
+        adapter_base=request.adapter_base,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
 
 
 def _parse_request(line: str, where: str) -> ModelRequest:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64, Shaped
 
 from .errors import SpaceError
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RaggedArray:
     """Rows of different lengths in one array: row i is `values[offsets[i]:offsets[i + 1]]`."""

@@ -32,7 +32,7 @@ from .batches import (
     plan_batches,
     tokenize,
 )
-from .errors import CheckpointError, ScoringError
+from .errors import CheckpointError, LlfastWarning, ScoringError
 from .head import Head, find_head, hidden_states, run_model
 from .kernels import instruction_set
 from .models import FolderSource, MemorySource, ModelSource, open_model
@@ -42,7 +42,7 @@ from .results import LogLikelihoods
 from .texts import TextSet
 
 SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
-DEFAULT_TOKEN_BUDGETS = {"cpu": 2048, "cuda": 32768}
+_TOKEN_BUDGETS = {"cpu": 2048, "cuda": 32768}
 _OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take where they are needed
 _PROBE_TOKENS = 24
 
@@ -119,7 +119,7 @@ def score(
     )
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
-    budget = token_budget or DEFAULT_TOKEN_BUDGETS.get(place.type, 2048)
+    budget = default_token_budget(place) if token_budget is None else token_budget
     if budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {budget}")
     texts, text_bytes = _text_set(texts, token_ids)
@@ -171,6 +171,11 @@ def score(
         provenance=provenance,
         metadata=dict(metadata or {}),
     )
+
+
+def default_token_budget(device: torch.device) -> int:
+    """Tokens in a batch: enough to keep the matrix units of a device of this type busy."""
+    return _TOKEN_BUDGETS.get(device.type, 2048)
 
 
 def resolve_device(name: str, source: ModelSource) -> torch.device:
@@ -229,7 +234,9 @@ def _score_texts(
         if not smaller:
             return
         token_budget //= 2
-        warnings.warn(f"out of memory: token_budget halved to {token_budget}", stacklevel=3)
+        warnings.warn(
+            f"out of memory: token_budget halved to {token_budget}", LlfastWarning, stacklevel=3
+        )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .errors import LlfastWarning
 from .files import atomic_write
 from .results import ResultKey
 
@@ -63,6 +64,12 @@ class StoredRow:
     position: int
 
     @property
+    def subject(self) -> tuple[Any, ...]:
+        """The key without revision, dtype and version."""
+        key = self.key
+        return key.model, key.textset_digest, key.convention, key.layer
+
+    @property
     def label(self) -> str:
         """The name that it is shown under."""
         layer = self.key.layer
@@ -90,6 +97,16 @@ def newest(rows: Iterable[StoredRow]) -> list[StoredRow]:
         rank = (row.error is None, row.created, row.shard.name)
         if other is None or rank > (other.error is None, other.created, other.shard.name):
             best[row.key] = row
+    # A failure may lack the revision and dtype that a later success has: compare without them.
+    done: dict[tuple[Any, ...], datetime] = {}
+    for row in best.values():
+        if row.error is None:
+            done[row.subject] = max(row.created, done.get(row.subject, row.created))
+    best = {
+        key: row
+        for key, row in best.items()
+        if row.error is None or row.subject not in done or done[row.subject] < row.created
+    }
     return sorted(best.values(), key=lambda row: (row.label, row.created))
 
 
@@ -105,7 +122,8 @@ def read_rows(shard: Path) -> list[StoredRow]:
         raise
     except (OSError, pa.ArrowException) as error:
         line = str(error).splitlines()[0]
-        warnings.warn(f"{shard} cannot be read and is left out: {line}", stacklevel=3)
+        message = f"{shard} cannot be read and is left out: {line}"
+        warnings.warn(message, LlfastWarning, stacklevel=3)
         return []
     digest = shard.parent.name.removeprefix("textset=")
     return [

@@ -1,0 +1,92 @@
+"""Facts about this machine, a store or a checkpoint, for people who ask."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+from . import __version__, cache
+from .output import human_bytes
+from .store import Store
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu")
+
+
+def describe(target: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Facts by name, and rows of a table, about a store, a checkpoint, or (None) this machine.
+
+    Raises:
+        StoreError: if a folder is neither store nor checkpoint.
+        CheckpointError: if a checkpoint cannot be used.
+    """
+    if target is None:
+        return _machine(), []
+    if (Path(target) / "config.json").exists() or not Path(target).exists():
+        return _checkpoint(target), []
+    return _store(Store(target))
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from .kernels import instruction_set
+
+    facts: dict[str, Any] = {"llfast": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["processor"] = platform.processor() or platform.machine()
+    facts["cpu kernel"] = instruction_set()
+    facts["threads"] = torch.get_num_threads()
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts["cuda devices"] = ", ".join(cuda) or "none"
+    facts["cache"] = str(cache.folder())
+    return facts
+
+
+def _checkpoint(target: str) -> dict[str, Any]:
+    from .models import open_model
+
+    source = open_model(target)
+    assert source.checkpoint is not None
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "architecture": ", ".join(source.config.architectures or [source.config.model_type]),
+        "parameters": f"{source.checkpoint.parameters:,}",
+        "stored dtype": source.checkpoint.stored_dtype,
+        "weights": f"{human_bytes(source.checkpoint.weight_bytes)} in "
+        f"{len(source.checkpoint.weights)} files",
+    }
+
+
+def _store(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    rows = store.rows()
+    facts = {
+        "store": str(store.folder),
+        "complete": sum(row.error is None for row in rows),
+        "failed": sum(row.error is not None for row in rows),
+        "text sets": ", ".join(
+            f"{digest[:12]} ({len(store.texts(digest)['ids'])} texts)"
+            for digest in store.textsets()
+            if any(row.key.textset_digest == digest and row.error is None for row in rows)
+        ),
+    }
+    table = [
+        {
+            "model": row.label,
+            "revision": row.key.revision[:12],
+            "text set": row.key.textset_digest[:12],
+            "convention": row.key.convention,
+            "dtype": row.key.dtype,
+            "head": row.provenance.get("head", ""),
+            "status": row.error or "complete",
+            "when": row.created.isoformat(timespec="seconds"),
+        }
+        for row in rows
+    ]
+    return facts, table

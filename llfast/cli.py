@@ -1,0 +1,366 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import LlfastError, LlfastWarning
+from .output import (
+    human_bytes,
+    print_estimates,
+    print_json,
+    print_line,
+    print_note,
+    print_outcome,
+    print_table,
+)
+
+app = typer.Typer(
+    name="llfast",
+    help="Score texts with causal language models, and find each model's relatives by KL "
+    "divergence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+texts_app = typer.Typer(help="Make and look at text sets.", no_args_is_help=True)
+app.add_typer(texts_app, name="texts")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+StorePath = Annotated[Path, typer.Option("--store", help="The folder of results.")]
+TextsPath = Annotated[Path, typer.Option("--texts", help="A text set (.jsonl).")]
+TextSetDigest = Annotated[
+    str | None,
+    typer.Option("--textset", help="Which text set of the store, by the start of its digest."),
+]
+Convention = Annotated[
+    str, typer.Option(help="What is fed and scored: paper, always-bos or lm-eval.")
+]
+StoredConvention = Annotated[
+    str | None, typer.Option("--convention", help="Only results under this convention.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+StoredDtype = Annotated[
+    str | None, typer.Option("--dtype", help="Only models that ran in this dtype.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+TokenBudget = Annotated[int | None, typer.Option(min=1, help="The most tokens in a batch.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+TokenizerFolder = Annotated[str | None, typer.Option("--tokenizer", help="Another tokenizer.")]
+AdapterBase = Annotated[
+    str | None, typer.Option(help="The model that a LoRA adapter is merged into.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let checkpoints bring code of their own.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")
+]
+Newest = Annotated[
+    bool, typer.Option("--newest", help="Of several rows of one model, take the newest.")
+]
+Unit = Annotated[str, typer.Option(help="bits_per_byte or nats_per_text.")]
+
+
+@texts_app.command("build")
+def texts_build(
+    inputs: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files and folders.")],
+    out: Annotated[Path, typer.Option(help="Where to write the set (.jsonl).")],
+    n: Annotated[int, typer.Option("--n", help="How many chunks to sample.")] = 10_000,
+    max_bytes: Annotated[int, typer.Option(help="The longest chunk.")] = 1024,
+    min_bytes: Annotated[int, typer.Option(help="Chunks up to this long are dropped.")] = 256,
+    seed: Annotated[int, typer.Option(help="Names the sample.")] = 42,
+    as_json: AsJson = False,
+) -> None:
+    """Cut documents into chunks of whole characters and sample them."""
+    from .texts import build_texts
+
+    texts, report = build_texts(inputs, n=n, max_bytes=max_bytes, min_bytes=min_bytes, seed=seed)
+    texts.save(out)
+    if report.skipped_files:
+        print_note(
+            f"llfast: {len(report.skipped_files)} files are not UTF-8 text and were left out, "
+            f"{report.skipped_files[0]} among them"
+        )
+    if as_json:
+        print_json({"texts": len(texts), "digest": texts.digest, "out": out, "report": report})
+        return
+    if len(texts) < n:
+        print_note(f"llfast: only {len(texts)} chunks were long enough for the {n} asked for")
+    print_line(
+        f"{len(texts)} of {report.chunks} chunks from {report.documents} documents in {out}, "
+        f"digest {texts.digest[:12]}"
+    )
+
+
+@texts_app.command("show")
+def texts_show(
+    path: Annotated[Path, typer.Argument(help="A text set (.jsonl).")],
+    rows: Annotated[int, typer.Option(min=0, help="How many texts to show.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Count a text set and show its first texts."""
+    from .texts import TextSet
+
+    texts = TextSet.load(path)
+    sizes = texts.text_bytes
+    if as_json:
+        summary = {
+            "texts": len(texts),
+            "digest": texts.digest,
+            "bytes": int(sizes.sum()),
+            "mean_bytes": float(sizes.mean()),
+            "groups": len(set(texts.groups)) if texts.groups else None,
+        }
+        print_json(summary)
+        return
+    groups = f" from {len(set(texts.groups)):,} documents" if texts.groups else ""
+    print_line(
+        f"{len(texts):,} texts{groups}, {human_bytes(int(sizes.sum()))}, {sizes.min()} to "
+        f"{sizes.max()} bytes, {sizes.mean():.1f} on average"
+    )
+    print_line(f"digest {texts.digest}")
+    shown = list(zip(texts.ids, sizes.tolist(), texts.texts, strict=True))[:rows]
+    if shown:
+        print_table(["id", "bytes", "text"], [(i, b, t[:100]) for i, b, t in shown])
+
+
+@app.command("score")
+def score_command(
+    texts: TextsPath,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL...", help="Folders or Hub ids.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="The folder of results.")] = None,
+    model_list: Annotated[
+        Path | None, typer.Option("--list", help="A file with a model a line, or .jsonl.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model (with one).")] = None,
+    revision: Revision = None,
+    convention: Convention = "paper",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    token_budget: TokenBudget = None,
+    tokenizer: TokenizerFolder = None,
+    adapter_base: AdapterBase = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would take, and stop.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score models on a text set; what the store has already is skipped."""
+    from .fleet import ModelRequest, estimate_models, read_model_list, score_models
+    from .store import Store
+    from .texts import TextSet
+
+    requests = [
+        ModelRequest(
+            model=model,
+            name=name,
+            revision=revision,
+            tokenizer=tokenizer,
+            adapter_base=adapter_base,
+        )
+        for model in models or []
+    ]
+    if model_list is not None:
+        requests += read_model_list(model_list)
+    if not requests:
+        raise typer.BadParameter("give at least one MODEL, or --list FILE")
+    if name is not None and len(requests) > 1:
+        raise typer.BadParameter("--name goes with one MODEL")
+    text_set = TextSet.load(texts)
+    options: dict[str, Any] = {
+        "convention": convention,
+        "dtype": dtype,
+        "device": device,
+        "token_budget": token_budget,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    if dry_run:
+        estimates = estimate_models(requests, text_set, **options)
+        print_json(estimates) if as_json else print_estimates(estimates)
+        return
+    if store is None:
+        raise typer.BadParameter("--store DIR is needed, except with --dry-run")
+    outcomes = score_models(
+        requests, text_set, Store(store), report=None if as_json else print_outcome, **options
+    )
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if as_json:
+        print_json([outcome.summary() for outcome in outcomes])
+    if failed:
+        print_note(f"llfast: {len(failed)} of {len(outcomes)} models failed; the store has why")
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="A .csv, .npz or .parquet file.")],
+    store: StorePath,
+    unit: Annotated[str, typer.Option(help="nats or bits_per_byte.")],
+    text_bytes: Annotated[
+        str, typer.Option(help="Bytes a text: one number, or a file (.jsonl, .csv, .txt).")
+    ],
+    convention: Annotated[str, typer.Option(help="The name to keep it under.")] = "imported",
+    as_json: AsJson = False,
+) -> None:
+    """Put a model x text matrix that was made elsewhere into the store."""
+    from .importing import import_matrix
+    from .store import Store
+
+    matrix = import_matrix(file, unit=unit, text_bytes=text_bytes, convention=convention)
+    Store(store).add_matrix(matrix)
+    k, n = matrix.values.shape
+    if as_json:
+        print_json({"models": k, "texts": n, "textset": matrix.textset_digest})
+        return
+    print_line(f"{k} models on {n} texts in {store}, text set {matrix.textset_digest[:12]}")
+
+
+@app.command("search")
+def search_command(
+    model: Annotated[str, typer.Argument(help="A model of the store, a folder or a Hub id.")],
+    store: StorePath,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many relatives.")] = 10,
+    radius: Annotated[
+        float | None, typer.Option(min=0, help="Instead: all models within this KL.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="The text set, to score a model the store lacks.")
+    ] = None,
+    textset: TextSetDigest = None,
+    convention: StoredConvention = None,
+    dtype: StoredDtype = None,
+    newest: Newest = False,
+    unit: Unit = "bits_per_byte",
+    as_json: AsJson = False,
+) -> None:
+    """The nearest relatives of a model, by KL divergence with a 95 % interval."""
+    from .nearest import find_nearest
+
+    query, hits = find_nearest(
+        model,
+        store,
+        k=k,
+        radius=radius,
+        texts=texts,
+        textset=textset,
+        convention=convention,
+        dtype=dtype,
+        newest=newest,
+        unit=unit,
+    )
+    if as_json:
+        print_json({"model": query, "unit": unit, "hits": [hit.summary() for hit in hits]})
+        return
+    label = unit.replace("_per_", "/")
+    print_table(
+        ["model", f"KL ({label})", "±", "95 % interval", "family"],
+        [
+            (
+                hit.model,
+                hit.kl,
+                hit.standard_error,
+                "{:.4g} to {:.4g}".format(*hit.interval),
+                hit.metadata.get("family"),
+            )
+            for hit in hits
+        ],
+        title=f"Nearest to {query}",
+    )
+
+
+@app.command("kl")
+def kl_command(
+    a: Annotated[str, typer.Argument(help="A model of the store.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    store: StorePath,
+    textset: TextSetDigest = None,
+    convention: StoredConvention = None,
+    dtype: StoredDtype = None,
+    newest: Newest = False,
+    unit: Unit = "bits_per_byte",
+    as_json: AsJson = False,
+) -> None:
+    """The KL divergence between two models, with its 95 % interval."""
+    from .nearest import load_space
+
+    space = load_space(store, textset=textset, convention=convention, dtype=dtype, newest=newest)
+    kl = space.kl(a, b, unit=unit)
+    if as_json:
+        print_json({"a": a, "b": b, "kl": kl})
+        return
+    print_line(f"KL({a}, {b}) = {kl}")
+
+
+@app.command("info")
+def info_command(
+    target: Annotated[
+        str | None, typer.Argument(help="A store or a checkpoint; nothing: this machine.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a store or a checkpoint holds, or what llfast runs on here."""
+    from .about import describe
+
+    facts, rows = describe(target)
+    if as_json:
+        print_json({**facts, "rows": rows})
+        return
+    for name, value in facts.items():
+        print_line(f"{name:16} {value}")
+    if rows:
+        print_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@app.command("compact")
+def compact_command(store: StorePath, as_json: AsJson = False) -> None:
+    """Merge the store's small files; readers and writers may go on meanwhile."""
+    from .store import Store
+
+    merged = Store(store).compact()
+    if as_json:
+        print_json({"merged": merged})
+        return
+    print_line(f"{merged} shards merged" if merged else "nothing to merge")
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="The folder for models, results and the map.")] = Path(
+        "demo"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Train a small zoo of models, score them, and find their relatives again."""
+    from .demo import run_demo
+
+    report = run_demo(out, say=print_note if as_json else print_line)
+    if as_json:
+        print_json(report)
+
+
+def main() -> None:
+    """Run the command line: an error is one line on standard error, and exit status 1."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", LlfastWarning)
+    warnings.showwarning = lambda message, *_, **__: print_note(f"llfast: warning: {message}")
+    try:
+        app()
+    except BrokenPipeError:
+        # The reader of a pipe has gone; nothing that Python flushes at exit must fail, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (LlfastError, ValueError, TypeError, OSError, KeyError) as error:
+        print_note(f"llfast: error: {error}")
+        sys.exit(1)

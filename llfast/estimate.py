@@ -1,0 +1,110 @@
+"""What scoring would take, before any weight is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from .batches import model_max_length, plan_batches, tokenize
+from .models import ModelSource
+from .scoring import default_token_budget, resolve_device
+from .texts import TextSet
+
+_MEASURE_SECONDS = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """The cost of scoring one model on one text set.
+
+    Attributes:
+        model: its name.
+        dtype: what its body would run in.
+        device: where.
+        parameters: stored numbers.
+        read_bytes: size of the weight files.
+        memory_bytes: weights in `dtype`, plus a batch's activations (hidden states and one
+            feed-forward layer); a mixture of experts and long attention take more.
+        tokens: scored tokens.
+        padded_tokens: tokens that run, padding and dummy rows included.
+        truncated_texts: texts that are longer than the model takes.
+        matmul_flops: FLOP/s of a matrix product in this dtype on this device, measured just now.
+        seconds: 2 FLOP a parameter and token at that rate; reading is not in it, and a mixture of
+            experts, which uses a part of its parameters, is faster.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    parameters: int
+    read_bytes: int
+    memory_bytes: int
+    tokens: int
+    padded_tokens: int
+    truncated_texts: int
+    matmul_flops: float
+    seconds: float
+
+
+def estimate(
+    source: ModelSource,
+    texts: TextSet,
+    *,
+    convention: str = "paper",
+    dtype: str = "auto",
+    device: str = "auto",
+    token_budget: int | None = None,
+) -> Estimate:
+    """Estimate what `score` would take; tokenises the texts, reads no weights.
+
+    Raises:
+        ValueError: for a model in memory, whose weights are there already.
+    """
+    if source.checkpoint is None:
+        raise ValueError("model must be a folder or Hub id for an estimate, got a loaded model")
+    place = resolve_device(device, source)
+    body_dtype = source.dtype(dtype, place)
+    tokenizer = source.tokenizer()
+    limit = model_max_length(source.config, tokenizer, convention)
+    tokens = tokenize(texts, tokenizer, convention, limit)
+    budget = token_budget or default_token_budget(place)
+    batches = plan_batches(tokens, budget)
+    padded = sum(rows * length for (rows, length), _ in ((b.shape, b.texts) for b in batches))
+    config = source.config.get_text_config()
+    hidden = getattr(config, "hidden_size", 0) or 0
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
+    parameters = source.checkpoint.parameters
+    looked_up = 0 if config.tie_word_embeddings else hidden * (config.vocab_size or 0)
+    flops = _matmul_flops(body_dtype, place)
+    itemsize = body_dtype.itemsize
+    largest = max((b.shape[0] * b.shape[1] for b in batches), default=0)
+    return Estimate(
+        model=source.name,
+        dtype=str(body_dtype).removeprefix("torch."),
+        device=str(place),
+        parameters=parameters,
+        read_bytes=source.checkpoint.weight_bytes,
+        memory_bytes=parameters * itemsize + largest * (6 * hidden + 3 * feed_forward) * itemsize,
+        tokens=int(tokens.token_counts.sum()),
+        padded_tokens=padded,
+        truncated_texts=int(tokens.truncated.sum()),
+        matmul_flops=flops,
+        seconds=2.0 * max(parameters - looked_up, 0) * padded / flops,
+    )
+
+
+def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    rows, inner, columns = 512, 1024, 2048
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(columns, inner, device=device).to(dtype)
+    times: list[float] = []
+    stop = time.perf_counter() + _MEASURE_SECONDS
+    while len(times) < 3 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        product = torch.nn.functional.linear(left, right)
+        product[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2.0 * rows * inner * columns / median(times)

@@ -1,0 +1,90 @@
+"""A picture of a space: models as points whose squared distances are their KL divergences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64
+
+from .errors import MissingDependencyError
+from .files import atomic_write
+from .space import ModelSpace
+
+
+def classical_mds(squared_distances: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K 2"]:
+    """The plane that keeps squared distances best, by classical scaling.
+
+    Source: Torgerson (1952), Psychometrika 17: eigenvectors of the doubly centred -D/2.
+    """
+    k = len(squared_distances)
+    centring = np.eye(k) - 1.0 / k
+    gram = -0.5 * centring @ squared_distances @ centring
+    values, vectors = np.linalg.eigh(gram)
+    places: Float64[np.ndarray, "K 2"] = np.zeros((k, 2))
+    for axis, number in enumerate(np.argsort(values)[::-1][:2]):
+        vector = vectors[:, number]
+        # Eigenvectors have no sign of their own: let the largest entry be positive.
+        vector = vector * np.sign(vector[np.argmax(np.abs(vector))])
+        places[:, axis] = vector * np.sqrt(max(values[number], 0.0))
+    return places
+
+
+def draw_map(
+    space: ModelSpace,
+    path: str | os.PathLike[str],
+    *,
+    families: Mapping[str, str],
+    parents: Mapping[str, str] | None = None,
+) -> None:
+    """Draw all models, coloured by family, as .png, .svg or .pdf.
+
+    Args:
+        space: K models.
+        path: where to write; the ending says what.
+        families: the family of each model.
+        parents: lines are drawn from these models to their parents.
+
+    Raises:
+        MissingDependencyError: without matplotlib.
+        OSError: if the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingDependencyError(
+            "drawing needs matplotlib; run `pip install 'llfast[map]'`"
+        ) from None
+    places = dict(
+        zip(space.models, classical_mds(space.kl_matrix(unit="bits_per_byte")), strict=True)
+    )
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.add_subplot()
+    for child, parent in (parents or {}).items():
+        if child in places and parent in places:
+            line = np.array([places[parent], places[child]])
+            axes.plot(line[:, 0], line[:, 1], color="0.8", linewidth=1, zorder=1)
+    for number, family in enumerate(sorted(set(families.values()))):
+        members = [model for model in space.models if families.get(model) == family]
+        points = np.array([places[model] for model in members])
+        axes.scatter(
+            points[:, 0], points[:, 1], s=60, color=f"C{number % 10}", label=family, zorder=2
+        )
+    for model, (x, y) in places.items():
+        axes.annotate(
+            model.replace("$", r"\$"),
+            (x, y),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.25",
+        )
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_title("Models by what they say: squared distance is KL in bits per byte")
+    axes.set_xlabel("first axis (√ bits/byte)")
+    axes.set_ylabel("second axis (√ bits/byte)")
+    axes.legend(title="family", frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=Path(path).suffix.removeprefix("."), dpi=150)
