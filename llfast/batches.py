@@ -86,15 +86,15 @@ def tokenize(
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
     own = convention == "paper"
     encoded = _encode_cached(texts, tokenizer, own_special_tokens=own)
-    bos = tokenizer.bos_token_id
     if own:
+        prefix = added_bos(tokenizer)
         # A text that begins with the BOS string would otherwise begin with two.
         encoded = [
-            ids[1:] if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos else ids
-            for ids in encoded
+            ids[1:] if len(ids) > 1 and ids[0] == ids[1] == prefix else ids for ids in encoded
         ]
     else:
-        prefix = bos if bos is not None else tokenizer.eos_token_id
+        prefix = tokenizer.bos_token_id
+        prefix = tokenizer.eos_token_id if prefix is None else prefix
         if prefix is None:
             raise ValueError(
                 f"tokenizer must have a BOS or EOS token for convention {convention!r}, got "
@@ -119,8 +119,18 @@ def tokenize(
     return _pack(encoded, truncated, max_length)
 
 
-def given_tokens(token_ids: Sequence[Sequence[int]], max_length: int | None) -> TokenizedTexts:
-    """Token ids that are scored as they are, cut at the right to `max_length`.
+def added_bos(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before a text by itself, if any.
+
+    It need not be the one that the tokenizer names as its BOS token.
+    """
+    with_special = tokenizer("a", verbose=False)["input_ids"]
+    without = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return None if with_special[:1] == without[:1] else int(with_special[0])
+
+
+def given_tokens(token_ids: Sequence[Any], max_length: int | None) -> TokenizedTexts:
+    """Token ids (lists or 1-D arrays) that are scored as they are, cut right to `max_length`.
 
     Raises:
         ValueError: if an id is negative or not a whole number.
@@ -154,15 +164,16 @@ def model_max_length(config: Any, tokenizer: Any, convention: str) -> int | None
     return _LM_EVAL_MAX_LENGTH if convention == "lm-eval" else None
 
 
-def ladder_length(length: int, max_length: int | None = None) -> int:
+def ladder_length(length: int, limits: Sequence[int] = ()) -> int:
     """The length a text of `length` tokens is padded to.
 
-    Multiples of 16 to 512, of 64 to 2,048, of 256 above: at most 1/8 more from 128 tokens on. All
-    powers of two are rungs, since models with long-context switches change there.
+    Multiples of 16 to 512, of 64 to 2,048, of 256 above: at most 1/8 more from 128 tokens on.
+    `limits` are lengths that padding must not cross: the most tokens that a model takes, and the
+    length at which it changes its position embeddings.
     """
     step = 16 if length <= 512 else 64 if length <= 2048 else 256
     rung = -(-max(length, 1) // step) * step
-    return rung if max_length is None else min(rung, max_length)
+    return min([rung, *(limit for limit in limits if limit >= length)])
 
 
 def ladder_rows(length: int, token_budget: int) -> int:
@@ -170,16 +181,20 @@ def ladder_rows(length: int, token_budget: int) -> int:
     return 1 << max(token_budget // length, 1).bit_length() - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Texts that run together; `shape` is theirs however few they are."""
 
     shape: tuple[int, int]
-    texts: Int64[np.ndarray, " rows"]
+    texts: tuple[int, ...]
 
 
 def plan_batches(
-    tokens: TokenizedTexts, token_budget: int, *, rows_per_batch: int | None = None
+    tokens: TokenizedTexts,
+    token_budget: int,
+    *,
+    rows_per_batch: int | None = None,
+    limits: Sequence[int] = (),
 ) -> list[Batch]:
     """Cut a text set into batches of ladder shapes, the longest first.
 
@@ -187,24 +202,28 @@ def plan_batches(
         tokens: N tokenised texts; those without a scored token are left out.
         token_budget: the most tokens (padding included) in a batch, if one text alone fits.
         rows_per_batch: overrides the number of rows.
+        limits: lengths that padding must not cross, besides the model's maximum.
     """
     lengths = tokens.input_lengths
+    if tokens.max_length is not None:
+        limits = [*limits, tokens.max_length]
     by_length: dict[int, list[int]] = {}
     for row in np.flatnonzero(tokens.token_counts):
-        rung = ladder_length(int(lengths[row]), tokens.max_length)
+        rung = ladder_length(int(lengths[row]), limits)
         by_length.setdefault(rung, []).append(int(row))
-    batches = []
+    batches: list[Batch] = []
     for length in sorted(by_length, reverse=True):
         texts = by_length[length]
         rows = rows_per_batch or ladder_rows(length, token_budget)
-        for start in range(0, len(texts), rows):
-            members = np.array(texts[start : start + rows], dtype=np.int64)
-            batches.append(Batch((rows, length), members))
+        batches.extend(
+            Batch((rows, length), tuple(texts[start : start + rows]))
+            for start in range(0, len(texts), rows)
+        )
     return batches
 
 
 def _pack(
-    encoded: Sequence[Int32[np.ndarray, " n"]],
+    encoded: Sequence[Int32[np.ndarray, " _"]],
     truncated: Bool[np.ndarray, " N"],
     max_length: int | None,
 ) -> TokenizedTexts:
@@ -216,7 +235,7 @@ def _pack(
 
 def _encode_cached(
     texts: TextSet, tokenizer: Any, *, own_special_tokens: bool
-) -> list[Int32[np.ndarray, " n"]]:
+) -> list[Int32[np.ndarray, " _"]]:
     fingerprint = cache.tokenizer_fingerprint(tokenizer)
     key = None
     if fingerprint is not None:

@@ -42,8 +42,8 @@ def key(*parts: str) -> str:
 def load_arrays(name: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under a key, or None if there are none that can be read."""
     try:
-        with np.load(folder() / f"{name}.npz", allow_pickle=False) as file:
-            return dict(file)
+        with (folder() / f"{name}.npz").open("rb") as file:
+            return dict(np.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
 

@@ -348,6 +348,8 @@ def demo_command(
     report = run_demo(out, say=print_note if as_json else print_line)
     if as_json:
         print_json(report)
+    if not report["families_found"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -175,24 +175,33 @@ def _fit(
     """Scale and softcap that turn the ramp into every row of `out`, or None."""
     if not torch.isfinite(out).all():
         return None
-    scale = (out[0, 0] / ramp[0]).item()  # |ramp[0]| is smallest: any softcap is linear there
+    x, y = ramp, out[0]
+    scale, softcap = (y[:1] / x[:1]).item(), None  # |x[0]| is smallest: all but linear there
     if scale <= 0:
         return None
-    size = out.abs().max().item()
-    softcap = None
-    if size < 0.999 * scale * ramp.abs().max().item():
-        # Bisection: the bound c with c·tanh(s·x/c) = y at the largest x; c lies above y.
-        x, low, high = scale * ramp.abs().max().item(), size * (1 - 1e-6), 1e9
-        for _ in range(200):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if middle * math.tanh(x / middle) < size else (low, middle)
-        softcap = float(torch.tensor(high, dtype=torch.float32).item())
-        softcap = round(softcap, 4) if abs(softcap - round(softcap, 4)) < 1e-3 else softcap
-    expected = scale * ramp
+    if y.abs().max() < 0.999 * scale * x.abs().max():
+        for _ in range(3):  # each of the two is found from the other, and converges at once
+            softcap = _bound(scale * x.abs().max().item(), y.abs().max().item())
+            linear = y.abs() <= max(0.01 * softcap, y.abs().min().item())
+            scale = (softcap * torch.atanh(y[linear] / softcap) / x[linear]).median().item()
+    else:
+        scale = (y / x).median().item()
+    if abs(scale - 1.0) < 1e-6:
+        scale = 1.0
+    expected = scale * x
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    error = ((out - expected).abs() / expected.abs().clamp_min(1e-3)).max().item()
-    return (scale, softcap) if error < _RAMP_FIT_ERROR * 10 else None
+    error = ((out - expected).abs() / expected.abs()).max().item()
+    return (scale, softcap) if error < _RAMP_FIT_ERROR else None
+
+
+def _bound(x: float, y: float) -> float:
+    """The c with `c * tanh(x / c) = y`, for y below x; a whole number if it is that near."""
+    low, high = y * (1 - 1e-7), 1e9
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if middle * math.tanh(x / middle) < y else (low, middle)
+    return float(round(high)) if abs(high / max(round(high), 1) - 1) < 1e-5 else high
 
 
 def _agrees(model: Any, head: Head, probe: Tensor) -> bool:

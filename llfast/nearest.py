@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .errors import SearchError
 from .models import open_model
-from .results import LogLikelihoodMatrix
+from .results import LogLikelihoodMatrix, LogLikelihoods
 from .scoring import score
 from .search import Hit, KLIndex
 from .space import ModelSpace
@@ -64,24 +64,24 @@ def find_nearest(
     matrix = _matrix(store, textset, convention, dtype, newest)
     space = ModelSpace.fit(matrix)
     index = KLIndex.build(space)
-    query = _stored_name(model, matrix)
-    found: str | object = query
-    if query is None:
-        if texts is None:
-            raise SearchError(
-                f"model must be in the store, got {model!r}; to score it first, give the text set "
-                "with --texts"
-            )
-        found = score(
-            model, TextSet.load(texts), convention=matrix.convention, dtype=dtype or "auto"
+    stored = _stored_name(model, matrix)
+    query: str | LogLikelihoods
+    if stored is not None:
+        query = stored
+    elif texts is None:
+        raise SearchError(
+            f"model must be in the store, got {model!r}; to score it first, give the text set "
+            "with --texts"
         )
-        query = found.model
+    else:
+        text_set = TextSet.load(texts)
+        query = score(model, text_set, convention=matrix.convention, dtype=dtype or "auto")
     hits = (
-        index.search(found, k, unit=unit)
+        index.search(query, k, unit=unit)
         if radius is None
-        else index.range_search(found, radius, unit=unit)
+        else index.range_search(query, radius, unit=unit)
     )
-    return query, hits
+    return query if isinstance(query, str) else query.model, hits
 
 
 def _matrix(

@@ -106,13 +106,14 @@ class PartialScores:
     def _restore(self) -> None:
         assert self._path is not None
         try:
-            with np.load(self._path, allow_pickle=False) as file:
-                if str(file["key"]) != self._key:
-                    return
-                self.loglikelihoods[:] = file["loglikelihoods"]
-                self.token_budgets[:] = file["token_budgets"]
-                if self.logprobs is not None:
-                    self.logprobs.values[:] = file["logprobs"]
+            with self._path.open("rb") as file:
+                arrays = dict(np.load(file, allow_pickle=False))
+            if str(arrays["key"]) != self._key:
+                return
+            self.loglikelihoods[:] = arrays["loglikelihoods"]
+            self.token_budgets[:] = arrays["token_budgets"]
+            if self.logprobs is not None:
+                self.logprobs.values[:] = arrays["logprobs"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return
 

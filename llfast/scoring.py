@@ -27,12 +27,13 @@ from .batches import (
     GIVEN_TOKENS,
     Batch,
     TokenizedTexts,
+    added_bos,
     given_tokens,
     model_max_length,
     plan_batches,
     tokenize,
 )
-from .errors import CheckpointError, LlfastWarning, ScoringError
+from .errors import LlfastWarning, ScoringError
 from .head import Head, find_head, hidden_states, run_model
 from .kernels import instruction_set
 from .models import FolderSource, MemorySource, ModelSource, open_model
@@ -40,11 +41,17 @@ from .partial import PartialScores
 from .progress import progress_bar
 from .results import LogLikelihoods
 from .texts import TextSet
+from .traits import (
+    check_fit,
+    is_mixture_of_experts,
+    probe_tokens,
+    rope_limits,
+    vocabulary_rows,
+)
 
 SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
 _TOKEN_BUDGETS = {"cpu": 2048, "cuda": 32768}
 _OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take where they are needed
-_PROBE_TOKENS = 24
 
 
 def score(
@@ -52,7 +59,7 @@ def score(
     texts: TextSet | Iterable[str] | None = None,
     *,
     tokenizer: Any = None,
-    token_ids: Sequence[Sequence[int]] | None = None,
+    token_ids: Sequence[Any] | None = None,
     convention: str = "paper",
     dtype: str = "auto",
     device: str = "auto",
@@ -78,7 +85,7 @@ def score(
             tokenizer), or what `models.open_model` returns.
         texts: N texts; may be left out if `token_ids` are given (bits per byte are NaN then).
         tokenizer: for a loaded model; or the folder of a tokenizer.
-        token_ids: N lists of token ids that are scored as they are, tokens 2..n of each.
+        token_ids: N lists or arrays of token ids, scored as they are, tokens 2..n of each.
         convention: which tokens are fed and scored, see `batches.tokenize`.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, except that a CPU
             runs fp16 (and bf16, without instructions for it) in fp32.
@@ -129,7 +136,7 @@ def score(
     else:
         own = source.tokenizer()
         tokens = tokenize(texts, own, convention, model_max_length(source.config, own, convention))
-        adds_bos = _adds_bos(own) or convention != "paper"
+        adds_bos = convention != "paper" or added_bos(own) is not None
 
     loaded = source.load(body_dtype, place)
     provenance = {
@@ -139,12 +146,12 @@ def score(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "attention": getattr(loaded.config, "_attn_implementation", None) or "",
-        "mixture_of_experts": is_mixture_of_experts(loaded.config),
+        "mixture_of_experts": is_mixture_of_experts(loaded),
         "adds_bos": adds_bos,
     }
     with _ready(loaded):
-        _check_vocabulary(loaded, tokens)
-        head = find_head(loaded, _probe(tokens, loaded))
+        check_fit(loaded, tokens, texts.ids)
+        head = find_head(loaded, probe_tokens(loaded))
         provenance["head"] = "own logits" if head is None else str(head)
         key = repr((source.revision, texts.digest, convention, body_dtype, provenance))
         with (
@@ -194,14 +201,6 @@ def resolve_device(name: str, source: ModelSource) -> torch.device:
     return device
 
 
-def is_mixture_of_experts(config: Any) -> bool:
-    """Whether tokens of a batch are routed to experts, and may so touch one another's bits."""
-    config = getattr(config, "text_config", None) or config
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    counts = [getattr(config, name, None) for name in names]
-    return any(isinstance(count, int) and count > 1 for count in counts)
-
-
 def _score_texts(
     model: Any,
     head: Head | None,
@@ -209,13 +208,13 @@ def _score_texts(
     scores: PartialScores,
     token_budget: int,
     ids: Sequence[str],
-) -> Iterator[Int64[np.ndarray, " rows"]]:
+) -> Iterator[list[int]]:
     """Score what is not yet scored, and yield the texts of each batch that is done."""
     while True:
         smaller = False
         for batch in _plan(model, head, tokens, token_budget):
-            unscored = batch.texts[np.isnan(scores.loglikelihoods[batch.texts])]
-            if not len(unscored):
+            unscored = [text for text in batch.texts if np.isnan(scores.loglikelihoods[text])]
+            if not unscored:
                 continue
             try:
                 logprobs = _run_batch(model, head, tokens, batch)
@@ -242,12 +241,12 @@ def _score_texts(
 
 
 def _plan(model: Any, head: Head | None, tokens: TokenizedTexts, token_budget: int) -> list[Batch]:
-    if is_mixture_of_experts(model.config):
-        return plan_batches(tokens, token_budget, rows_per_batch=1)
+    rows = 1 if is_mixture_of_experts(model) else None
     if head is None:
-        vocabulary = _vocabulary(model) or 1
+        vocabulary = vocabulary_rows(model) or 1
         token_budget = min(token_budget, _OWN_LOGITS_BYTES // (4 * vocabulary))
-    return plan_batches(tokens, max(token_budget, 1))
+    limits = [limit for _, limit in rope_limits(model.config)]
+    return plan_batches(tokens, max(token_budget, 1), rows_per_batch=rows, limits=limits)
 
 
 def _run_batch(
@@ -291,7 +290,7 @@ def _keep(
     scores: PartialScores,
     tokens: TokenizedTexts,
     batch: Batch,
-    unscored: Int64[np.ndarray, " rows"],
+    unscored: Sequence[int],
     logprobs: Float32[Tensor, " T"],
     token_budget: int,
     ids: Sequence[str],
@@ -299,7 +298,7 @@ def _keep(
 ) -> None:
     """Sum a batch's logprobs by text, in fp64 and exactly rounded; refuse what is not finite."""
     values = logprobs.numpy()
-    ends = np.cumsum(tokens.token_counts[batch.texts])
+    ends = np.cumsum(tokens.token_counts[list(batch.texts)])
     for text, part in zip(batch.texts, np.split(values, ends[:-1]), strict=True):
         if text not in unscored:
             continue
@@ -312,7 +311,7 @@ def _keep(
                 f"logprobs must be finite, got {total} for text {ids[text]!r} in "
                 f"{str(model.dtype).removeprefix('torch.')}{hint}"
             )
-        scores.keep(int(text), total, part, token_budget)
+        scores.keep(text, total, part, token_budget)
     scores.save_now_and_then()
 
 
@@ -323,7 +322,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _text_set(
-    texts: TextSet | Iterable[str] | None, token_ids: Sequence[Sequence[int]] | None
+    texts: TextSet | Iterable[str] | None, token_ids: Sequence[Any] | None
 ) -> tuple[TextSet, Int64[np.ndarray, " N"]]:
     if texts is None:
         if token_ids is None:
@@ -335,36 +334,6 @@ def _text_set(
     if token_ids is not None and len(token_ids) != len(texts):
         raise ValueError(f"token_ids must be one a text ({len(texts)}), got {len(token_ids)}")
     return texts, texts.text_bytes
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
-
-
-def _vocabulary(model: Any) -> int | None:
-    embedding = model.get_input_embeddings()
-    rows: int | None = getattr(embedding, "num_embeddings", None)
-    return rows
-
-
-def _check_vocabulary(model: Any, tokens: TokenizedTexts) -> None:
-    rows = _vocabulary(model)
-    largest = int(tokens.ids.max(initial=0))
-    if rows is not None and largest >= rows:
-        raise CheckpointError(
-            f"token ids must be below the model's {rows} embedding rows, got {largest}; the "
-            "tokenizer does not belong to this model"
-        )
-
-
-def _probe(tokens: TokenizedTexts, model: Any) -> Int64[Tensor, " S"]:
-    """A few distinct tokens of the texts themselves, filled up from the vocabulary."""
-    used = np.unique(tokens.ids)
-    used = used[:: max(1, len(used) // _PROBE_TOKENS)][:_PROBE_TOKENS]
-    filler = np.arange(min(_vocabulary(model) or 2, _PROBE_TOKENS))
-    probe = np.concatenate((used, np.setdiff1d(filler, used)))[:_PROBE_TOKENS]
-    return torch.from_numpy(probe.astype(np.int64)).to(model.device)
 
 
 def device_name(device: torch.device) -> str:

@@ -164,6 +164,20 @@ def build_texts(
         TextSetError: if a file named in `inputs` is not UTF-8, or no chunk is long enough.
         ValueError: if the sizes make no sense.
     """
+    skipped: list[str] = []
+    texts, documents, chunks = sample_chunks(
+        _documents(inputs, skipped), n=n, max_bytes=max_bytes, min_bytes=min_bytes, seed=seed
+    )
+    return texts, BuildReport(documents=documents, chunks=chunks, skipped_files=tuple(skipped))
+
+
+def sample_chunks(
+    documents: Iterable[tuple[str, str]], *, n: int, max_bytes: int, min_bytes: int, seed: int
+) -> tuple[TextSet, int, int]:
+    """As `build_texts`, from documents (name, text) at hand.
+
+    Returns: the set, how many documents there were, and how many chunks were long enough.
+    """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if not 0 <= min_bytes < max_bytes or max_bytes < 4:
@@ -172,10 +186,9 @@ def build_texts(
             f"got {min_bytes} and {max_bytes}"
         )
     counts = {"documents": 0, "chunks": 0}
-    skipped: list[str] = []
 
     def ranked() -> Iterator[tuple[bytes, int, int, str, str, str]]:
-        for document, (name, text) in enumerate(_documents(inputs, skipped)):
+        for document, (name, text) in enumerate(documents):
             counts["documents"] += 1
             for part, chunk in enumerate(_chunks(text, max_bytes)):
                 if len(chunk) > min_bytes:
@@ -193,10 +206,7 @@ def build_texts(
     texts = TextSet.from_texts(
         (row[4] for row in sample), (row[3] for row in sample), (row[5] for row in sample)
     )
-    report = BuildReport(
-        documents=counts["documents"], chunks=counts["chunks"], skipped_files=tuple(skipped)
-    )
-    return texts, report
+    return texts, counts["documents"], counts["chunks"]
 
 
 def _documents(

@@ -1,0 +1,160 @@
+"""The whole way on real models, with no network: train a zoo, score it, find its families again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .fleet import ModelRequest, Outcome, score_models
+from .mapping import draw_map
+from .search import Hit, KLIndex
+from .space import ModelSpace
+from .store import Store
+from .texts import TextSet, sample_chunks
+from .zoo import build_zoo
+from .zoo_corpora import installed_corpora
+from .zoo_plan import ZooModel
+
+_TEXTS = 500
+
+
+def run_demo(
+    out: str | os.PathLike[str], *, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Train, score, compare and draw a zoo of small models under `out`.
+
+    What is there already is kept: a second run is short.
+
+    Args:
+        out: the folder for texts, models, results and the map.
+        say: is called with each line of the report.
+
+    Returns:
+        The report: files, nearest relatives, and whether each light fine-tune's nearest relative
+        outside its own run is of its family (`"families_found"`).
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    corpora = installed_corpora()
+    texts, documents, _ = sample_chunks(
+        ((document.name, document.text) for document in corpora.evaluation),
+        n=_TEXTS,
+        max_bytes=1024,
+        min_bytes=256,
+        seed=42,
+    )
+    texts.save(out / "texts.jsonl")
+    say(
+        f"{len(texts)} texts of up to 1,024 bytes from {documents} documents of this Python "
+        "installation"
+    )
+    say("Models, each trained on other documents of the same kinds:")
+    zoo = build_zoo(
+        out / "zoo",
+        corpora=corpora,
+        progress=lambda model, done, total: say(f"  trained {model.name} ({done}/{total})"),
+    )
+    trained = time.monotonic()
+    say(f"{len(zoo)} models of {len({m.architecture for m in zoo})} architectures in {out / 'zoo'}")
+    store = Store(out / "store")
+    outcomes = score_models([_request(model) for model in zoo], texts, store, progress=None)
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    say(_scoring_line(outcomes, texts, time.monotonic() - trained))
+
+    matrix = store.matrix(texts.digest, models=[model.name for model in zoo], duplicates="newest")
+    space = ModelSpace.fit(matrix)
+    index = KLIndex.build(space)
+    nearest = {model: index.search(model, k=len(zoo)) for model in space.models}
+    say("")
+    say("The nearest three of each model, KL in bits/byte ± standard error:")
+    width = max(len(name) for name in space.models)
+    for model in space.models:
+        hits = ", ".join(
+            f"{h.model} {h.kl:.3f} ± {h.standard_error:.3f}" for h in nearest[model][:3]
+        )
+        say(f"  {model:{width}}  {hits}")
+    say("")
+    checks = [
+        _check(model, zoo, nearest[model.name])
+        for model in zoo
+        if model.relation in ("fine-tune", "heavy fine-tune")
+    ]
+    found = [check for check in checks if check["light"]]
+    say(
+        f"{sum(check['same_family'] for check in found)} of {len(found)} light fine-tunes have "
+        "their base or a sibling as nearest relative outside their own run"
+    )
+    for check in checks:
+        if check["same_family"] != check["light"]:
+            verb = "has left its family" if not check["same_family"] else "is still at home"
+            say(f"  {check['model']} {verb}: nearest is {check['nearest']} at {check['kl']:.3f}")
+    map_path = out / "map.png"
+    draw_map(
+        space,
+        map_path,
+        families={model.name: model.family for model in zoo},
+        parents={model.name: model.parents[0] for model in zoo if model.parents},
+    )
+    say("")
+    say(f"Map: {map_path}   Results: {out / 'store'}   {time.monotonic() - start:.0f} s in all")
+    example = next(model.name for model in zoo if model.relation == "fine-tune")
+    say("Try next:")
+    for command in next_commands(out, example, zoo[0].name):
+        say(f"  {command}")
+    return {
+        "texts": str(out / "texts.jsonl"),
+        "store": str(out / "store"),
+        "map": str(map_path),
+        "models": [model.name for model in zoo],
+        "nearest": {name: [hit.summary() for hit in hits[:3]] for name, hits in nearest.items()},
+        "checks": checks,
+        "failed": [outcome.summary() for outcome in failed],
+        "families_found": not failed and all(check["same_family"] for check in found),
+    }
+
+
+def next_commands(out: Path, model: str, other: str) -> list[str]:
+    """What to try after the demo."""
+    return [
+        f"llfast search {model} --store {out / 'store'} -k 5",
+        f"llfast kl {model} {other} --store {out / 'store'}",
+        f"llfast info {out / 'store'}",
+        f"llfast score YOUR_MODEL --texts {out / 'texts.jsonl'} --store {out / 'store'}",
+    ]
+
+
+def _request(model: ZooModel) -> ModelRequest:
+    metadata = {
+        "family": model.family,
+        "architecture": model.architecture,
+        "relation": model.relation,
+        "parents": list(model.parents),
+    }
+    return ModelRequest(model=str(model.path), name=model.name, metadata=metadata)
+
+
+def _scoring_line(outcomes: Sequence[Outcome], texts: TextSet, seconds: float) -> str:
+    scored = [outcome.result for outcome in outcomes if outcome.result is not None]
+    kept = sum(outcome.status == "skipped" for outcome in outcomes)
+    tokens = sum(int(result.token_counts.sum()) for result in scored)
+    line = f"scored {len(scored)} models on {len(texts)} texts"
+    if scored:
+        line += f": {tokens:,} tokens in {seconds:.0f} s"
+    return line + (f", {kept} were in the store" if kept else "")
+
+
+def _check(model: ZooModel, zoo: Sequence[ZooModel], hits: Sequence[Hit]) -> dict[str, Any]:
+    """A fine-tune's nearest relative outside its own run, and whether it is of its family."""
+    by_name = {each.name: each for each in zoo}
+    hit = next(hit for hit in hits if by_name[hit.model].run != model.run)
+    return {
+        "model": model.name,
+        "light": model.relation == "fine-tune",
+        "nearest": hit.model,
+        "kl": hit.kl,
+        "same_family": by_name[hit.model].family == model.family,
+    }
