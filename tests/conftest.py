@@ -1,0 +1,48 @@
+"""Shared by all tests: types checked at run time, no network, a cache of their own."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Set before anything reads it, and inherited by the commands that tests run.
+os.environ["LLFAST_CACHE"] = tempfile.mkdtemp(prefix="llfast-tests-")
+
+# Where arrays are; `texts` checks its arguments itself, and is tested to.
+TYPED = "batches head importing intervals kernels mapping results scoring search space".split()
+jaxtyping.install_import_hook([f"llfast.{name}" for name in TYPED], "beartype.beartype")
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            if os.environ.get("LLFAST_REQUIRE_GPU"):
+                pytest.fail("LLFAST_REQUIRE_GPU is set, and torch sees no CUDA device")
+            pytest.skip("needs a CUDA device; the GPU script runs it with LLFAST_REQUIRE_GPU=1")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """A folder of real data that a checkout may have beside it."""
+    if not SHARED.is_dir():
+        pytest.skip(
+            f"real data is not beside this checkout ({SHARED.name}/); a twin test runs here"
+        )
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder with small checkpoints, made once; see `tiny.py`."""
+    from tests.tiny import make_checkpoints
+
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))

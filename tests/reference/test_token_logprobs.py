@@ -1,0 +1,437 @@
+"""The fused output head against fp64, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+import llfast
+from llfast import _native, kernels
+from llfast.kernels import cpu, instruction_set, reference, token_logprobs
+
+# Added to twice the error of same-dtype torch: so many fp32 roundings (2**-24, relative) of the
+# largest logit or result, which no fp32 arithmetic avoids.
+FLOOR_ROUNDINGS = {"plain": 2, "softcap": 4}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SETS = _native.available_instruction_sets()
+SHAPES = (  # (T, V, D): aligned, ragged, odd, tiny; around each block of the kernel
+    (1, 1, 1),
+    (1, 5, 3),
+    (2, 1, 7),
+    (6, 4, 16),
+    (3, 127, 15),
+    (5, 128, 17),
+    (7, 129, 33),
+    (48, 1024, 64),
+    (49, 1025, 65),
+    (97, 2051, 31),
+    (13, 301, 1024),
+    (9, 300, 1025),
+    (4, 131, 2100),
+)
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+
+
+@pytest.fixture(params=SETS)
+def forced_set(request, monkeypatch):
+    monkeypatch.setenv("LLFAST_ISA", request.param)
+    assert instruction_set() == request.param
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=NAMES.get)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_case(shape, dtype, seed=0, spread=3.0):
+    """Hidden states, head and targets whose logits have a standard deviation of `spread`."""
+    tokens, vocabulary, width = shape
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=random) * spread
+    lm_head = torch.randn(vocabulary, width, generator=random) / math.sqrt(width)
+    targets = torch.randint(vocabulary, (tokens,), generator=random)
+    return hidden.to(dtype), lm_head.to(dtype), targets
+
+
+def fp64_logits(products, bias=None, scale=1.0, softcap=None):
+    logits = products.double()
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def check(function, hidden, lm_head, targets, **options):
+    """`function` errs at most twice as much as torch's product in fp32 and fp64 from there on."""
+    logits = fp64_logits(hidden.double() @ lm_head.double().T, **options)
+    rounded = fp64_logits(hidden.float() @ lm_head.float().T, **options)
+    columns = targets.long()[:, None]
+    truth = logits.log_softmax(-1).gather(1, columns)[:, 0]
+    oracle = rounded.log_softmax(-1).gather(1, columns)[:, 0]
+    found = function(hidden, lm_head, targets, **options)
+    assert found.dtype == torch.float32
+    assert found.shape == targets.shape
+    finite = truth.isfinite()
+    assert torch.equal(found[~finite].nan_to_num(), truth[~finite].float().nan_to_num())
+    assert torch.equal(found.isnan(), truth.isnan())
+    numbers = torch.cat([logits.flatten(), truth]).abs()
+    largest = numbers[numbers.isfinite()].amax().item()
+    floor = FLOOR_ROUNDINGS["softcap" if options.get("softcap") else "plain"] * largest * 2**-24
+    error = (found - truth)[finite].abs()
+    limit = 2 * (oracle - truth)[finite].abs().max() + floor if finite.any() else 0
+    assert (error <= limit).all(), f"off by {error.max():.2e}, limit {limit:.2e}"
+
+
+# ----------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_is_as_near_to_fp64_as_torch(shape, dtype, forced_set):
+    check(token_logprobs, *make_case(shape, dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_twin_is_as_near_to_fp64_as_torch(shape, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "_CHUNK_BYTES", 60_000)  # several chunks of T and of V
+    bias = torch.linspace(-1, 1, shape[1])
+    check(reference.token_logprobs, *make_case(shape, dtype))
+    check(reference.token_logprobs, *make_case(shape, dtype), bias=bias, scale=0.7, softcap=6.0)
+
+
+OPTIONS = {
+    "bias": {"bias": True},
+    "scale": {"scale": 0.0625},
+    "negative scale": {"scale": -1.5},
+    "softcap": {"softcap": 4.0},
+    "all": {"bias": True, "scale": 0.3, "softcap": 30.0},
+}
+
+
+@pytest.mark.parametrize("shape", [(7, 129, 33), (50, 1100, 20), (1, 3, 1)], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bias_scale_and_softcap(shape, name, dtype, forced_set):
+    options = dict(OPTIONS[name])
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(shape[1], generator=torch.Generator().manual_seed(5)) * 2
+    check(token_logprobs, *make_case(shape, dtype), **options)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_bias_of_another_dtype(bias_dtype):
+    bias = torch.linspace(-3, 3, 200).to(bias_dtype)
+    case = make_case((5, 200, 12), torch.float32)
+    expected = token_logprobs(*case, bias=bias.float())
+    assert torch.equal(token_logprobs(*case, bias=bias), expected)
+
+
+def test_peaked_flat_and_negative_rows(dtype, forced_set):
+    hidden, lm_head, _ = make_case((6, 1500, 24), dtype, spread=60.0)
+    best = (hidden.double() @ lm_head.double().T).argmax(1)
+    check(token_logprobs, hidden, lm_head, best)
+    assert (token_logprobs(hidden, lm_head, best) <= 0).all()
+    check(token_logprobs, hidden, lm_head, torch.full((6,), 1499))
+    flat = token_logprobs(torch.zeros_like(hidden), lm_head, best)
+    torch.testing.assert_close(flat, torch.full((6,), -math.log(1500)), rtol=2e-7, atol=0)
+    check(token_logprobs, -hidden.abs(), lm_head.abs(), best)
+
+
+def test_one_word_is_certain(dtype, forced_set):
+    hidden, lm_head, targets = make_case((3, 1, 5), dtype)
+    assert token_logprobs(hidden, lm_head, targets).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("ruled_out", [(0, 1), (0, 128), (0, 1024), (100, 1300), (1, 1400)])
+def test_words_ruled_out_by_the_bias(ruled_out, forced_set):
+    hidden, lm_head, targets = make_case((8, 1400, 20), torch.float32)
+    targets[0], targets[1] = 0, 1399
+    bias = torch.zeros(1400)
+    bias[slice(*ruled_out)] = -math.inf
+    check(token_logprobs, hidden, lm_head, targets, bias=bias)
+    check(token_logprobs, hidden, lm_head, targets, bias=bias, softcap=5.0)
+    targets[:] = ruled_out[0]
+    assert (token_logprobs(hidden, lm_head, targets, bias=bias) == -math.inf).all()
+
+
+def test_all_words_but_one_or_all_ruled_out(forced_set):
+    hidden, lm_head, targets = make_case((3, 1400, 20), torch.float32)
+    bias = torch.full((1400,), -math.inf)
+    assert token_logprobs(hidden, lm_head, targets, bias=bias).isnan().all()
+    bias[1030] = 0.0
+    targets[:] = 1030
+    assert token_logprobs(hidden, lm_head, targets, bias=bias).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bad_row_is_nan_and_harms_no_other(value, dtype, forced_set):
+    hidden, lm_head, targets = make_case((20, 300, 37), dtype)
+    good = token_logprobs(hidden, lm_head, targets)
+    hidden[7, 3] = value
+    found = token_logprobs(hidden, lm_head, targets)
+    assert found[7].isnan()
+    others = torch.arange(20) != 7
+    assert torch.equal(found[others], good[others])
+
+
+# ------------------------------------------------------------------------- same bits every time
+
+
+def test_bits_depend_neither_on_other_rows_nor_on_threads(dtype, forced_set):
+    hidden, lm_head, targets = make_case((101, 4099, 96), dtype)
+    bias = torch.linspace(-1, 1, 4099)
+    options = {"bias": bias, "scale": 0.9, "softcap": 20.0}
+    torch.set_num_threads(1)
+    expected = token_logprobs(hidden, lm_head, targets, **options)
+    for threads in range(2, 9):
+        torch.set_num_threads(threads)
+        assert torch.equal(token_logprobs(hidden, lm_head, targets, **options), expected)
+    order = torch.randperm(101, generator=torch.Generator().manual_seed(1))
+    shuffled = token_logprobs(hidden[order], lm_head, targets[order], **options)
+    assert torch.equal(shuffled, expected[order])
+    for begin, end in ((0, 1), (100, 101), (3, 5), (10, 13), (17, 21), (40, 45), (2, 8), (1, 100)):
+        part = token_logprobs(hidden[begin:end], lm_head, targets[begin:end], **options)
+        assert torch.equal(part, expected[begin:end])
+
+
+@pytest.mark.parametrize("width", [768, 1100])
+def test_bits_at_real_width(width, dtype):
+    hidden, lm_head, targets = make_case((60, 5003, width), dtype)
+    expected = token_logprobs(hidden, lm_head, targets)
+    for row in (0, 31, 59):
+        alone = token_logprobs(hidden[[row]], lm_head, targets[[row]])
+        assert torch.equal(alone, expected[[row]])
+
+
+def test_slices_of_t_change_no_bit():
+    """T is cut when its partial sums outgrow their share of memory: 1 MiB is 13,107 rows here."""
+    tokens = 30_000
+    hidden, lm_head, targets = make_case((tokens, 10 * 1024, 1), torch.float32)
+    hidden[:], targets[:] = hidden[0], 77
+    lm_head = lm_head[:, :1]
+    torch.set_num_threads(1)
+    assert len(token_logprobs(hidden, lm_head, targets).unique()) == 1
+
+
+# -------------------------------------------------------------------------------------- layouts
+
+
+def layouts(matrix):
+    rows, width = matrix.shape
+    wide = torch.full((rows + 1, width + 5), math.nan, dtype=matrix.dtype)
+    wide[1:, 3 : width + 3] = matrix
+    yield "slice of a wider matrix", wide[1:, 3 : width + 3]
+    yield "columns first", matrix.T.contiguous().T
+    spaced = torch.full((2 * rows, width), math.nan, dtype=matrix.dtype)
+    spaced[::2] = matrix
+    yield "every other row", spaced[::2]
+    apart = torch.full((rows, 2 * width), math.nan, dtype=matrix.dtype)
+    apart[:, ::2] = matrix
+    yield "every other column", apart[:, ::2]
+    memory = bytearray(matrix.numel() * matrix.element_size() + 1)
+    odd = torch.frombuffer(memory, dtype=matrix.dtype, offset=1, count=matrix.numel())
+    yield "an odd address", odd.view(rows, width).copy_(matrix)
+
+
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_layouts_change_no_bit(width, dtype, forced_set):
+    hidden, lm_head, targets = make_case((11, 150, width), dtype)
+    expected = token_logprobs(hidden, lm_head, targets)
+    for name, other in layouts(hidden):
+        assert torch.equal(token_logprobs(other, lm_head, targets), expected), name
+    for name, other in layouts(lm_head):
+        assert torch.equal(token_logprobs(hidden, other, targets), expected), name
+    repeated = token_logprobs(hidden[:1].expand(11, -1), lm_head, targets[:1].expand(11))
+    assert torch.equal(repeated, expected[:1].expand(11))
+    bias = torch.stack([torch.linspace(0, 1, 150), torch.zeros(150)], dim=1)[:, 0]
+    assert torch.equal(
+        token_logprobs(hidden, lm_head, targets, bias=bias),
+        token_logprobs(hidden, lm_head, targets, bias=bias.clone()),
+    )
+
+
+def test_offsets_past_2_to_the_31(tmp_path):
+    """Three rows 2**30 elements apart, in a file of holes."""
+    rows = torch.tensor([[0.5, 1.0, -2.0], [1.0, 0.25, 3.0], [-1.0, 2.0, 0.5]]).bfloat16()
+    path = str(tmp_path / "sparse")
+    file = torch.from_file(path, shared=True, size=2**31 + 3, dtype=torch.bfloat16)
+    far = file.as_strided((3, 3), (2**30, 1))
+    far.copy_(rows)
+    targets = torch.tensor([0, 1, 2])
+    assert torch.equal(token_logprobs(rows, far, targets), token_logprobs(rows, rows, targets))
+    assert torch.equal(token_logprobs(far, rows, targets), token_logprobs(rows, rows, targets))
+
+
+def test_int32_targets_parameters_and_no_tokens():
+    hidden, lm_head, targets = make_case((4, 30, 8), torch.float32)
+    expected = token_logprobs(hidden, lm_head, targets)
+    parameter = torch.nn.Parameter(lm_head)
+    found = token_logprobs(hidden.requires_grad_(), parameter, targets.int())
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+    empty = token_logprobs(hidden[:0], lm_head, targets[:0])
+    assert empty.shape == (0,)
+    assert empty.dtype == torch.float32
+
+
+# ------------------------------------------------------------------ what the caller must not feel
+
+
+def long_call():
+    """Minutes of work in a megabyte: one row of hidden and of head, repeated by a stride of 0."""
+    hidden = torch.ones(1, 512).expand(200_000, -1)
+    lm_head = torch.ones(1, 512).expand(200_000, -1)
+    return token_logprobs(hidden, lm_head, torch.zeros(200_000, dtype=torch.int64))
+
+
+def test_signals_end_a_long_call():
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_):
+        raise StoppedError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        begin = time.perf_counter()
+        with pytest.raises(StoppedError):
+            long_call()
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert time.perf_counter() - begin < 2  # 0.3 s on an idle machine
+
+
+def test_other_python_threads_run_meanwhile():
+    hidden, lm_head, targets = make_case((256, 20_000, 64), torch.float32)
+    torch.set_num_threads(1)
+    begun = threading.Event()
+
+    def call():
+        begun.set()
+        for _ in range(3):
+            token_logprobs(hidden, lm_head, targets)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    begun.wait()
+    turns = 0
+    while thread.is_alive():
+        turns += 1
+        time.sleep(1e-4)
+    assert turns > 50
+
+
+MEMORY = """
+import torch
+from llfast.kernels import reference, token_logprobs
+
+def peak_mib():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+hidden, lm_head = torch.randn(4096, 8), torch.randn(50_000, 8)
+targets = torch.zeros(4096, dtype=torch.int64)
+for function, limit in ((token_logprobs, 16), (reference.token_logprobs, 72)):
+    function(hidden[:1], lm_head, targets[:1])
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak_mib()
+    function(hidden, lm_head, targets)
+    assert peak_mib() - before < limit, (function, peak_mib() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_logits_are_never_whole():
+    """They would take 781 MiB."""
+    subprocess.run([sys.executable, "-c", MEMORY], check=True, timeout=120)
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "float64": (TypeError, "hidden must be float32, bfloat16 or float16, got torch.float64"),
+    "mixed": (TypeError, "lm_head must have the dtype of hidden, torch.float32, got torch.float16"),
+    "float targets": (TypeError, "targets must be int64 or int32, got torch.float32"),
+    "int bias": (TypeError, "bias must be of a floating dtype, got torch.int64"),
+    "hidden of 3 dimensions": (ValueError, "hidden must be of shape (T, D), got (1, 4, 8)"),
+    "width": (ValueError, "D = 8 > 0, got (9, 7)"),
+    "no words": (ValueError, "V > 0 and D = 8 > 0, got (0, 8)"),
+    "targets": (ValueError, "targets must be of shape (T,) with T = 4, got (3,)"),
+    "bias": (ValueError, "bias must be of shape (V,) with V = 9, got (8,)"),
+    "high target": (ValueError, "[0, V) with V = 9, got values from 0 to 9"),
+    "negative target": (ValueError, "[0, V) with V = 9, got values from -100 to 0"),
+    "scale": (ValueError, "scale must be finite, got nan"),
+    "softcap 0": (ValueError, "softcap must be positive and finite, got 0"),
+    "softcap inf": (ValueError, "softcap must be positive and finite, got inf"),
+    "device": (ValueError, "lm_head must be on the device of hidden, cpu, got meta"),
+}
+
+
+def refused_arguments(name):
+    hidden, lm_head, targets = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4).long()
+    changes = {
+        "float64": {"hidden": hidden.double()},
+        "mixed": {"lm_head": lm_head.half()},
+        "float targets": {"targets": targets.float()},
+        "int bias": {"bias": torch.zeros(9).long()},
+        "hidden of 3 dimensions": {"hidden": hidden[None]},
+        "width": {"lm_head": lm_head[:, :7]},
+        "no words": {"lm_head": lm_head[:0]},
+        "targets": {"targets": targets[:3]},
+        "bias": {"bias": torch.zeros(8)},
+        "high target": {"targets": torch.tensor([0, 9, 0, 0])},
+        "negative target": {"targets": torch.tensor([0, -100, 0, 0])},
+        "scale": {"scale": math.nan},
+        "softcap 0": {"softcap": 0.0},
+        "softcap inf": {"softcap": math.inf},
+        "device": {"lm_head": lm_head.to("meta")},
+    }
+    return {"hidden": hidden, "lm_head": lm_head, "targets": targets} | changes[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_argument_and_its_value(name):
+    error, message = REFUSED[name]
+    unchecked = inspect.unwrap(token_logprobs)  # without the run-time types of tests
+    with pytest.raises(error) as caught:
+        unchecked(**refused_arguments(name))
+    assert message in str(caught.value)
+    assert "; " in str(caught.value)  # says what to do
+
+
+def test_an_instruction_set_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("LLFAST_ISA", "avx1024")
+    with pytest.raises(ValueError, match="LLFAST_ISA must name .* got 'avx1024'"):
+        instruction_set()
+    with pytest.raises(ValueError, match="avx1024"):
+        token_logprobs(*make_case((1, 2, 3), torch.float32))
+
+
+def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llfast._native", None)
+    monkeypatch.delattr(llfast, "_native")
+    cpu._native.cache_clear()
+    try:
+        case = make_case((5, 70, 9), torch.float32)
+        with pytest.warns(RuntimeWarning, match="C\\+\\+ kernels are not usable") as warned:
+            found = kernels.token_logprobs(*case)
+        assert instruction_set() == "torch"  # and no second warning, which would be an error
+        assert len(warned) == 1
+        assert torch.equal(found, reference.token_logprobs(*case))
+    finally:
+        cpu._native.cache_clear()

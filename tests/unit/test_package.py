@@ -1,0 +1,78 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import llfast
+
+PACKAGE = Path(llfast.__file__).parent
+# Imports run one way: a module may import those to the left of it only.
+ORDER = (
+    "errors files cache texts results batches kernels checkpoint models head traits partial "
+    "progress scoring shards store importing intervals spacefile space search estimate fleet "
+    "nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli __main__"
+).split()
+ONLY_IN = {
+    "faiss": {"search"},
+    "peft": {"models"},
+    "matplotlib": {"mapping"},
+    "transformers": {"models", "scoring", "zoo", "zoo_corpora", "zoo_training"},
+    "pyarrow": {"shards", "store", "importing"},
+    "typer": {"cli"},
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts != ("__init__",):
+            yield parts[0], path
+
+
+def imported(path):
+    """(names of our own modules, names of other packages) that a file imports."""
+    own, other = set(), set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            own |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            other.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            other |= {alias.name.split(".")[0] for alias in node.names}
+    return own - {"__version__", "_native"}, other
+
+
+def test_imports_run_one_way():
+    for name, path in modules():
+        assert name in ORDER, f"{path.name} is not in the order of modules"
+        later = {each for each in imported(path)[0] if ORDER.index(each) >= ORDER.index(name)}
+        assert not later - {name}, f"{path.name} imports {later}, which comes after it"
+
+
+def test_special_packages_are_imported_in_few_files():
+    for name, path in modules():
+        for package, allowed in ONLY_IN.items():
+            assert package not in imported(path)[1] or name in allowed, (path.name, package)
+
+
+def test_public_names_are_sorted_and_there():
+    assert llfast.__all__ == sorted(llfast.__all__)
+    for name in llfast.__all__:
+        assert getattr(llfast, name).__doc__, name
+
+
+def test_importing_llfast_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys, time; start = time.perf_counter(); import llfast; "
+        "print(time.perf_counter() - start); "
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'typer'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 0.3
+
+
+def test_no_file_is_long():
+    for _, path in modules():
+        assert len(path.read_text().splitlines()) <= 400, path.name

@@ -1,0 +1,130 @@
+import hashlib
+import json
+import struct
+
+import pytest
+
+from llfast import TextSet, TextSetError, build_texts
+
+
+def test_digest_is_sha256_over_lengths_and_bytes():
+    texts = TextSet.from_texts(["héllo", ""], ids=["a", "b"])
+    expected = hashlib.sha256()
+    for part in (b"a", "héllo".encode(), b"b", b""):
+        expected.update(struct.pack("<Q", len(part)) + part)
+    assert texts.digest == expected.hexdigest()
+    assert texts.text_bytes.tolist() == [6, 0]
+
+
+def test_digest_tells_where_one_text_ends():
+    assert TextSet.from_texts(["ab", "c"]).digest != TextSet.from_texts(["a", "bc"]).digest
+    assert TextSet.from_texts(["a"], groups=["g"]).digest == TextSet.from_texts(["a"]).digest, (
+        "groups are outside the digest"
+    )
+
+
+def test_save_and_load_give_the_same_set(tmp_path):
+    odd = ["line\nbreak", 'quote "', "\u2028 separator", "tab\t", "emoji 🙂", "", "\x00 nul"]
+    texts = TextSet.from_texts(odd, groups=["d"] * len(odd))
+    texts.save(tmp_path / "t.jsonl")
+    again = TextSet.load(tmp_path / "t.jsonl")
+    assert (again.texts, again.ids, again.groups) == (texts.texts, texts.ids, texts.groups)
+    assert again.digest == texts.digest
+    assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "at least one text"),
+        (b'{"text": "a"\n', "line 1 must be a JSON object"),
+        (b'{"text": "a"}\n{"id": "x"}\n', 'line 2 must be an object with a string "text"'),
+        (b'{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}\n', "'x' for texts 0 and 1"),
+        (b'{"text": "\xff"}\n', "line 1 must be UTF-8, got byte 0xff at offset 10"),
+        (b'{"text": "\\ud800"}\n', "lone surrogate"),
+        (b"[" * 100_000, "line 1 must be a JSON object"),
+    ],
+)
+def test_bad_files_are_refused_by_line(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(TextSetError, match=message):
+        TextSet.load(path)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(TextSetError, match="at least one text"):
+        TextSet.from_texts([])
+    with pytest.raises(TypeError, match="got one string"):
+        TextSet.from_texts("abc")
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string"):
+        TextSet.from_texts(["a", 1])
+    with pytest.raises(ValueError, match="min_bytes must be below"):
+        build_texts(["x"], min_bytes=10, max_bytes=10)
+
+
+def test_chunks_never_split_a_character_and_lose_nothing_but_short_tails(tmp_path):
+    document = "aé漢🙂" * 500
+    (tmp_path / "doc.txt").write_text(document, encoding="utf-8")
+    texts, report = build_texts([tmp_path / "doc.txt"], max_bytes=64, min_bytes=8, n=10_000)
+    joined = "".join(texts.texts)
+    assert document.startswith(joined)
+    assert len(document.encode()) - len(joined.encode()) <= 8
+    assert all(8 < size <= 64 for size in texts.text_bytes)
+    assert all(size > 60 for size in texts.text_bytes[:-1]), "a cut steps back at most 3 bytes"
+    assert report.chunks == len(texts)
+
+
+def test_a_chunk_of_exactly_min_bytes_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * (100 + 10))
+    texts, _ = build_texts([tmp_path / "a.txt"], max_bytes=100, min_bytes=10)
+    assert texts.text_bytes.tolist() == [100]
+    texts, _ = build_texts([tmp_path / "a.txt"], max_bytes=100, min_bytes=9)
+    assert texts.text_bytes.tolist() == [100, 10]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"document {number} " * 200)
+    (folder / "sub" / "code.py").write_text("x = 1\n" * 300)
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {n} " * 100}) + "\n" for n in range(5))
+    )
+    (folder / "image.bin").write_bytes(b"\xff\xfe\x00" * 100)
+    (folder / ".hidden").write_text("secret " * 200)
+    return folder
+
+
+def test_sampling_is_deterministic_and_a_sample(corpus):
+    every, report = build_texts([corpus], n=10_000)
+    sample, _ = build_texts([corpus], n=20, seed=1)
+    again, _ = build_texts([corpus], n=20, seed=1)
+    other, _ = build_texts([corpus], n=20, seed=2)
+    assert len(sample) == 20
+    assert sample.digest == again.digest != other.digest
+    assert set(sample.ids) < set(every.ids)
+    order = {id_: place for place, id_ in enumerate(every.ids)}
+    assert [order[i] for i in sample.ids] == sorted(order[i] for i in sample.ids)
+    assert report.documents == 30 + 1 + 5
+    assert report.skipped_files == ("corpus/image.bin",)
+    assert not any("hidden" in id_ for id_ in every.ids)
+    assert "corpus/sub/code.py:0" in every.ids
+    assert every.groups is not None
+    assert every.groups[every.ids.index("corpus/3.txt:1")] == "corpus/3.txt"
+
+
+def test_a_larger_sample_contains_the_smaller_one(corpus):
+    small, _ = build_texts([corpus], n=10)
+    large, _ = build_texts([corpus], n=40)
+    assert set(small.ids) <= set(large.ids)
+
+
+def test_a_named_file_that_is_not_text_is_an_error(corpus):
+    with pytest.raises(TextSetError, match="image.bin must be UTF-8"):
+        build_texts([corpus / "image.bin"])
+    with pytest.raises(TextSetError, match="longer than 256 bytes, got none"):
+        (corpus / "short.txt").write_text("short")
+        build_texts([corpus / "short.txt"])
