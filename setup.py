@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
-ParallelCompile("LLFAST_BUILD_JOBS", needs_recompile=naive_recompile).install()
+ParallelCompile("LLFAST_BUILD_JOBS").install()
 
 setup(
     ext_modules=[
@@ -14,7 +14,14 @@ setup(
             sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"],
+            extra_compile_args=[
+                "-O3",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+            ],
             extra_link_args=["-pthread"],
         )
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import signal
 import subprocess
@@ -13,9 +12,8 @@ import time
 import pytest
 import torch
 
-import llfast
-from llfast import _native, kernels
-from llfast.kernels import cpu, instruction_set, reference, token_logprobs
+from llfast import _native
+from llfast.kernels import instruction_set, reference, token_logprobs
 
 # Added to twice the error of same-dtype torch: so many fp32 roundings (2**-24, relative) of the
 # largest logit or result, which no fp32 arithmetic avoids.
@@ -218,13 +216,12 @@ def test_bits_at_real_width(width, dtype):
 
 
 def test_slices_of_t_change_no_bit():
-    """T is cut when its partial sums outgrow their share of memory: 1 MiB is 13,107 rows here."""
-    tokens = 30_000
-    hidden, lm_head, targets = make_case((tokens, 10 * 1024, 1), torch.float32)
-    hidden[:], targets[:] = hidden[0], 77
-    lm_head = lm_head[:, :1]
+    """T is cut when its partial sums outgrow 1 MiB a thread, which is 13,107 rows here."""
+    hidden, lm_head, targets = make_case((30_000, 10 * 1024, 1), torch.float32)
     torch.set_num_threads(1)
-    assert len(token_logprobs(hidden, lm_head, targets).unique()) == 1
+    found = token_logprobs(hidden, lm_head, targets)
+    parts = zip(hidden.split(9000), targets.split(9000), strict=True)
+    assert torch.equal(found, torch.cat([token_logprobs(h, lm_head, t) for h, t in parts]))
 
 
 # -------------------------------------------------------------------------------------- layouts
@@ -359,79 +356,3 @@ for function, limit in ((token_logprobs, 16), (reference.token_logprobs, 72)):
 def test_logits_are_never_whole():
     """They would take 781 MiB."""
     subprocess.run([sys.executable, "-c", MEMORY], check=True, timeout=120)
-
-
-# --------------------------------------------------------------------------------------- refusals
-
-REFUSED = {
-    "float64": (TypeError, "hidden must be float32, bfloat16 or float16, got torch.float64"),
-    "mixed": (TypeError, "lm_head must have the dtype of hidden, torch.float32, got torch.float16"),
-    "float targets": (TypeError, "targets must be int64 or int32, got torch.float32"),
-    "int bias": (TypeError, "bias must be of a floating dtype, got torch.int64"),
-    "hidden of 3 dimensions": (ValueError, "hidden must be of shape (T, D), got (1, 4, 8)"),
-    "width": (ValueError, "D = 8 > 0, got (9, 7)"),
-    "no words": (ValueError, "V > 0 and D = 8 > 0, got (0, 8)"),
-    "targets": (ValueError, "targets must be of shape (T,) with T = 4, got (3,)"),
-    "bias": (ValueError, "bias must be of shape (V,) with V = 9, got (8,)"),
-    "high target": (ValueError, "[0, V) with V = 9, got values from 0 to 9"),
-    "negative target": (ValueError, "[0, V) with V = 9, got values from -100 to 0"),
-    "scale": (ValueError, "scale must be finite, got nan"),
-    "softcap 0": (ValueError, "softcap must be positive and finite, got 0"),
-    "softcap inf": (ValueError, "softcap must be positive and finite, got inf"),
-    "device": (ValueError, "lm_head must be on the device of hidden, cpu, got meta"),
-}
-
-
-def refused_arguments(name):
-    hidden, lm_head, targets = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4).long()
-    changes = {
-        "float64": {"hidden": hidden.double()},
-        "mixed": {"lm_head": lm_head.half()},
-        "float targets": {"targets": targets.float()},
-        "int bias": {"bias": torch.zeros(9).long()},
-        "hidden of 3 dimensions": {"hidden": hidden[None]},
-        "width": {"lm_head": lm_head[:, :7]},
-        "no words": {"lm_head": lm_head[:0]},
-        "targets": {"targets": targets[:3]},
-        "bias": {"bias": torch.zeros(8)},
-        "high target": {"targets": torch.tensor([0, 9, 0, 0])},
-        "negative target": {"targets": torch.tensor([0, -100, 0, 0])},
-        "scale": {"scale": math.nan},
-        "softcap 0": {"softcap": 0.0},
-        "softcap inf": {"softcap": math.inf},
-        "device": {"lm_head": lm_head.to("meta")},
-    }
-    return {"hidden": hidden, "lm_head": lm_head, "targets": targets} | changes[name]
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_argument_and_its_value(name):
-    error, message = REFUSED[name]
-    unchecked = inspect.unwrap(token_logprobs)  # without the run-time types of tests
-    with pytest.raises(error) as caught:
-        unchecked(**refused_arguments(name))
-    assert message in str(caught.value)
-    assert "; " in str(caught.value)  # says what to do
-
-
-def test_an_instruction_set_that_is_not_there(monkeypatch):
-    monkeypatch.setenv("LLFAST_ISA", "avx1024")
-    with pytest.raises(ValueError, match="LLFAST_ISA must name .* got 'avx1024'"):
-        instruction_set()
-    with pytest.raises(ValueError, match="avx1024"):
-        token_logprobs(*make_case((1, 2, 3), torch.float32))
-
-
-def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llfast._native", None)
-    monkeypatch.delattr(llfast, "_native")
-    cpu._native.cache_clear()
-    try:
-        case = make_case((5, 70, 9), torch.float32)
-        with pytest.warns(RuntimeWarning, match="C\\+\\+ kernels are not usable") as warned:
-            found = kernels.token_logprobs(*case)
-        assert instruction_set() == "torch"  # and no second warning, which would be an error
-        assert len(warned) == 1
-        assert torch.equal(found, reference.token_logprobs(*case))
-    finally:
-        cpu._native.cache_clear()

@@ -1,0 +1,104 @@
+// The Python module llfast._native: converts arguments, releases the GIL, and nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "instruction_set.h"
+#include "token_logprobs.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// True, with the exception set, once a signal's Python handler has raised. Asks every 50 ms only:
+// it needs the GIL, which another thread may hold.
+class SignalCheck {
+ public:
+  bool operator()() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_ < std::chrono::milliseconds(50)) return false;
+    last_ = now;
+    const py::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals() != 0;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+llfast::DType dtype_of(const std::string& name) {
+  if (name == "float32") return llfast::DType::kFloat32;
+  if (name == "bfloat16") return llfast::DType::kBFloat16;
+  if (name == "float16") return llfast::DType::kFloat16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got '" + name + "'");
+}
+
+// Addresses come from Tensor.data_ptr(); 0 stands for null.
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void token_logprobs(std::uintptr_t hidden, std::int64_t hidden_stride, std::uintptr_t lm_head,
+                    std::int64_t lm_head_stride, std::uintptr_t bias, std::uintptr_t targets,
+                    std::uintptr_t logprobs, std::int64_t tokens, std::int64_t vocabulary,
+                    std::int64_t width, const std::string& dtype, float scale,
+                    std::optional<float> softcap, int threads, const std::string& instruction_set) {
+  llfast::LogprobProblem problem{};
+  problem.hidden = pointer<const void>(hidden);
+  problem.lm_head = pointer<const void>(lm_head);
+  problem.bias = pointer<const float>(bias);
+  problem.targets = pointer<const std::int64_t>(targets);
+  problem.logprobs = pointer<float>(logprobs);
+  problem.tokens = tokens;
+  problem.vocabulary = vocabulary;
+  problem.width = width;
+  problem.hidden_stride = hidden_stride;
+  problem.lm_head_stride = lm_head_stride;
+  problem.dtype = dtype_of(dtype);
+  problem.scale = scale;
+  problem.softcap = softcap.value_or(0.0f);
+  const llfast::InstructionSet set = llfast::choose_instruction_set(instruction_set);
+  bool finished = false;
+  {
+    const py::gil_scoped_release release;
+    finished = llfast::token_logprobs(problem, set, threads, SignalCheck());
+  }
+  if (!finished) throw py::error_already_set();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The C++ core of llfast. Arguments are trusted: call it through llfast.kernels.";
+  module.def("token_logprobs", &token_logprobs, py::kw_only(), py::arg("hidden"),
+             py::arg("hidden_stride"), py::arg("lm_head"), py::arg("lm_head_stride"),
+             py::arg("bias"), py::arg("targets"), py::arg("logprobs"), py::arg("tokens"),
+             py::arg("vocabulary"), py::arg("width"), py::arg("dtype"), py::arg("scale"),
+             py::arg("softcap"), py::arg("threads"), py::arg("instruction_set"),
+             "Writes the log-probability of each target to `logprobs`. Matrices and vectors are "
+             "addresses, "
+             "strides count elements.");
+  module.def(
+      "choose_instruction_set",
+      [](const std::string& name) {
+        return std::string(llfast::name_of(llfast::choose_instruction_set(name)));
+      },
+      py::arg("name"), "The instruction set of that name, or the fastest one for ''.");
+  module.def(
+      "available_instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (llfast::InstructionSet set : llfast::available_instruction_sets()) {
+          names.emplace_back(llfast::name_of(set));
+        }
+        return names;
+      },
+      "The names of the instruction sets of this processor, the slowest first.");
+}

@@ -1,0 +1,67 @@
+#include "instruction_set.h"
+
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace llfast {
+namespace {
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers. It
+// does not know "f16c" in every compiler that we accept, so that bit is read here.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+}  // namespace
+
+const char* name_of(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    case InstructionSet::kPortable:
+      break;
+  }
+  return "portable";
+}
+
+std::vector<InstructionSet> available_instruction_sets() {
+  std::vector<InstructionSet> sets = {InstructionSet::kPortable};
+#if defined(__x86_64__)
+  if (has_avx2()) {
+    sets.push_back(InstructionSet::kAvx2);
+    if (has_avx512()) sets.push_back(InstructionSet::kAvx512);
+  }
+#endif
+  return sets;
+}
+
+InstructionSet choose_instruction_set(const std::string& name) {
+  const std::vector<InstructionSet> sets = available_instruction_sets();
+  if (name.empty()) return sets.back();
+  std::string names;
+  for (InstructionSet set : sets) {
+    if (name == name_of(set)) return set;
+    names += (names.empty() ? "" : ", ") + std::string(name_of(set));
+  }
+  throw std::invalid_argument("LLFAST_ISA must name an instruction set of this processor (" +
+                              names + "), got '" + name + "'; correct it or unset it");
+}
+
+}  // namespace llfast
