@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
         LlfastError,
+        LlfastWarning,
         MissingDependencyError,
         ScoringError,
         SearchError,
@@ -35,6 +36,7 @@ __all__ = [
     "KLEstimate",
     "KLIndex",
     "LlfastError",
+    "LlfastWarning",
     "LogLikelihoodMatrix",
     "LogLikelihoods",
     "MissingDependencyError",

@@ -32,6 +32,7 @@ def _machine() -> dict[str, Any]:
     import torch
 
     from .kernels import instruction_set
+    from .scoring import device_name
 
     facts: dict[str, Any] = {"llfast": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
@@ -39,7 +40,7 @@ def _machine() -> dict[str, Any]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    facts["processor"] = platform.processor() or platform.machine()
+    facts["processor"] = device_name(torch.device("cpu"))
     facts["cpu kernel"] = instruction_set()
     facts["threads"] = torch.get_num_threads()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

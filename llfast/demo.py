@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +17,16 @@ from .store import Store
 from .texts import TextSet, sample_chunks
 from .zoo import build_zoo
 from .zoo_corpora import installed_corpora
-from .zoo_plan import ZooModel
+from .zoo_plan import ZooConfig, ZooModel
 
 _TEXTS = 500
 
 
 def run_demo(
-    out: str | os.PathLike[str], *, say: Callable[[str], None] = lambda _: None
+    out: str | os.PathLike[str],
+    *,
+    config: ZooConfig | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train, score, compare and draw a zoo of small models under `out`.
 
@@ -30,6 +34,7 @@ def run_demo(
 
     Args:
         out: the folder for texts, models, results and the map.
+        config: what to train; by default 17 models of four architectures.
         say: is called with each line of the report.
 
     Returns:
@@ -52,14 +57,17 @@ def run_demo(
         f"{len(texts)} texts of up to 1,024 bytes from {documents} documents of this Python "
         "installation"
     )
-    say("Models, each trained on other documents of the same kinds:")
     zoo = build_zoo(
         out / "zoo",
+        config=config,
         corpora=corpora,
         progress=lambda model, done, total: say(f"  trained {model.name} ({done}/{total})"),
     )
     trained = time.monotonic()
-    say(f"{len(zoo)} models of {len({m.architecture for m in zoo})} architectures in {out / 'zoo'}")
+    say(
+        f"{len(zoo)} models of {len({model.architecture for model in zoo})} architectures in "
+        f"{out / 'zoo'}, trained on other documents of the same kinds"
+    )
     store = Store(out / "store")
     outcomes = score_models([_request(model) for model in zoo], texts, store, progress=None)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
@@ -89,16 +97,14 @@ def run_demo(
         "their base or a sibling as nearest relative outside their own run"
     )
     for check in checks:
-        if check["same_family"] != check["light"]:
-            verb = "has left its family" if not check["same_family"] else "is still at home"
+        if not (check["light"] and check["same_family"]):
+            verb = "is still at home" if check["same_family"] else "has left its family"
             say(f"  {check['model']} {verb}: nearest is {check['nearest']} at {check['kl']:.3f}")
     map_path = out / "map.png"
-    draw_map(
-        space,
-        map_path,
-        families={model.name: model.family for model in zoo},
-        parents={model.name: model.parents[0] for model in zoo if model.parents},
-    )
+    kl = space.kl_matrix(unit="bits_per_byte")
+    families = {model.name: model.family for model in zoo}
+    parents = _parents(zoo)
+    draw_map(space.models, kl, map_path, families=families, parents=parents)
     say("")
     say(f"Map: {map_path}   Results: {out / 'store'}   {time.monotonic() - start:.0f} s in all")
     example = next(model.name for model in zoo if model.relation == "fine-tune")
@@ -109,12 +115,25 @@ def run_demo(
         "texts": str(out / "texts.jsonl"),
         "store": str(out / "store"),
         "map": str(map_path),
-        "models": [model.name for model in zoo],
+        "models": list(space.models),
+        "families": families,
+        "parents": parents,
+        "kl_bits_per_byte": kl.tolist(),
         "nearest": {name: [hit.summary() for hit in hits[:3]] for name, hits in nearest.items()},
         "checks": checks,
         "failed": [outcome.summary() for outcome in failed],
         "families_found": not failed and all(check["same_family"] for check in found),
     }
+
+
+def _parents(zoo: Sequence[ZooModel]) -> dict[str, str]:
+    """What each model was made from; of a run's later checkpoints, the one before."""
+    parents = {model.name: model.parents[0] for model in zoo if model.parents}
+    by_step = sorted(zoo, key=lambda model: model.steps)
+    for earlier, later in itertools.combinations(by_step, 2):
+        if earlier.run == later.run:
+            parents[later.name] = earlier.name
+    return parents
 
 
 def next_commands(out: Path, model: str, other: str) -> list[str]:

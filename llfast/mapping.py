@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from jaxtyping import Float64
 
 from .errors import MissingDependencyError
 from .files import atomic_write
-from .space import ModelSpace
 
 
 def classical_mds(squared_distances: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K 2"]:
@@ -33,33 +32,34 @@ def classical_mds(squared_distances: Float64[np.ndarray, "K K"]) -> Float64[np.n
 
 
 def draw_map(
-    space: ModelSpace,
+    models: Sequence[str],
+    kl: Float64[np.ndarray, "K K"],
     path: str | os.PathLike[str],
     *,
     families: Mapping[str, str],
     parents: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw all models, coloured by family, as .png, .svg or .pdf.
+    """Draw K models, coloured by family, as .png, .svg or .pdf.
 
     Args:
-        space: K models.
+        models: their names.
+        kl: bits per byte between any two, as `ModelSpace.kl_matrix` gives them.
         path: where to write; the ending says what.
         families: the family of each model.
         parents: lines are drawn from these models to their parents.
 
     Raises:
-        MissingDependencyError: without matplotlib.
+        MissingDependencyError: without matplotlib or adjustText.
         OSError: if the file cannot be written.
     """
     try:
+        from adjustText import adjust_text
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependencyError(
-            "drawing needs matplotlib; run `pip install 'llfast[map]'`"
+            "drawing needs matplotlib and adjustText; run `pip install 'llfast[map]'`"
         ) from None
-    places = dict(
-        zip(space.models, classical_mds(space.kl_matrix(unit="bits_per_byte")), strict=True)
-    )
+    places = dict(zip(models, classical_mds(kl), strict=True))
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.add_subplot()
     for child, parent in (parents or {}).items():
@@ -67,24 +67,21 @@ def draw_map(
             line = np.array([places[parent], places[child]])
             axes.plot(line[:, 0], line[:, 1], color="0.8", linewidth=1, zorder=1)
     for number, family in enumerate(sorted(set(families.values()))):
-        members = [model for model in space.models if families.get(model) == family]
-        points = np.array([places[model] for model in members])
+        points = np.array([places[model] for model in models if families.get(model) == family])
         axes.scatter(
             points[:, 0], points[:, 1], s=60, color=f"C{number % 10}", label=family, zorder=2
         )
-    for model, (x, y) in places.items():
-        axes.annotate(
-            model.replace("$", r"\$"),
-            (x, y),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.25",
-        )
+    axes.margins(0.12)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_title("Models by what they say: squared distance is KL in bits per byte")
     axes.set_xlabel("first axis (√ bits/byte)")
     axes.set_ylabel("second axis (√ bits/byte)")
-    axes.legend(title="family", frameon=False)
+    legend = axes.legend(title="family", frameon=False)
+    figure.draw_without_rendering()  # labels are placed within the axes as they will be
+    labels = [
+        axes.text(x, y, model.replace("$", r"\$"), fontsize=8, color="0.25")
+        for model, (x, y) in places.items()
+    ]
+    adjust_text(labels, objects=[legend], ax=axes, expand=(1.15, 1.4))
     with atomic_write(path) as file:
         figure.savefig(file, format=Path(path).suffix.removeprefix("."), dpi=150)

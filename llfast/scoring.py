@@ -13,8 +13,9 @@ import math
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -340,6 +341,11 @@ def device_name(device: torch.device) -> str:
     """The chip's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux, where `platform.processor()` says little or nothing
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
     return platform.processor() or platform.machine()
 
 

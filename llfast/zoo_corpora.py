@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llfast.errors import TextSetError
+from .errors import TextSetError
 
 Kind = Literal["prose", "code"]
 

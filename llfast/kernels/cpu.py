@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from llfast.errors import LlfastWarning
+
 from . import reference
 
 
@@ -23,7 +25,7 @@ def _native() -> ModuleType | None:
         warnings.warn(
             f"llfast's C++ kernels are not usable ({error}), so a slow torch version runs in their "
             "place; install llfast with a C++17 compiler at hand to build them",
-            RuntimeWarning,
+            LlfastWarning,
             stacklevel=2,
         )
         return None

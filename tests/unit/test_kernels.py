@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llfast
+from llfast import LlfastWarning
 from llfast.kernels import cpu, instruction_set, reference, token_logprobs
 
 REFUSED = {
@@ -77,7 +78,7 @@ def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
     cpu._native.cache_clear()
     try:
         case = torch.randn(5, 9), torch.randn(70, 9), torch.arange(5)
-        with pytest.warns(RuntimeWarning, match="C\\+\\+ kernels are not usable") as warned:
+        with pytest.warns(LlfastWarning, match="C\\+\\+ kernels are not usable") as warned:
             found = token_logprobs(*case)
         assert instruction_set() == "torch"  # and no second warning, which would be an error
         assert len(warned) == 1

@@ -16,7 +16,8 @@ ONLY_IN = {
     "faiss": {"search"},
     "peft": {"models"},
     "matplotlib": {"mapping"},
-    "transformers": {"models", "scoring", "zoo", "zoo_corpora", "zoo_training"},
+    "adjustText": {"mapping"},
+    "transformers": {"models", "scoring", "zoo_training"},
     "pyarrow": {"shards", "store", "importing"},
     "typer": {"cli"},
 }
@@ -37,7 +38,11 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
             own |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            other.add(node.module.split(".")[0])
+            package, _, rest = node.module.partition(".")
+            if package == "llfast":
+                own |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
+            else:
+                other.add(package)
         elif isinstance(node, ast.Import):
             other |= {alias.name.split(".")[0] for alias in node.names}
     return own - {"__version__", "_native"}, other
@@ -64,13 +69,11 @@ def test_public_names_are_sorted_and_there():
 
 def test_importing_llfast_loads_neither_torch_nor_transformers():
     code = (
-        "import sys, time; start = time.perf_counter(); import llfast; "
-        "print(time.perf_counter() - start); "
+        "import sys, llfast; "
         "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'typer'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 0.3
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_file_is_long():
