@@ -21,11 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import report
 
 from llfast.intervals import kl_estimate, student_t_quantile
 
-RESULTS = Path(__file__).parent / "results" / "intervals.json"
 SIZES = (265, 10_000)
 FEW_DOCUMENTS = (5, 10, 20)
 CHUNKS = 5  # texts a document in the grouped layout
@@ -275,21 +271,12 @@ def plan(pairs: Path | None) -> Iterator[tuple[Population, int, int, str]]:
             yield plain(name, DISTRIBUTIONS[name]), documents * CHUNKS, CHUNKS, "few documents"
 
 
-def commit() -> str:
-    """Which commit was measured; empty outside a repository."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def main() -> int:
     """Run all cells, print them, write the JSON; 1 if a cell falls outside the claim."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=4000)
     parser.add_argument("--pairs", type=Path, help="table of bits per byte, one row a text")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "intervals.json")
     options = parser.parse_args()
     started, cells = time.perf_counter(), []
     print(f"{'coverage, %':38s} {'texts':>6s} {'a doc':>5s}  " + "  ".join(METHODS))
@@ -304,21 +291,20 @@ def main() -> int:
             for name, share in zip(METHODS, coverage, strict=True)
         )
         print(f"{population.name:38s} {n:6d} {chunks:5d}{shown}  {beyond}", flush=True)
-    report = {
+    found = {
         "benchmark": "intervals",
         "claim": "nominal 95 % intervals hold the truth 93-97 % of the time, except beyond_claim",
         "cells_outside_claim": outside,
         "confidence": CONFIDENCE,
         "repetitions": options.repetitions,
         "seconds": round(time.perf_counter() - started, 1),
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "commit": commit(),
+        "hardware": report.hardware(),
+        "versions": report.versions("numpy"),
+        "commit": report.commit(),
         "cells": cells,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(f"{outside} cells outside the claim; wrote {options.out}")
+    print(f"{outside} cells outside the claim")
+    report.write(found, options.out)
     return 1 if outside else 0
 
 

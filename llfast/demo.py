@@ -19,13 +19,12 @@ from .zoo import build_zoo
 from .zoo_corpora import installed_corpora
 from .zoo_plan import ZooConfig, ZooModel
 
-_TEXTS = 500
-
 
 def run_demo(
     out: str | os.PathLike[str],
     *,
     config: ZooConfig | None = None,
+    texts: int = 500,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train, score, compare and draw a zoo of small models under `out`.
@@ -35,6 +34,7 @@ def run_demo(
     Args:
         out: the folder for texts, models, results and the map.
         config: what to train; by default 17 models of four architectures.
+        texts: how many texts to score.
         say: is called with each line of the report.
 
     Returns:
@@ -45,16 +45,16 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     corpora = installed_corpora()
-    texts, documents, _ = sample_chunks(
+    sample, documents, _ = sample_chunks(
         ((document.name, document.text) for document in corpora.evaluation),
-        n=_TEXTS,
+        n=texts,
         max_bytes=1024,
         min_bytes=256,
         seed=42,
     )
-    texts.save(out / "texts.jsonl")
+    sample.save(out / "texts.jsonl")
     say(
-        f"{len(texts)} texts of up to 1,024 bytes from {documents} documents of this Python "
+        f"{len(sample)} texts of up to 1,024 bytes from {documents} documents of this Python "
         "installation"
     )
     zoo = build_zoo(
@@ -69,22 +69,23 @@ def run_demo(
         f"{out / 'zoo'}, trained on other documents of the same kinds"
     )
     store = Store(out / "store")
-    outcomes = score_models([_request(model) for model in zoo], texts, store, progress=None)
+    outcomes = score_models([_request(model) for model in zoo], sample, store, progress=None)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    say(_scoring_line(outcomes, texts, time.monotonic() - trained))
+    say(_scoring_line(outcomes, sample, time.monotonic() - trained))
 
-    matrix = store.matrix(texts.digest, models=[model.name for model in zoo], duplicates="newest")
+    matrix = store.matrix(sample.digest, models=[model.name for model in zoo], duplicates="newest")
     space = ModelSpace.fit(matrix)
     index = KLIndex.build(space)
     nearest = {model: index.search(model, k=len(zoo)) for model in space.models}
     say("")
-    say("The nearest three of each model, KL in bits/byte ± standard error:")
+    say("The nearest three of each model, KL in bits/byte with its 95 % interval:")
     width = max(len(name) for name in space.models)
     for model in space.models:
-        hits = ", ".join(
-            f"{h.model} {h.kl:.3f} ± {h.standard_error:.3f}" for h in nearest[model][:3]
+        hits = (
+            f"{hit.model:{width}} {hit.kl:.2f} [{hit.interval[0]:.2f}, {hit.interval[1]:.2f}]"
+            for hit in nearest[model][:3]
         )
-        say(f"  {model:{width}}  {hits}")
+        say(f"  {model:{width}}  " + "  ".join(f"{hit:{width + 19}}" for hit in hits).rstrip())
     say("")
     checks = [
         _check(model, zoo, nearest[model.name])

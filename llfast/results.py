@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +90,10 @@ class LogLikelihoods:
             shape = getattr(self, name).shape
             if shape != (len(self.ids),):
                 raise ValueError(f"{name} must have shape ({len(self.ids)},), got {shape}")
+        for name in ("groups", "logprobs"):
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != len(self.ids):
+                raise ValueError(f"{name} must be one a text ({len(self.ids)}), got {len(rows)}")
         if not np.isfinite(self.loglikelihoods).all():
             bad = self.ids[int(np.argmin(np.isfinite(self.loglikelihoods)))]
             raise ValueError(f"loglikelihoods must be finite, got a NaN or inf for text {bad!r}")
@@ -203,6 +207,10 @@ class LogLikelihoodMatrix:
         self._validate()
 
     def _validate(self) -> None:
+        if self.text_bytes.ndim != 1:
+            raise SpaceError(
+                f"text_bytes must be one number a text, got shape {self.text_bytes.shape}"
+            )
         k, n = len(self.models), len(self.text_bytes)
         if self.values.shape != (k, n) or not k or not n:
             raise SpaceError(
@@ -253,6 +261,8 @@ class KLEstimate:
         interval: lower and upper end at `confidence`, same unit.
         unit: "bits_per_byte" or "nats_per_text".
         confidence: nominal coverage of the interval.
+        below_noise_floor: the models ran in different dtypes, and one model in both differs from
+            itself by more than this, so it says nothing (`ModelSpace.noise_floor`).
     """
 
     value: float
@@ -260,6 +270,7 @@ class KLEstimate:
     interval: tuple[float, float]
     unit: str = "bits_per_byte"
     confidence: float = 0.95
+    below_noise_floor: bool = False
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -271,15 +282,16 @@ class KLEstimate:
     def __str__(self) -> str:
         low, high = self.interval
         unit = self.unit.replace("_per_", "/")
-        return f"{self.value:.4g} ± {self.standard_error:.2g} {unit} [{low:.4g}, {high:.4g}]"
+        flag = ", below the noise of mixed dtypes" if self.below_noise_floor else ""
+        return f"{self.value:.4g} ± {self.standard_error:.2g} {unit} [{low:.4g}, {high:.4g}]{flag}"
 
     def scaled(self, factor: float, unit: str) -> KLEstimate:
         """The same estimate in another unit, `factor` of the old one each."""
         low, high = self.interval
-        return KLEstimate(
+        return replace(
+            self,
             value=self.value * factor,
             standard_error=self.standard_error * factor,
             interval=(low * factor, high * factor),
             unit=unit,
-            confidence=self.confidence,
         )

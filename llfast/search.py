@@ -65,6 +65,7 @@ class Hit:
             "interval": [low, high],
             "unit": self.estimate.unit,
             "confidence": self.estimate.confidence,
+            "below_noise_floor": self.estimate.below_noise_floor,
             "metadata": dict(self.metadata),
         }
 
@@ -137,7 +138,7 @@ class KLIndex:
             if fetched == len(self) or bound > farthest:
                 break
             fetched = min(2 * fetched, len(self))
-        return self._hits(point, rows, divergences, own_row, unit, k)
+        return self._hits(query, point, rows, divergences, own_row, unit, k)
 
     def range_search(
         self, query: str | LogLikelihoods, radius: float, *, unit: str = "bits_per_byte"
@@ -158,7 +159,7 @@ class KLIndex:
         rows = labels.astype(np.int64)
         divergences = self._divergences(point, rows)
         inside = divergences * factor <= radius
-        return self._hits(point, rows[inside], divergences[inside], own_row, unit)
+        return self._hits(query, point, rows[inside], divergences[inside], own_row, unit)
 
     # ------------------------------------------------------------------ inside
 
@@ -199,6 +200,7 @@ class KLIndex:
 
     def _hits(
         self,
+        query: str | LogLikelihoods,
         point: Float64[np.ndarray, " N"],
         rows: Int64[np.ndarray, " M"],
         divergences: Float64[np.ndarray, " M"],
@@ -212,10 +214,12 @@ class KLIndex:
             for divergence, row in zip(divergences.tolist(), rows.tolist(), strict=True)
             if row != own_row
         )
-        return [
-            Hit(name, space.kl_from(point - space.coordinates[row], unit), space.metadata[row])
-            for _, name, row in order[:k]
-        ]
+        hits = []
+        for _, name, row in order[:k]:
+            dtypes = (space.dtype(query), space.dtypes[row])
+            estimate = space.kl_from(point - space.coordinates[row], dtypes, unit)
+            hits.append(Hit(name, estimate, space.metadata[row]))
+        return hits
 
 
 def _refuse_overflow(square: float) -> None:

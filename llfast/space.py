@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -76,6 +76,7 @@ class ModelSpace:
     digest: str = field(init=False)
     _rows: dict[str, int] = field(init=False, repr=False)
     _group_codes: Int64[np.ndarray, " N"] | None = field(init=False, repr=False)
+    _noise_floor: float = field(init=False, repr=False)  # nats a text, 0 if not known
 
     def __post_init__(self) -> None:
         # The matrix class knows the rules for everything but the basis; it copies nothing.
@@ -97,6 +98,7 @@ class ModelSpace:
         object.__setattr__(self, "_rows", {name: row for row, name in enumerate(self.models)})
         object.__setattr__(self, "_group_codes", codes)
         object.__setattr__(self, "digest", self._basis_digest())
+        object.__setattr__(self, "_noise_floor", self._largest_dtype_difference())
 
     def __len__(self) -> int:
         return len(self.models)
@@ -188,13 +190,20 @@ class ModelSpace:
                 another convention, or bytes are asked for and not known.
         """
         self.per_nat(unit)  # refuses a wrong unit before any work
-        return self.kl_from(self.point(a) - self.point(b), unit)
+        dtypes = (self.dtype(a), self.dtype(b))
+        return self.kl_from(self.point(a) - self.point(b), dtypes, unit)
 
     def kl_from(
-        self, difference: Float64[np.ndarray, " N"], unit: str = "bits_per_byte"
+        self,
+        difference: Float64[np.ndarray, " N"],
+        dtypes: tuple[str, str] = ("", ""),
+        unit: str = "bits_per_byte",
     ) -> KLEstimate:
         """KL divergence of two models whose coordinates differ by `difference`, in nats."""
-        return kl_estimate(difference, self._group_codes).scaled(self.per_nat(unit), unit)
+        estimate = kl_estimate(difference, self._group_codes)
+        if all(dtypes) and dtypes[0] != dtypes[1] and estimate.value < self._noise_floor:
+            estimate = replace(estimate, below_noise_floor=True)
+        return estimate.scaled(self.per_nat(unit), unit)
 
     def kl_matrix(self, unit: str = "bits_per_byte") -> Float64[np.ndarray, "K K"]:
         """All pairwise KL divergences, (K, K), without intervals; symmetric, 0 on the diagonal."""
@@ -216,8 +225,14 @@ class ModelSpace:
         """The largest KL between two dtypes of one model; None if no model is here in two.
 
         Rows are one model if they have the same revision and the same layer. A KL below it says
-        nothing about two models that ran in different dtypes.
+        nothing about two models that ran in different dtypes; such estimates are flagged.
         """
+        return self._noise_floor * self.per_nat(unit) if self._noise_floor else None
+
+    def _largest_dtype_difference(self) -> float:
+        """Half the variance between two dtypes of one model, at most; 0.0 if there are none."""
+        if len({dtype for dtype in self.dtypes if dtype}) < 2:
+            return 0.0
         kinds: dict[tuple[str, str], list[int]] = {}
         for row, (name, revision) in enumerate(zip(self.models, self.revisions, strict=True)):
             if revision and self.dtypes[row]:
@@ -229,7 +244,7 @@ class ModelSpace:
             for b in rows
             if a < b and self.dtypes[a] != self.dtypes[b]
         ]
-        return max(floors) * self.per_nat(unit) if floors else None
+        return max(floors, default=0.0)
 
     def per_nat(self, unit: str) -> float:
         """What a KL of one nat a text is in `unit`: "nats_per_text" or "bits_per_byte".
@@ -264,6 +279,13 @@ class ModelSpace:
             raise SpaceError(f"model must be in the space, got {model!r}; {hint}")
         coordinates: Float64[np.ndarray, " N"] = self.coordinates[self._rows[model]]
         return coordinates
+
+    def dtype(self, model: str | LogLikelihoods) -> str:
+        """What a model of the space, or a result, ran in; "" if that is not known."""
+        if isinstance(model, LogLikelihoods):
+            return model.dtype
+        row = self._rows.get(model)
+        return "" if row is None else self.dtypes[row]
 
     # ------------------------------------------------------------------ files
 

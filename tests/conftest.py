@@ -46,3 +46,26 @@ def checkpoints(tmp_path_factory):
     from tests.tiny import make_checkpoints
 
     return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory):
+    """(folder, report, lines, config) of a demo whose models have learned next to nothing."""
+    from llfast.demo import run_demo
+    from llfast.zoo_plan import Family, ZooConfig
+    from llfast.zoo_training import Sizes
+
+    folder = tmp_path_factory.mktemp("small") / "demo"
+    config = ZooConfig(
+        families=(
+            Family(architecture="gpt2", prose_share=0.9, checkpoints=(10, 20)),
+            Family(architecture="llama", prose_share=0.1, merged=True, heavy_corpus="gpt2"),
+        ),
+        sizes=Sizes(vocabulary=300, width=32, layers=1, heads=2, window_tokens=64, batch_rows=2),
+        base_steps=30,
+        fine_tune_steps=2,
+        heavy_steps=3,
+    )
+    lines = []
+    report = run_demo(folder, config=config, texts=40, say=lines.append)
+    return folder, report, lines, config

@@ -193,6 +193,7 @@ def test_a_summary_is_plain_json_even_of_an_unknown_error():
         "kl": pytest.approx((4 - 1) ** 2 / 8 / (500 * math.log(2))),
         "standard_error": None,
         "interval": [0.0, None],
+        "below_noise_floor": False,
         "unit": "bits_per_byte",
         "confidence": 0.95,
         "metadata": {"family": "a"},

@@ -1,0 +1,140 @@
+"""Write the tables and the map of README.md from the JSON under benchmarks/results.
+
+    python benchmarks/readme.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and is compared with its JSON by a
+test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import report
+
+from llfast.mapping import draw_map
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def scoring(found: dict[str, Any]) -> list[str]:
+    """Throughput and memory beside the peers'."""
+    peers = {"papers": "the papers' procedure", "padded loop": "padded transformers loop"}
+    rates, over = found["tokens_per_second"], found["llfast_over"]
+    memory = found["peak_memory_mib"]
+
+    def row(name: str, title: str, *rest: str) -> str:
+        rate = f"{rates[name]['median']:,.0f}"
+        return "| " + " | ".join((title, rate, f"{memory[name]:,.0f} MiB", *rest)) + " |"
+
+    lines = [
+        "| | tokens/s | memory | time over llfast's | over the body's alone |",
+        "|---|---|---|---|---|",
+        row("llfast", "**`llfast.score`**", "", ""),
+    ]
+    for peer, title in peers.items():
+        ratio, ceiling = over[peer]["ratio"], over[peer]["ceiling"]
+        paired = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        lines.append(row(peer, title, paired, f"{ceiling['median']:.2f}"))
+    model, chip, versions = found["model"], found["hardware"], found["versions"]
+    lines.append("")
+    lines.append(
+        f"{found['texts']} texts ({found['tokens']:,} tokens), a GPT-2 shape of "
+        f"{model['parameters'] / 1e6:.0f}M parameters in {model['dtype']}, on "
+        f"{chip['threads']} threads of {chip['processor']} ({chip['instruction_set']}), torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; medians of "
+        f"{found['repetitions']} interleaved repetitions, least to most in brackets. The last "
+        "column is the ceiling: a head that costs nothing would reach it. The head's own memory is "
+        f"{memory['llfast/head']:.1f} MiB, that of the papers {memory['papers/head']:.0f} MiB. "
+        f"`score` ran at {100 * found['share_of_matmul']['median']:.0f} % of the rate of torch's "
+        f"own matrix product. Command: `{found['command']}`."
+    )
+    return lines
+
+
+def intervals(found: dict[str, Any]) -> list[str]:
+    """Coverage of the interval beside that of two simpler ones."""
+    methods = {
+        "llfast": "**llfast**",
+        "plain log jackknife": "log jackknife",
+        "normal on KL": "mean ± 1.96 standard errors",
+    }
+    claimed = [cell for cell in found["cells"] if not cell["beyond_claim"]]
+    layouts = sorted({(cell["texts"], cell["texts_a_document"]) for cell in claimed})
+    lines = [
+        "| texts | a document | " + " | ".join(methods.values()) + " |",
+        "|---|---|" + "---|" * len(methods),
+    ]
+    for texts, chunks in layouts:
+        cells = [
+            cell["intervals"]
+            for cell in claimed
+            if (cell["texts"], cell["texts_a_document"]) == (texts, chunks)
+        ]
+        row = []
+        for method in methods:
+            shares = [100 * cell[method]["coverage"] for cell in cells]
+            row.append(f"{min(shares):.1f} to {max(shares):.1f} %")
+        lines.append(f"| {texts:,} | {chunks} | " + " | ".join(row) + " |")
+    kinds = len({cell["distribution"] for cell in claimed})
+    lines.append("")
+    lines.append(
+        f"Lowest and highest over {kinds} distributions, {found['repetitions']:,} simulated "
+        "repetitions each. The last distribution is that of measured pairs of models (`--pairs`). "
+        "Command: `python benchmarks/bench_intervals.py`."
+    )
+    return lines
+
+
+def demo(found: dict[str, Any]) -> list[str]:
+    """The nearest relatives that the demo found."""
+    lines = ["| model | nearest | second | third |", "|---|---|---|---|"]
+    for model, hits in found["nearest"].items():
+        if model.endswith(("-prose", "-code", "-heavy", "-merge")):
+            cells = [
+                "{} {:.2f} ({:.2f} to {:.2f})".format(hit["model"], hit["kl"], *hit["interval"])
+                for hit in hits
+            ]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    lines += ["", "KL in bits/byte (95 % interval). Command: `llfast demo --json`."]
+    return lines
+
+
+TABLES = {"scoring": scoring, "intervals": intervals, "demo": demo}
+
+
+def load(name: str) -> dict[str, Any]:
+    """A report that was committed."""
+    found: dict[str, Any] = json.loads((report.RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def with_tables(text: str) -> str:
+    """The text with every table as its JSON has it."""
+    return BLOCK.sub(
+        lambda block: block[1] + "\n".join(TABLES[block[2]](load(block[2]))) + "\n" + block[3], text
+    )
+
+
+def main() -> None:
+    """Write README.md and the map."""
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text()))
+    found = load("demo")
+    draw_map(
+        found["models"],
+        np.array(found["kl_bits_per_byte"]),
+        ROOT / "docs" / "map.png",
+        families=found["families"],
+        parents=found["parents"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The README's commands run, in its order, and its tables are what the JSON says."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+# What other checks run: CI installs in an empty folder and runs `make demo` and `make test` there;
+# the demo itself is run by this test, but with smaller models.
+RUN_ELSEWHERE = ("python3 -m venv", "pip install", "llfast demo", "make ", "python benchmarks/")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(RUN_ELSEWHERE)]
+
+
+@pytest.fixture
+def folder(tmp_path, small_demo):
+    """A folder like a clone in which a small demo has run."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "demo").symlink_to(small_demo[0])
+    return tmp_path
+
+
+def run(command, folder):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_command_runs(folder):
+    found = commands()
+    assert sum(command.startswith("llfast ") for command in found) >= 6
+    for command in found:
+        done = run(["bash", "-ec", command], folder)
+        assert done.returncode == 0, (command, done.stderr)
+        if command.startswith("llfast search"):
+            asked = Path(shlex.split(command)[2]).name
+            assert asked.replace("prose", "base") in done.stdout
+    for code in blocks("python"):
+        script = folder / "quick_start.py"
+        script.write_text(code)
+        done = run([sys.executable, str(script)], folder)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) >= 3
+
+
+def test_tables_are_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    assert README.count("<!-- table: ") == len(readme.TABLES)
+    assert readme.with_tables(README) == README
+
+
+def test_files_named_are_there():
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert named
+    for name in named:
+        assert (ROOT / name).is_file(), name
