@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, cache
-from .output import human_bytes
 from .store import Store
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu")
@@ -58,10 +57,10 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "model": source.name,
         "revision": source.revision,
         "architecture": ", ".join(source.config.architectures or [source.config.model_type]),
-        "parameters": f"{source.checkpoint.parameters:,}",
+        "parameters": source.checkpoint.parameters,
         "stored dtype": source.checkpoint.stored_dtype,
-        "weights": f"{human_bytes(source.checkpoint.weight_bytes)} in "
-        f"{len(source.checkpoint.weights)} files",
+        "weight bytes": source.checkpoint.weight_bytes,
+        "weight files": len(source.checkpoint.weights),
     }
 
 
@@ -71,17 +70,17 @@ def _store(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "store": str(store.folder),
         "complete": sum(row.error is None for row in rows),
         "failed": sum(row.error is not None for row in rows),
-        "text sets": ", ".join(
-            f"{digest[:12]} ({len(store.texts(digest)['ids'])} texts)"
+        "texts": {
+            digest: len(store.texts(digest)["ids"])
             for digest in store.textsets()
             if any(row.key.textset_digest == digest and row.error is None for row in rows)
-        ),
+        },
     }
     table = [
         {
             "model": row.label,
-            "revision": row.key.revision[:12],
-            "text set": row.key.textset_digest[:12],
+            "revision": row.key.revision,
+            "text set": row.key.textset_digest,
             "convention": row.key.convention,
             "dtype": row.key.dtype,
             "head": row.provenance.get("head", ""),

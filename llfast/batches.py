@@ -89,9 +89,7 @@ def tokenize(
     if own:
         prefix = added_bos(tokenizer)
         # A text that begins with the BOS string would otherwise begin with two.
-        encoded = [
-            ids[1:] if len(ids) > 1 and ids[0] == ids[1] == prefix else ids for ids in encoded
-        ]
+        encoded = [ids[1:] if _begins_twice(ids, prefix) else ids for ids in encoded]
     else:
         prefix = tokenizer.bos_token_id
         prefix = tokenizer.eos_token_id if prefix is None else prefix
@@ -113,7 +111,10 @@ def tokenize(
         if convention == "lm-eval":
             encoded[row] = encoded[row][-window:]
         elif own:
-            encoded[row] = _encode_truncated(tokenizer, texts.texts[row], window)
+            cut = _encode_truncated(tokenizer, texts.texts[row], window)
+            if _begins_twice(cut, prefix):
+                cut = _encode_truncated(tokenizer, texts.texts[row], window + 1)[1:]
+            encoded[row] = cut
         else:
             encoded[row] = encoded[row][:window]
     return _pack(encoded, truncated, max_length)
@@ -141,7 +142,10 @@ def given_tokens(token_ids: Sequence[Any], max_length: int | None) -> TokenizedT
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise ValueError(f"token_ids[{row}] must be a list of whole numbers, got {ids!r:.60}")
         if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-            raise ValueError(f"token_ids[{row}] must be in [0, 2**31), got {array.min()}")
+            raise ValueError(
+                f"token_ids[{row}] must be in [0, 2**31), got values from {array.min()} to "
+                f"{array.max()}"
+            )
         encoded.append(array.astype(np.int32))
     limit = max_length if max_length is not None else np.iinfo(np.int64).max
     truncated = np.array([len(ids) > limit for ids in encoded], dtype=bool)
@@ -153,11 +157,11 @@ def model_max_length(config: Any, tokenizer: Any, convention: str) -> int | None
 
     Looked up in the text part of the config, then in the config, then in the tokenizer.
     """
-    config = getattr(config, "text_config", None) or config
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+    for part in (getattr(config, "text_config", None), config):
+        for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
     limit = getattr(tokenizer, "model_max_length", None)
     if limit is not None and limit < 10**12:  # transformers writes "unknown" as 1e30
         return int(limit)
@@ -258,6 +262,11 @@ def _encode_cached(
         packed = _pack(encoded, np.zeros(len(encoded), dtype=bool), None)
         cache.save_arrays(key, ids=packed.ids, offsets=packed.offsets)
     return encoded
+
+
+def _begins_twice(ids: Int32[np.ndarray, " n"], token: int | None) -> bool:
+    first: list[int] = ids[:2].tolist()
+    return first == [token, token]
 
 
 def _encode_truncated(tokenizer: Any, text: str, length: int) -> Int32[np.ndarray, " n"]:

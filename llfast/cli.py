@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import LlfastError, LlfastWarning
+from . import __version__
 from .output import (
     human_bytes,
     print_estimates,
+    print_facts,
     print_json,
     print_line,
     print_note,
@@ -31,6 +29,8 @@ app = typer.Typer(
 )
 texts_app = typer.Typer(help="Make and look at text sets.", no_args_is_help=True)
 app.add_typer(texts_app, name="texts")
+# What all misuse raises; typer has no public name for it.
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StorePath = Annotated[Path, typer.Option("--store", help="The folder of results.")]
@@ -68,9 +68,27 @@ Newest = Annotated[
 Unit = Annotated[str, typer.Option(help="bits_per_byte or nats_per_text.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print_line(f"llfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version, and stop."
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
 @texts_app.command("build")
 def texts_build(
-    inputs: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files and folders.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="FILE", help="Files and folders.")],
     out: Annotated[Path, typer.Option(help="Where to write the set (.jsonl).")],
     n: Annotated[int, typer.Option("--n", help="How many chunks to sample.")] = 10_000,
     max_bytes: Annotated[int, typer.Option(help="The longest chunk.")] = 1024,
@@ -88,11 +106,11 @@ def texts_build(
             f"llfast: {len(report.skipped_files)} files are not UTF-8 text and were left out, "
             f"{report.skipped_files[0]} among them"
         )
+    if len(texts) < n:
+        print_note(f"llfast: only {len(texts)} chunks were long enough for the {n} asked for")
     if as_json:
         print_json({"texts": len(texts), "digest": texts.digest, "out": out, "report": report})
         return
-    if len(texts) < n:
-        print_note(f"llfast: only {len(texts)} chunks were long enough for the {n} asked for")
     print_line(
         f"{len(texts)} of {report.chunks} chunks from {report.documents} documents in {out}, "
         f"digest {texts.digest[:12]}"
@@ -135,7 +153,7 @@ def texts_show(
 def score_command(
     texts: TextsPath,
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL...", help="Folders or Hub ids.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="Folders or Hub ids.")
     ] = None,
     store: Annotated[Path | None, typer.Option(help="The folder of results.")] = None,
     model_list: Annotated[
@@ -174,9 +192,9 @@ def score_command(
     if model_list is not None:
         requests += read_model_list(model_list)
     if not requests:
-        raise typer.BadParameter("give at least one MODEL, or --list FILE")
+        raise UsageError("give at least one MODEL, or --list FILE")
     if name is not None and len(requests) > 1:
-        raise typer.BadParameter("--name goes with one MODEL")
+        raise UsageError("--name goes with one MODEL")
     text_set = TextSet.load(texts)
     options: dict[str, Any] = {
         "convention": convention,
@@ -191,7 +209,7 @@ def score_command(
         print_json(estimates) if as_json else print_estimates(estimates)
         return
     if store is None:
-        raise typer.BadParameter("--store DIR is needed, except with --dry-run")
+        raise UsageError("--store DIR is needed, except with --dry-run")
     outcomes = score_models(
         requests, text_set, Store(store), report=None if as_json else print_outcome, **options
     )
@@ -293,10 +311,18 @@ def kl_command(
     as_json: AsJson = False,
 ) -> None:
     """The KL divergence between two models, with its 95 % interval."""
-    from .nearest import load_space
+    from .nearest import find_kl
 
-    space = load_space(store, textset=textset, convention=convention, dtype=dtype, newest=newest)
-    kl = space.kl(a, b, unit=unit)
+    a, b, kl = find_kl(
+        a,
+        b,
+        store,
+        textset=textset,
+        convention=convention,
+        dtype=dtype,
+        newest=newest,
+        unit=unit,
+    )
     if as_json:
         print_json({"a": a, "b": b, "kl": kl})
         return
@@ -317,10 +343,7 @@ def info_command(
     if as_json:
         print_json({**facts, "rows": rows})
         return
-    for name, value in facts.items():
-        print_line(f"{name:16} {value}")
-    if rows:
-        print_table(list(rows[0]), [list(row.values()) for row in rows])
+    print_facts(facts, rows)
 
 
 @app.command("compact")
@@ -350,19 +373,3 @@ def demo_command(
         print_json(report)
     if not report["families_found"]:
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """Run the command line: an error is one line on standard error, and exit status 1."""
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("always", LlfastWarning)
-    warnings.showwarning = lambda message, *_, **__: print_note(f"llfast: warning: {message}")
-    try:
-        app()
-    except BrokenPipeError:
-        # The reader of a pipe has gone; nothing that Python flushes at exit must fail, either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (LlfastError, ValueError, TypeError, OSError, KeyError) as error:
-        print_note(f"llfast: error: {error}")
-        sys.exit(1)

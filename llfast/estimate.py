@@ -24,7 +24,8 @@ class Estimate:
         model: its name.
         dtype: what its body would run in.
         device: where.
-        parameters: stored numbers.
+        parameters: stored numbers; of pickles, which are not opened for that, as many as have
+            room in the files.
         read_bytes: size of the weight files.
         memory_bytes: weights in `dtype`, plus a batch's activations (hidden states and one
             feed-forward layer); a mixture of experts and long attention take more.
@@ -76,8 +77,11 @@ def estimate(
     config = source.config.get_text_config()
     hidden = getattr(config, "hidden_size", 0) or 0
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    parameters = source.checkpoint.parameters
-    looked_up = 0 if config.tie_word_embeddings else hidden * (config.vocab_size or 0)
+    if isinstance(feed_forward, list):  # one a layer
+        feed_forward = max(feed_forward)
+    parameters = source.checkpoint.parameters or _room(source)
+    tied = getattr(config, "tie_word_embeddings", False)
+    looked_up = 0 if tied else hidden * (getattr(config, "vocab_size", 0) or 0)
     flops = _matmul_flops(body_dtype, place)
     itemsize = body_dtype.itemsize
     largest = max((b.shape[0] * b.shape[1] for b in batches), default=0)
@@ -94,6 +98,14 @@ def estimate(
         matmul_flops=flops,
         seconds=2.0 * max(parameters - looked_up, 0) * padded / flops,
     )
+
+
+def _room(source: ModelSource) -> int:
+    """How many numbers of the config's dtype the weight files have room for."""
+    assert source.checkpoint is not None
+    stored = getattr(source.config, "dtype", None)
+    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize
+    return source.checkpoint.weight_bytes // itemsize
 
 
 def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:

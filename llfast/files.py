@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
@@ -28,6 +30,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # "No space left on device" does not say where, and a temporary name says little.
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -35,3 +42,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.fsync(folder)  # the new name, too, outlives a power cut
     finally:
         os.close(folder)
+
+
+def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file; those that would have to be unpickled are refused.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is something else, or damaged.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.ndarray):
+                return dict(arrays)
+            reason = "a single array"
+        except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(f"{path} must be an .npz file without pickled objects, got: {reason}")

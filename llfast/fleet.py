@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .batches import CONVENTIONS
 from .errors import LlfastError, MissingDependencyError, StoreError
 from .estimate import Estimate, estimate
-from .models import ModelSource, open_model
+from .models import ModelSource, open_model, parse_dtype
 from .results import LogLikelihoods, ResultKey
 from .scoring import SCORING_VERSION, resolve_device, score
 from .store import Store
 from .texts import TextSet
+
+_LEFTOVER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +34,7 @@ class ModelRequest:
         revision: branch, tag or commit of a Hub id.
         tokenizer: the folder of another tokenizer.
         adapter_base: the model that a LoRA adapter belongs to.
+        dtype: what it runs in, if not what all others do.
         metadata: columns to keep with the result.
     """
 
@@ -36,6 +43,7 @@ class ModelRequest:
     revision: str | None = None
     tokenizer: str | None = None
     adapter_base: str | None = None
+    dtype: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,7 +73,9 @@ class Outcome:
                 "bits_per_byte": self.result.mean_bits_per_byte,
                 "tokens": int(self.result.token_counts.sum()),
                 "truncated_texts": len(self.result.truncated_ids),
+                "truncated_ids": self.result.truncated_ids,
                 "unscored_texts": len(self.result.unscored_ids),
+                "unscored_ids": self.result.unscored_ids,
                 "seconds": self.seconds,
             }
         return facts
@@ -82,8 +92,12 @@ def read_model_list(path: str | Path) -> list[ModelRequest]:
         ValueError: with the line, if one cannot be used.
     """
     path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got {error}") from None
     requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         requests.append(
@@ -128,61 +142,52 @@ def score_models(
 
     Raises:
         OSError: if the store cannot be written.
+        ValueError: for a convention, dtype or device that there is not.
+        MissingDependencyError: if a model needs a package that is not installed.
     """
+    _refuse_unknown_options(requests, convention, dtype)
     store.prepare()
+    _remove_leftovers(store.folder)
     completed = store.completed()
     outcomes = []
     for request in requests:
-        key = None
+        asked = request.dtype or dtype
+        key = ResultKey(
+            request.name or os.path.normpath(request.model),
+            request.revision or "",
+            texts.digest,
+            convention,
+            asked,
+            None,
+            SCORING_VERSION,
+        )
         try:
             source = _open(request, trust_remote_code, allow_pickle)
-            place = resolve_device(device, source)
-            key = ResultKey(
-                source.name,
-                source.revision,
-                texts.digest,
-                convention,
-                str(source.dtype(dtype, place)).removeprefix("torch."),
-                None,
-                SCORING_VERSION,
-            )
-            if key in completed:
-                outcome = Outcome(request=request, status="skipped")
-            else:
-                partial = store.partial_path(key)
-                start = time.monotonic()
-                result = score(
-                    source,
-                    texts,
-                    convention=convention,
-                    dtype=dtype,
-                    device=device,
-                    token_budget=token_budget,
-                    metadata=request.metadata,
-                    partial=partial,
-                    progress=progress,
-                )
-                seconds = time.monotonic() - start
-                store.add(result)
-                partial.unlink(missing_ok=True)
-                completed.add(key)
-                outcome = Outcome(request=request, status="scored", result=result, seconds=seconds)
-        except (StoreError, MissingDependencyError):
+        except MissingDependencyError:
             raise
         except Exception as error:
-            if isinstance(error, OSError) and _is_of_store(error, store):
-                raise
-            outcome = Outcome(request=request, status="failed", error=_one_line(error))
-            failed = key or ResultKey(
-                request.name or request.model,
-                request.revision or "",
-                texts.digest,
-                convention,
-                dtype,
-                None,
-                SCORING_VERSION,
-            )
-            store.add_failure(failed, outcome.error or "")
+            outcome = _failed(request, key, error, store)
+        else:
+            place = resolve_device(device, source)  # what is wrong with it is wrong for all
+            own = str(source.dtype(asked, place)).removeprefix("torch.")
+            key = key._replace(model=source.name, revision=source.revision, dtype=own)
+            if key in completed:
+                outcome = _skipped(request, key, store)
+            else:
+                outcome = _scored(
+                    request,
+                    source,
+                    key,
+                    texts,
+                    store,
+                    convention=convention,
+                    dtype=asked,
+                    device=device,
+                    token_budget=token_budget,
+                    progress=progress,
+                )
+            if outcome.status == "scored":
+                completed.add(key)
         outcomes.append(outcome)
         if report is not None:
             report(outcome)
@@ -193,15 +198,59 @@ def estimate_models(
     requests: Sequence[ModelRequest],
     texts: TextSet,
     *,
+    dtype: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     **options: Any,
 ) -> list[Estimate]:
     """What `score_models` would take; reads no weights and writes nothing."""
     return [
-        estimate(_open(request, trust_remote_code, allow_pickle), texts, **options)
+        estimate(
+            _open(request, trust_remote_code, allow_pickle),
+            texts,
+            dtype=request.dtype or dtype,
+            **options,
+        )
         for request in requests
     ]
+
+
+def _skipped(request: ModelRequest, key: ResultKey, store: Store) -> Outcome:
+    with contextlib.suppress(OSError):  # a kill may have come between a result and this
+        store.partial_path(key).unlink(missing_ok=True)
+    return Outcome(request=request, status="skipped")
+
+
+def _scored(
+    request: ModelRequest,
+    source: ModelSource,
+    key: ResultKey,
+    texts: TextSet,
+    store: Store,
+    **options: Any,
+) -> Outcome:
+    _refuse_read_only(store.folder)
+    partial = store.partial_path(key)
+    start = time.monotonic()
+    try:
+        result = score(source, texts, metadata=request.metadata, partial=partial, **options)
+        seconds = time.monotonic() - start
+        store.add(result)
+    except (StoreError, MissingDependencyError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and _is_of_store(error, store):
+            error.filename = error.filename or str(store.folder)
+            raise
+        return _failed(request, key, error, store)
+    partial.unlink(missing_ok=True)
+    return Outcome(request=request, status="scored", result=result, seconds=seconds)
+
+
+def _failed(request: ModelRequest, key: ResultKey, error: Exception, store: Store) -> Outcome:
+    reason = _one_line(error)
+    store.add_failure(key, reason)
+    return Outcome(request=request, status="failed", error=reason)
 
 
 def _open(request: ModelRequest, trust_remote_code: bool, allow_pickle: bool) -> ModelSource:
@@ -224,7 +273,7 @@ def _parse_request(line: str, where: str) -> ModelRequest:
     if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
         raise ValueError(f'{where} must be an object with a string "model", got {line[:60]!r}')
     own: dict[str, Any] = {}
-    for name in ("model", "name", "revision", "tokenizer", "adapter_base"):
+    for name in ("model", "name", "revision", "tokenizer", "adapter_base", "dtype"):
         value = fields.pop(name, None)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where}: {name} must be a string, got {value!r}")
@@ -233,9 +282,34 @@ def _parse_request(line: str, where: str) -> ModelRequest:
     return ModelRequest(**own, metadata=fields | (nested if isinstance(nested, dict) else {}))
 
 
+def _refuse_unknown_options(requests: Sequence[ModelRequest], convention: str, dtype: str) -> None:
+    """Before every model fails for one slip of the pen, and the store is told so."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    for name in (dtype, *(request.dtype or dtype for request in requests)):
+        if name != "auto":
+            parse_dtype(name)
+
+
+def _refuse_read_only(folder: Path) -> None:
+    """Before a model has run in vain."""
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "The store cannot be written to", str(folder))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers were writing; what a living one writes is younger."""
+    for path in folder.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink()
+
+
 def _is_of_store(error: OSError, store: Store) -> bool:
     """A full or read-only disk fails every model: it must stop the run, not be noted as one's."""
-    return error.filename is None or str(error.filename).startswith(str(store.folder))
+    if error.filename is None:
+        return error.errno is not None  # a failed write does not say of which file
+    return Path(str(error.filename)).is_relative_to(store.folder)
 
 
 def _one_line(error: BaseException) -> str:

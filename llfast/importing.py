@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 import math
-import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import numpy as np
 from jaxtyping import Float64
 
 from .errors import SpaceError
+from .files import read_npz
 from .results import LogLikelihoodMatrix
 from .texts import TextSet
 
 IMPORT_UNITS = ("nats", "bits_per_byte")
+_ID_COLUMNS = ("", "id", "ids", "index", "unnamed: 0")  # pandas writes its index without a name
 
 
 def import_matrix(
@@ -31,9 +33,12 @@ def import_matrix(
 ) -> LogLikelihoodMatrix:
     """Read log-likelihoods or bits per byte of K models on N texts.
 
-    - .csv and .parquet: a row a text, a column a model; an optional first column that is not
-      numeric holds the ids. A column named like `('family', 'org/model')` gives the model a family.
+    - .csv and .parquet: a row a text, a column a model; an optional first column holds the ids if
+      none of its cells is a number, or if it is named id, ids or index, or has no name. A column
+      named like `('family', 'org/model')` gives the model a family.
     - .npz: `models` (K,) and `values` (K, N), and optionally `ids` (N,) and `families` (K,).
+
+    A model that is there under several families is named `org/model (family)` for each.
 
     Args:
         path: the file.
@@ -55,15 +60,21 @@ def import_matrix(
     if path.suffix not in readers:
         raise ValueError(f"file must be one of {', '.join(readers)}, got {path.name}")
     models, values, ids, families = readers[path.suffix](path)
-    n = values.shape[1]
-    sizes, texts = _text_bytes(text_bytes, n)
+    models = _tell_apart(models, families)
+    _validate(path, models, values, ids)
+    sizes, texts = _text_bytes(text_bytes, values.shape[1])
     if texts is not None and ids is not None and set(ids) == set(texts.ids):
         order = {id_: column for column, id_ in enumerate(ids)}
         values = values[:, [order[id_] for id_ in texts.ids]]
     elif texts is not None and ids is not None:
         raise SpaceError(f"{path} must have the ids of the text set {text_bytes}, got others")
-    ids = list(texts.ids) if texts is not None else ids or [str(column) for column in range(n)]
+    ids = list(texts.ids) if texts is not None else ids or [str(row) for row in range(len(sizes))]
     if unit == "bits_per_byte":
+        if values.min() < 0:
+            raise SpaceError(
+                f"{path} must hold at least 0 bits per byte, got {values.min():g}; is the unit "
+                "nats?"
+            )
         values = -values * sizes * math.log(2.0)
     elif values.max() > 0:
         raise SpaceError(
@@ -90,65 +101,117 @@ _Table = tuple[list[str], Float64[np.ndarray, "K N"], list[str] | None, list[str
 
 
 def _read_csv(path: Path) -> _Table:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        rows: list[list[str]] = []
         try:
-            header, *rows = list(csv.reader(file))
-        except (ValueError, UnicodeDecodeError, csv.Error) as error:
-            raise SpaceError(f"{path} must be a CSV file with a header, got {error}") from None
-    for number, row in enumerate(rows):
-        if len(row) != len(header):
-            raise SpaceError(
-                f"{path} must have {len(header)} cells a row, got {len(row)} in line {number + 2}"
-            )
-    return _from_columns(path, header, [list(column) for column in zip(*rows, strict=True)])
+            for row in reader:
+                if rows and row and len(row) != len(rows[0]):
+                    raise SpaceError(
+                        f"{path} must have {len(rows[0])} cells a row, got {len(row)} in line "
+                        f"{reader.line_num}"
+                    )
+                if row:  # an empty line is no row
+                    rows.append(row)
+        except (ValueError, csv.Error) as error:
+            raise SpaceError(f"{path} must be a CSV file in UTF-8, got {error}") from None
+    if not rows:
+        raise SpaceError(f"{path} must be a CSV file with a header, got an empty one")
+    return _from_columns(path, rows[0], [list(column) for column in zip(*rows[1:], strict=True)])
 
 
 def _read_parquet(path: Path) -> _Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowException as error:
-        raise SpaceError(f"{path} must be a Parquet file, got {error}") from None
-    return _from_columns(path, table.column_names, [column.to_pylist() for column in table.columns])
+    with path.open("rb") as file:
+        try:
+            table = pq.ParquetFile(file, page_checksum_verification=True).read()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SpaceError(f"{path} must be a Parquet file, got: {line}") from None
+    names, columns = table.column_names, [column.to_pylist() for column in table.columns]
+    if names and names[-1] == "__index_level_0__":  # where pandas puts the first
+        names, columns = ["index", *names[:-1]], [columns[-1], *columns[:-1]]
+    return _from_columns(path, names, columns)
 
 
 def _read_npz(path: Path) -> _Table:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            models = [str(model) for model in file["models"]]
-            values = np.asarray(file["values"], dtype=np.float64)
-            ids = [str(id_) for id_ in file["ids"]] if "ids" in file else None
-            families = [str(f) for f in file["families"]] if "families" in file else None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise SpaceError(f"{path} must hold the arrays models and values, got {error}") from None
+        arrays = read_npz(path)
+        models = [str(model) for model in arrays["models"]]
+        values = np.asarray(arrays["values"], dtype=np.float64)
+        ids = [str(id_) for id_ in arrays["ids"]] if "ids" in arrays else None
+        families = [str(each) for each in arrays["families"]] if "families" in arrays else None
+    except KeyError as error:
+        raise SpaceError(f"{path} must hold an array named {error}, got none") from None
+    except (ValueError, TypeError) as error:
+        raise SpaceError(f"{path} must hold the arrays models and values, got: {error}") from None
     if values.ndim != 2 or len(values) != len(models):
-        raise SpaceError(f"{path} must hold values (models, texts), got shape {values.shape}")
+        raise SpaceError(
+            f"{path} must hold values of {len(models)} models, a row each, got shape {values.shape}"
+        )
+    for name, rows, n in (("ids", ids, values.shape[1]), ("families", families, len(models))):
+        if rows is not None and len(rows) != n:
+            raise SpaceError(f"{path} must hold {n} {name}, got {len(rows)}")
     return models, values, ids, families or [""] * len(models)
 
 
 def _from_columns(path: Path, names: Sequence[str], columns: Sequence[list[Any]]) -> _Table:
+    ids = None
+    if columns and (
+        names[0].strip().lower() in _ID_COLUMNS or not any(map(_is_number, columns[0]))
+    ):
+        ids, names, columns = [str(cell) for cell in columns[0]], names[1:], columns[1:]
     if not columns or not columns[0]:
         raise SpaceError(f"{path} must hold at least one text and one model, got none")
-    ids = None
-    if _numbers(columns[0]) is None:
-        ids, names, columns = [str(cell) for cell in columns[0]], names[1:], columns[1:]
-    models, families = zip(*(_parse_name(name) for name in names), strict=True)
-    values = []
     for name, column in zip(names, columns, strict=True):
-        numbers = _numbers(column)
-        if numbers is None:
-            raise SpaceError(f"{path} must hold numbers, got other cells in column {name!r}")
-        values.append(numbers)
-    return list(models), np.array(values, dtype=np.float64), ids, list(families)
+        for row, cell in enumerate(column):
+            if not _is_number(cell):
+                hint = "" if ids or name != names[0] else "; if these are ids, name the column id"
+                raise SpaceError(
+                    f"{path} must hold numbers, got {cell!r} for model {name!r}, text "
+                    f"{ids[row] if ids else row!r}{hint}"
+                )
+    models, families = zip(*(_parse_name(name) for name in names), strict=True)
+    values = np.array([[float(cell) for cell in column] for column in columns])
+    return list(models), values, ids, list(families)
 
 
-def _numbers(cells: Sequence[Any]) -> list[float] | None:
+def _tell_apart(models: Sequence[str], families: Sequence[str]) -> list[str]:
+    counts = Counter(models)
+    return [
+        f"{model} ({family})" if counts[model] > 1 and family else model
+        for model, family in zip(models, families, strict=True)
+    ]
+
+
+def _validate(
+    path: Path, models: Sequence[str], values: Float64[np.ndarray, "K N"], ids: list[str] | None
+) -> None:
+    for what, names in (("model", models), ("text id", ids or [])):
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise SpaceError(f"{path} must name each {what} once, got {repeated[0]!r} again")
+    if not all(models):
+        raise SpaceError(f"{path} must name every model, got an empty name")
+    if not values.size:
+        raise SpaceError(f"{path} must hold at least one text and one model, got none")
+    finite = np.isfinite(values)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        raise SpaceError(
+            f"{path} must hold finite numbers, got {values[row, column]} for model "
+            f"{models[row]!r}, text {ids[column] if ids else int(column)!r}"
+        )
+
+
+def _is_number(cell: Any) -> bool:
     try:
-        return [float(cell) for cell in cells]
+        float(cell)
     except (TypeError, ValueError):
-        return None
+        return False
+    return True
 
 
 def _parse_name(name: str) -> tuple[str, str]:
@@ -156,7 +219,7 @@ def _parse_name(name: str) -> tuple[str, str]:
     if name.startswith("("):
         try:
             parsed = ast.literal_eval(name)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             return name, ""
         if isinstance(parsed, tuple) and len(parsed) == 2:
             return str(parsed[1]), str(parsed[0])
@@ -175,14 +238,15 @@ def _text_bytes(
             texts = TextSet.load(path)
             sizes = texts.text_bytes.astype(np.float64)
         else:
-            numbers = _numbers(path.read_text(encoding="utf-8").split())
-            if numbers is None:
-                raise SpaceError(f"{path} must hold a number a line, got other text") from None
-            sizes = np.array(numbers)
+            try:
+                sizes = np.array([float(each) for each in path.read_text("utf-8-sig").split()])
+            except ValueError as error:
+                raise SpaceError(f"{path} must hold a number a line, got: {error}") from None
     if len(sizes) != n:
-        raise SpaceError(f"text_bytes must be one a text ({n}), got {len(sizes)}")
-    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-        raise SpaceError("text_bytes must be finite and above 0, got other values")
+        raise SpaceError(f"text_bytes must be of {n} texts, got {len(sizes)} in {given}")
+    wrong = sizes[~(np.isfinite(sizes) & (sizes > 0))]
+    if len(wrong):
+        raise SpaceError(f"text_bytes must be finite and above 0, got {wrong[0]:g}")
     return sizes, texts
 
 

@@ -10,18 +10,25 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from .checkpoint import Checkpoint, is_adapter
-from .errors import CheckpointError, MissingDependencyError, UnsupportedModelError
+from .checkpoint import Checkpoint, adapter_digest, check_adapter, tokenizer_digest
+from .errors import (
+    CheckpointError,
+    LlfastWarning,
+    MissingDependencyError,
+    UnsupportedModelError,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -55,16 +62,28 @@ class FolderSource:
         Raises:
             CheckpointError: if there is none that can be loaded.
         """
-        with _quiet():
+        with quiet():
             try:
-                return transformers.AutoTokenizer.from_pretrained(
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
                     self.tokenizer_folder, trust_remote_code=self.trust_remote_code
                 )
             except Exception as error:
+                if "trust_remote_code" in str(error):
+                    raise UnsupportedModelError(
+                        f"{self.tokenizer_folder} must hold a tokenizer that transformers has, got "
+                        "one that brings its own code; pass --trust-remote-code if you trust it"
+                    ) from None
                 raise CheckpointError(
                     f"{self.tokenizer_folder} must hold a tokenizer, got none that loads "
-                    f"({_first_line(error)}); pass one with --tokenizer"
+                    f"({_one_line(error)}); pass one with --tokenizer"
                 ) from error
+        # Of some kinds, transformers makes an empty tokenizer where a folder has none.
+        if len(tokenizer) - len(getattr(tokenizer, "added_tokens_decoder", ())) < 2:
+            raise CheckpointError(
+                f"{self.tokenizer_folder} must hold a tokenizer, got none with a vocabulary; pass "
+                "one with --tokenizer"
+            )
+        return tokenizer
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
         """Read the weights with transformers, and refuse to run with any of them missing.
@@ -72,7 +91,7 @@ class FolderSource:
         Raises:
             CheckpointError: if they cannot be read, or do not fill the model.
         """
-        with _quiet():
+        with quiet():
             try:
                 model, report = transformers.AutoModelForCausalLM.from_pretrained(
                     self.checkpoint.folder,
@@ -81,22 +100,27 @@ class FolderSource:
                     use_safetensors=not self.checkpoint.pickled,
                     trust_remote_code=self.trust_remote_code,
                     output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
                 )
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:
                 raise CheckpointError(
                     f"{self.name} must be a checkpoint that transformers loads, got: "
-                    f"{_first_line(error)}"
+                    f"{_one_line(error)}"
                 ) from error
             # transformers fills what is missing with random numbers and goes on.
             for what in ("missing_keys", "mismatched_keys", "error_msgs"):
                 if report[what]:
-                    keys = sorted(str(key) for key in report[what])
                     raise CheckpointError(
                         f"{self.name} must hold every weight of {type(model).__name__}, got "
-                        f"{len(keys)} {what.replace('_', ' ')}: {', '.join(keys[:3])}"
+                        f"{_listed(what.replace('_', ' '), report[what])}"
                     )
+            # Old checkpoints hold masks and other buffers, too, which are no loss.
+            if unused := [key for key in report["unexpected_keys"] if key.endswith("weight")]:
+                more = _listed("unexpected keys", unused)
+                message = f"{self.name} holds more than its config asks for, left out: {more}"
+                warnings.warn(message, LlfastWarning, stacklevel=3)
             if self.adapter is not None:
                 model = _merge_adapter(model, self.adapter)
         return model.to(device).eval()
@@ -178,26 +202,37 @@ def open_model(
             model=model,
             given_tokenizer=tokenizer,
         )
+    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
+        raise TypeError(
+            "tokenizer must be a folder where the model is one or a Hub id, got a "
+            f"{type(tokenizer).__name__}"
+        )
     given = os.fspath(model)
     folder, commit = _find_folder(given, revision, trust_remote_code, allow_pickle)
-    adapter = None
+    base, base_commit = folder, commit
     if adapter_base is not None:
-        if not is_adapter(folder):
+        if not (folder / "adapter_config.json").exists():
             raise ValueError(f"adapter_base is for LoRA adapters, got {given}, which is none")
-        adapter = folder
-        folder, _ = _find_folder(adapter_base, None, trust_remote_code, allow_pickle)
-    checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
-    config = _load_config(folder, trust_remote_code)
+        check_adapter(folder)
+        base, base_commit = _find_folder(adapter_base, None, trust_remote_code, allow_pickle)
+    checkpoint = Checkpoint.open(base, allow_pickle=allow_pickle)
+    config = _load_config(base, trust_remote_code)
     _refuse_other_kinds(given, config)
-    own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    revision_parts = [base_commit or checkpoint.digest()]
+    if adapter_base is not None:
+        revision_parts.append(commit or adapter_digest(folder))
+    if tokenizer is not None:
+        other = Path(tokenizer)
+        revision_parts.append(tokenizer_digest(other) if other.is_dir() else str(other))
+    own_tokenizer = (folder / "tokenizer_config.json").exists()  # an adapter may have none
     return FolderSource(
         name=name or (os.path.normpath(given) if commit is None else given),
-        revision=commit or _digest(checkpoint, adapter),
+        revision=_revision(revision_parts),
         config=config,
         checkpoint=checkpoint,
-        tokenizer_folder=Path(tokenizer or (adapter if own_tokenizer and adapter else folder)),
+        tokenizer_folder=Path(tokenizer or (folder if own_tokenizer else base)),
         trust_remote_code=trust_remote_code,
-        adapter=adapter,
+        adapter=folder if adapter_base is not None else None,
     )
 
 
@@ -261,13 +296,13 @@ def _find_folder(
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
             f"model must be a checkpoint folder or Hub id, got {given}{at}: there is no such "
-            f"folder, and the Hub did not give it ({_first_line(error)})"
+            f"folder, and the Hub did not give it ({_one_line(error)})"
         ) from error
     return folder, folder.name
 
 
 def _load_config(folder: Path, trust_remote_code: bool) -> Any:
-    with _quiet():
+    with quiet():
         try:
             return transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
@@ -280,7 +315,7 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
                 ) from None
             raise UnsupportedModelError(
                 f"{folder} must have a config that transformers understands, got: "
-                f"{_first_line(error)}"
+                f"{_one_line(error)}"
             ) from error
 
 
@@ -308,30 +343,50 @@ def _merge_adapter(model: Any, adapter: Path) -> Any:
         raise MissingDependencyError(
             "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"
         ) from None
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise UnsupportedModelError(f"{adapter} must hold adapter_model.safetensors, got none")
-    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing keys: they are refused below
+            adapted = peft.PeftModel.from_pretrained(model, adapter)
+            wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except Exception as error:
+        raise CheckpointError(
+            f"{adapter} must be an adapter of {type(model).__name__}, got: {_one_line(error)}"
+        ) from error
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        found = set(file.keys())
+    unknown = {key for key in found - wanted if "lora_" in key}
+    for what, keys in (("missing keys", wanted - found), ("unexpected keys", unknown)):
+        if keys:
+            raise CheckpointError(
+                f"{adapter} must be an adapter of this {type(model).__name__}, got "
+                f"{_listed(what, keys)}"
+            )
+    return adapted.merge_and_unload()
 
 
-def _digest(checkpoint: Checkpoint, adapter: Path | None) -> str:
-    digest = checkpoint.digest()
-    if adapter is None:
-        return digest
-    merged = hashlib.sha256(digest.encode())
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        path = adapter / name
-        merged.update(path.read_bytes() if path.exists() else b"")
-    return merged.hexdigest()
+def _revision(parts: Sequence[str]) -> str:
+    """Of a model that is put together from several places, a digest of what each one is."""
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _listed(what: str, keys: Iterable[Any]) -> str:
+    # A mismatched key comes with the shape that is there and the one that should be.
+    ordered = sorted(
+        key if isinstance(key, str) else "{} {} not {}".format(key[0], *map(list, key[1:]))
+        for key in keys
+    )
+    return f"{len(ordered)} {what}: {', '.join(ordered[:3])}"
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error of transformers says, without its colours and line breaks, if it is short."""
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+    return text[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and reports from transformers: what matters is raised."""
+def quiet() -> Iterator[None]:
+    """No bars, reports and hints from transformers: what matters is raised."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import SearchError
 from .models import open_model
-from .results import LogLikelihoodMatrix, LogLikelihoods
+from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .scoring import score
 from .search import Hit, KLIndex
 from .space import ModelSpace
 from .store import Store
 from .texts import TextSet
-
-
-def load_space(
-    store: str | os.PathLike[str],
-    *,
-    textset: str | None = None,
-    convention: str | None = None,
-    dtype: str | None = None,
-    newest: bool = False,
-) -> ModelSpace:
-    """Fit a space to a store's models; the arguments choose among them as in `Store.matrix`."""
-    return ModelSpace.fit(_matrix(store, textset, convention, dtype, newest))
 
 
 def find_nearest(
@@ -58,30 +48,61 @@ def find_nearest(
     Returns: the query's name, and the hits, nearest first.
 
     Raises:
-        SearchError: if the model is not in the store and there are no texts to score it on.
+        SearchError: if the model is not in the store and there are no texts to score it on, or
+            others than the store's.
         StoreError: if the store does not have what is asked for.
     """
     matrix = _matrix(store, textset, convention, dtype, newest)
-    space = ModelSpace.fit(matrix)
-    index = KLIndex.build(space)
-    stored = _stored_name(model, matrix)
-    query: str | LogLikelihoods
-    if stored is not None:
-        query = stored
-    elif texts is None:
-        raise SearchError(
-            f"model must be in the store, got {model!r}; to score it first, give the text set "
-            "with --texts"
-        )
-    else:
+    query: str | LogLikelihoods | None = _stored_name(model, matrix)
+    if query is None:
+        if texts is None:
+            raise SearchError(
+                f"{_unknown(model, matrix.models)} To score it first, give the text set with "
+                "--texts"
+            )
         text_set = TextSet.load(texts)
+        if text_set.digest != matrix.textset_digest:
+            raise SearchError(
+                f"{os.fspath(texts)} must be the texts that the store's models were scored on "
+                f"({matrix.textset_digest[:12]}), got others ({text_set.digest[:12]})"
+            )
         query = score(model, text_set, convention=matrix.convention, dtype=dtype or "auto")
+    index = KLIndex.build(ModelSpace.fit(matrix))
     hits = (
         index.search(query, k, unit=unit)
         if radius is None
         else index.range_search(query, radius, unit=unit)
     )
     return query if isinstance(query, str) else query.model, hits
+
+
+def find_kl(
+    a: str,
+    b: str,
+    store: str | os.PathLike[str],
+    *,
+    textset: str | None = None,
+    convention: str | None = None,
+    dtype: str | None = None,
+    newest: bool = False,
+    unit: str = "bits_per_byte",
+) -> tuple[str, str, KLEstimate]:
+    """The KL divergence between two models of a store; arguments as for `find_nearest`.
+
+    Returns: the names that the store has for the two, and the estimate.
+
+    Raises:
+        SearchError: if one of them is not in the store.
+        StoreError: if the store does not have what is asked for.
+    """
+    matrix = _matrix(store, textset, convention, dtype, newest)
+    names = []
+    for model in (a, b):
+        name = _stored_name(model, matrix)
+        if name is None:
+            raise SearchError(_unknown(model, matrix.models))
+        names.append(name)
+    return names[0], names[1], ModelSpace.fit(matrix).kl(names[0], names[1], unit=unit)
 
 
 def _matrix(
@@ -112,3 +133,15 @@ def _stored_name(model: str, matrix: LogLikelihoodMatrix) -> str | None:
         ),
         None,
     )
+
+
+def _unknown(model: str, names: Sequence[str]) -> str:
+    """Says that there is no such model, and which ones might be meant."""
+    by_end = [name for name in names if Path(name).name == Path(model).name]
+    close = by_end or get_close_matches(model, names, n=3)
+    if close:
+        hint = f"did you mean {' or '.join(close[:3])}?"
+    else:
+        others = len(names) - 5
+        hint = f"it has {', '.join(names[:5])}" + (f" and {others} more." if others > 0 else ".")
+    return f"model must be in the store, got {model!r}; {hint}"

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from .progress import clean
+
 _WIDTH_OF_A_PIPE = 200
 
 
@@ -33,13 +35,23 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title and Text(title), title_justify="left", title_style="bold")
+    table = Table(title=title and Text(clean(title)), title_justify="left", title_style="bold")
     numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
     for name, right in zip(columns, numeric, strict=True):
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(cell)) for cell in row))
     _console().print(table)
+
+
+def print_facts(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line a fact, then a table of what they are about."""
+    for name, value in facts.items():
+        print_line(f"{name:16} {_fact(name, value)}")
+    if rows:
+        print_table(
+            list(rows[0]), [[_short(name, value) for name, value in row.items()] for row in rows]
+        )
 
 
 def print_line(text: str) -> None:
@@ -56,16 +68,22 @@ def print_outcome(outcome: Any) -> None:
     """One line a model, as soon as it is done."""
     facts = outcome.summary()
     if outcome.status == "scored":
-        cut = facts["truncated_texts"]
         print_line(
             f"scored   {facts['model']}: {facts['bits_per_byte']:.4f} bits/byte, "
             f"{facts['tokens']:,} tokens in {human_seconds(facts['seconds'])} in {facts['dtype']}"
-            + (f", {cut} texts truncated" if cut else "")
-            + (f", {facts['unscored_texts']} without a token" if facts["unscored_texts"] else "")
+            + _named(facts["truncated_ids"], "truncated")
+            + _named(facts["unscored_ids"], "without a token")
         )
     else:
         reason = f": {outcome.error}" if outcome.error else ": in the store already"
         print_line(f"{outcome.status:8} {facts['model']}{reason}")
+
+
+def _named(ids: Sequence[str], what: str) -> str:
+    if not ids:
+        return ""
+    first = ", ".join((*ids[:3], "...") if len(ids) > 3 else ids)
+    return f", {len(ids)} text{'s'[: len(ids) > 1]} {what} ({first})"
 
 
 def print_estimates(estimates: Sequence[Any]) -> None:
@@ -89,11 +107,6 @@ def print_estimates(estimates: Sequence[Any]) -> None:
     )
 
 
-def clean(text: str) -> str:
-    """Text without line breaks and other control characters."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
 def human_bytes(count: float) -> str:
     """A size with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -114,6 +127,17 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE, highlight=False)
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):  # how many texts each text set has
+        return ", ".join(f"{digest[:12]} ({n:,} texts)" for digest, n in value.items())
+    return human_bytes(value) if name.endswith("bytes") else _cell(value)
+
+
+def _short(name: str, value: Any) -> Any:
+    """Digests by their beginning, which every command takes for the whole."""
+    return value[:12] if name in ("revision", "text set") else value
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import zipfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int32
 
 from .batches import TokenizedTexts
-from .files import atomic_write
+from .files import atomic_write, read_npz
 from .results import RaggedArray
 
 _SECONDS_BETWEEN_SAVES = 5.0
@@ -106,15 +105,14 @@ class PartialScores:
     def _restore(self) -> None:
         assert self._path is not None
         try:
-            with self._path.open("rb") as file:
-                arrays = dict(np.load(file, allow_pickle=False))
+            arrays = read_npz(self._path)
             if str(arrays["key"]) != self._key:
                 return
             self.loglikelihoods[:] = arrays["loglikelihoods"]
             self.token_budgets[:] = arrays["token_budgets"]
             if self.logprobs is not None:
                 self.logprobs.values[:] = arrays["logprobs"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError):
             return
 
     def __enter__(self) -> Self:

@@ -1,10 +1,15 @@
-"""A progress bar for scoring: texts, tokens a second, time left."""
+"""A progress bar for scoring: texts, tokens a second, time left.
+
+Names come from files of other people: what drives a terminal is taken out of them.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_NAME_WIDTH = 30
 
 
 @contextmanager
@@ -17,7 +22,7 @@ def progress_bar(
         name: stands before the bar.
         done: texts that are scored already.
         total: all texts.
-        show: None shows the bar only in a terminal.
+        show: None shows the bar only in a terminal; elsewhere, True shows its last state.
     """
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda _texts, _tokens: None
@@ -33,6 +38,7 @@ def progress_bar(
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
     from rich.text import Text
 
     class TokensPerSecond(ProgressColumn):
@@ -46,11 +52,12 @@ def progress_bar(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("texts"),
-        TokensPerSecond(),
+        TokensPerSecond(table_column=Column(no_wrap=True)),  # the bar gives way, not this
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(name), total=total, completed=done, tokens=0)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
+        task = bar.add_task(escape(_short(clean(name))), total=total, completed=done, tokens=0)
         scored = 0
 
         def advance(texts: int, tokens: int) -> None:
@@ -59,3 +66,16 @@ def progress_bar(
             bar.update(task, advance=texts, tokens=scored)
 
         yield advance
+
+
+def _short(name: str) -> str:
+    """The end of a long path, which tells models apart and leaves room for the bar."""
+    return name if len(name) <= _NAME_WIDTH else "…" + name[1 - _NAME_WIDTH :]
+
+
+def clean(text: str) -> str:
+    """Text without line breaks and other control characters, which are shown as Python writes them.
+
+    Rich's own escaping is for its markup only.
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -98,7 +98,7 @@ def score(
         token_budget: the most tokens in a batch; halved when memory runs out.
         per_token: keep the logprob of every token, too.
         name: what to call the model; by default its path or id as given.
-        revision: branch, tag or commit of a Hub id.
+        revision: branch, tag or commit of a Hub id; for a loaded model, what names its weights.
         metadata: columns to keep with the result.
         trust_remote_code: let the checkpoint bring code of its own.
         allow_pickle: let weights be pickles.
@@ -129,6 +129,11 @@ def score(
             adapter_base=adapter_base,
         )
     )
+    if partial is not None and not source.revision:
+        raise ValueError(
+            "partial must go with weights that have a name, got a loaded model without a revision; "
+            "pass revision, or the checkpoint's folder"
+        )
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
     budget = default_token_budget(place) if token_budget is None else token_budget

@@ -90,8 +90,12 @@ class ModelSpace:
             dtypes=self.dtypes,
             revisions=self.revisions,
         )
-        if self.reference.shape != self.text_bytes.shape or not np.isfinite(self.reference).all():
-            raise SpaceError(f"reference must be one finite number a text ({len(self)} models)")
+        shape, wanted = self.reference.shape, self.text_bytes.shape
+        if shape != wanted or not np.isfinite(self.reference).all():
+            found = f"shape {shape}" if shape != wanted else "a NaN or inf"
+            raise SpaceError(
+                f"reference must be one finite number a text ({wanted[0]}), got {found}"
+            )
         for name in _ARRAYS:
             getattr(self, name).flags.writeable = False
         codes = group_codes(self.groups) if self.groups is not None else None

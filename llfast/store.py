@@ -1,9 +1,9 @@
 """An append-only store of log-likelihoods: immutable Parquet shards that any tool can read.
 
-    STORE/llfast-store.json                 says that this is a store
+    STORE/_llfast-store.json                says that this is a store
     STORE/textset=<digest>/_texts.json      ids, byte lengths and groups of the texts
     STORE/textset=<digest>/<name>.parquet   rows, one a model; a shard never changes
-    STORE/partial/<digest>.npz              finished texts of unfinished models
+    STORE/_partial/<digest>.npz             finished texts of unfinished models
 
 Writers need no lock: a shard is written under a temporary name, synced and renamed, and every name
 is unique. Of several rows with one key the newest complete one counts.
@@ -15,19 +15,33 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .errors import StoreError
 from .files import atomic_write
 from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
-from .shards import SCHEMA, StoredRow, newest, read_rows, row_fields, write_shard
+from .shards import (
+    SCHEMA,
+    StoredRow,
+    merge_shards,
+    newest,
+    one_row_a_model,
+    read_folder,
+    read_table,
+    row_fields,
+    write_shard,
+)
 
-_MARKER = "llfast-store.json"
+# What begins with _ or . is no data to pyarrow, Spark and DuckDB: they can be given the store.
+_MARKER = "_llfast-store.json"
+_PARTIAL = "_partial"
+_TEXTS = "_texts.json"
+_PER_TEXT = ("loglikelihoods", "token_counts", "truncated", "token_budgets")
 _FORMAT = 1
 _Read = TypeVar("_Read")
 
@@ -50,7 +64,7 @@ class Store:
         if marker.exists():
             try:
                 version = json.loads(marker.read_bytes())["format"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise StoreError(
                     f"{marker} must name the store's format, got something else"
                 ) from None
@@ -109,7 +123,7 @@ class Store:
 
     def partial_path(self, key: ResultKey) -> Path:
         """Where finished texts of an unfinished model are kept."""
-        return self.folder / "partial" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.npz"
+        return self.folder / _PARTIAL / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.npz"
 
     def prepare(self) -> None:
         """Make the folder; raises OSError if it cannot be written."""
@@ -125,23 +139,7 @@ class Store:
 
         Returns: how many shards were merged.
         """
-        merged = 0
-        for folder in self._partitions():
-            shards = sorted(folder.glob("*.parquet"))
-            if len(shards) < 2:
-                continue
-            rows = newest(row for shard in shards for row in read_rows(shard))
-            tables = [
-                pq.read_table(shard, schema=SCHEMA, partitioning=None).take(
-                    [row.position for row in rows if row.shard == shard]
-                )
-                for shard in sorted({row.shard for row in rows})
-            ]
-            write_shard(folder, pa.concat_tables(tables))
-            for shard in shards:
-                shard.unlink(missing_ok=True)
-            merged += len(shards)
-        return merged
+        return sum(self._retry(partial(merge_shards, folder)) for folder in self._partitions())
 
     # ---------------------------------------------------------------- reading
 
@@ -159,7 +157,11 @@ class Store:
 
     def textsets(self) -> list[str]:
         """Digests of the text sets that have results."""
-        return [folder.name.removeprefix("textset=") for folder in self._partitions()]
+        return [
+            folder.name.removeprefix("textset=")
+            for folder in self._partitions()
+            if (folder / _TEXTS).exists()  # else there are only failures
+        ]
 
     def texts(self, digest: str) -> dict[str, Any]:
         """`ids`, `text_bytes` (N,) and `groups` of a text set.
@@ -167,31 +169,26 @@ class Store:
         Raises:
             StoreError: if they cannot be read.
         """
-        path = self._partition(digest) / "_texts.json"
+        path = self._partition(digest) / _TEXTS
         try:
-            return dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{path} must describe the texts, got {error}") from None
+            texts = dict(json.loads(path.read_bytes()))
+            return {name: texts[name] for name in ("ids", "text_bytes", "groups")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path} must describe the texts, got {error!r}; it is written again with the next "
+                "result"
+            ) from None
 
     def load(self, row: StoredRow) -> LogLikelihoods:
-        """A stored result with its numbers."""
-        texts = self.texts(row.key.textset_digest)
-        table = pq.read_table(row.shard, schema=SCHEMA, partitioning=None)
-        found = table.slice(row.position, 1).to_pylist()[0]
-        n = len(texts["ids"])
-        zeros = [0] * n
-        return LogLikelihoods(
-            **row.key._asdict(),
-            ids=tuple(texts["ids"]),
-            loglikelihoods=np.array(found["loglikelihoods"], dtype=np.float64),
-            token_counts=np.array(found["token_counts"] or zeros, dtype=np.int64),
-            text_bytes=np.array(texts["text_bytes"]).astype(np.int64),
-            truncated=np.array(found["truncated"] or zeros, dtype=bool),
-            token_budgets=np.array(found["token_budgets"] or zeros, dtype=np.int32),
-            groups=tuple(texts["groups"]) if texts["groups"] else None,
-            provenance=row.provenance,
-            metadata=row.metadata,
-        )
+        """A stored result with its numbers, wherever a compaction has put it since.
+
+        Raises:
+            StoreError: if it cannot be read.
+            ValueError: if the row is a failure.
+        """
+        if row.error is not None:
+            raise ValueError(f"row must be complete, got the failure of {row.label}: {row.error}")
+        return self._retry(lambda: self._load(row))
 
     def matrix(
         self,
@@ -247,43 +244,56 @@ class Store:
         duplicates: str,
     ) -> LogLikelihoodMatrix:
         rows = [row for row in self._rows(digest) if row.error is None and row.key.layer is None]
-        convention = convention or _only_convention({row.key.convention for row in rows})
-        rows = [
-            row
-            for row in rows
-            if row.key.convention == convention and dtype in (None, row.key.dtype)
-        ]
-        if models is not None:
-            rows = _named(rows, models)
-        chosen: dict[str, StoredRow] = {}
-        for row in sorted(rows, key=lambda row: row.created):
-            other = chosen.get(row.label)
-            if other is not None and duplicates == "error":
-                raise StoreError(
-                    f"matrix must have one row a model, got {_describe(other)} and "
-                    f"{_describe(row)}; choose with dtype, models=['name@revision'] or "
-                    "duplicates='newest'"
-                )
-            chosen[row.label] = row
+        convention, chosen = one_row_a_model(rows, convention, dtype, models, duplicates)
         if not chosen:
+            in_dtype = f" in {dtype}" if dtype else ""
             raise StoreError(
                 f"{self.folder} must hold complete results on text set {digest[:12]} under "
-                f"convention {convention!r}, got none"
+                f"convention {convention!r}{in_dtype}, got none"
             )
         texts = self.texts(digest)
-        ordered = [chosen[label] for label in sorted(chosen)]
         return LogLikelihoodMatrix(
-            [row.label for row in ordered],
-            self._values(ordered, len(texts["ids"])),
-            texts["text_bytes"],
-            [_matrix_metadata(row) for row in ordered],
+            [row.label for row in chosen],
+            self._values(chosen, len(texts["ids"])),
+            np.array(texts["text_bytes"], dtype=np.float64),
+            [_matrix_metadata(row) for row in chosen],
             ids=texts["ids"],
             groups=texts["groups"],
             textset_digest=digest,
             convention=convention,
-            dtypes=[row.key.dtype for row in ordered],
-            revisions=[row.key.revision for row in ordered],
+            dtypes=[row.key.dtype for row in chosen],
+            revisions=[row.key.revision for row in chosen],
         )
+
+    def _load(self, row: StoredRow) -> LogLikelihoods:
+        texts = self.texts(row.key.textset_digest)
+        if not row.shard.exists():
+            row = self._find(row.key)
+        found = read_table(row.shard).slice(row.position, 1).to_pylist()[0]
+        n = len(texts["ids"])
+        lists = {name: found[name] for name in _PER_TEXT if found[name] is not None}
+        for name, values in lists.items():
+            if len(values) != n:
+                raise StoreError(_wrong_length(row, name, n, len(values)))
+        zeros = [0] * n
+        return LogLikelihoods(
+            **row.key._asdict(),
+            ids=tuple(texts["ids"]),
+            loglikelihoods=np.array(lists["loglikelihoods"], dtype=np.float64),
+            token_counts=np.array(lists.get("token_counts", zeros), dtype=np.int64),
+            text_bytes=np.rint(texts["text_bytes"]).astype(np.int64),
+            truncated=np.array(lists.get("truncated", zeros), dtype=bool),
+            token_budgets=np.array(lists.get("token_budgets", zeros), dtype=np.int32),
+            groups=tuple(texts["groups"]) if texts["groups"] else None,
+            provenance=row.provenance,
+            metadata=row.metadata,
+        )
+
+    def _find(self, key: ResultKey) -> StoredRow:
+        for row in self._rows(key.textset_digest):
+            if row.key == key and row.error is None:
+                return row
+        raise StoreError(f"{self.folder} must hold the result of {key.model}, got none any more")
 
     def _values(self, rows: Sequence[StoredRow], n: int) -> np.ndarray:
         values = np.empty((len(rows), n))
@@ -291,26 +301,17 @@ class Store:
         for number, row in enumerate(rows):
             by_shard.setdefault(row.shard, []).append(number)
         for shard, numbers in by_shard.items():
-            column = pq.read_table(shard, columns=["loglikelihoods"], partitioning=None)[0]
+            column = read_table(shard, ["loglikelihoods"])[0]
             for number in numbers:
-                row_values = column[rows[number].position].values
-                if len(row_values) != n:
-                    raise StoreError(
-                        f"{shard} must have {n} numbers a model, got {len(row_values)} for "
-                        f"{rows[number].label}"
-                    )
-                values[number] = row_values.to_numpy()
+                found = column[rows[number].position].values
+                if len(found) != n:
+                    raise StoreError(_wrong_length(rows[number], "loglikelihoods", n, len(found)))
+                values[number] = found.to_numpy()
         return values
 
     def _rows(self, digest: str | None) -> list[StoredRow]:
         folders = self._partitions() if digest is None else [self._partition(digest)]
-        found = (
-            row
-            for folder in folders
-            for shard in sorted(folder.glob("*.parquet"))
-            for row in read_rows(shard)
-        )
-        return newest(found)
+        return newest(row for folder in folders for row in read_folder(folder))
 
     def _partitions(self) -> list[Path]:
         return sorted(self.folder.glob("textset=*"))
@@ -326,16 +327,22 @@ class Store:
         groups: Sequence[str] | None,
     ) -> None:
         self.prepare()
-        folder = self._partition(digest)
-        folder.mkdir(exist_ok=True)
-        if not (folder / "_texts.json").exists():
+        path = self._partition(digest) / _TEXTS
+        path.parent.mkdir(exist_ok=True)
+        try:
+            known = self.texts(digest)
+        except StoreError:  # not there, or damaged: here they are again
             texts = {
                 "ids": list(ids),
                 "text_bytes": text_bytes.tolist(),
                 "groups": list(groups) if groups is not None else None,
             }
-            with atomic_write(folder / "_texts.json") as file:
+            with atomic_write(path) as file:
                 file.write(json.dumps(texts).encode())
+            return
+        for name, given in (("ids", list(ids)), ("text_bytes", text_bytes.tolist())):
+            if given != known[name]:
+                raise StoreError(f"{name} must be those in {path}, got others for the same texts")
 
     def _write_shard(self, digest: str, rows: list[dict[str, Any]]) -> None:
         self.prepare()
@@ -353,34 +360,8 @@ class Store:
         return read()
 
 
-def _only_convention(conventions: set[str]) -> str:
-    if "paper" in conventions or not conventions:
-        return "paper"
-    if len(conventions) > 1:
-        raise StoreError(
-            "convention must be named where a store has several, got "
-            f"{', '.join(sorted(conventions))}"
-        )
-    return conventions.pop()
-
-
-def _named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
-    chosen = []
-    for name in models:
-        found = [row for row in rows if row.label == name]
-        if not found and "@" in name:
-            model, _, revision = name.rpartition("@")
-            found = [
-                row for row in rows if row.label == model and row.key.revision.startswith(revision)
-            ]
-        if not found:
-            raise StoreError(f"models must be in the store, got {name!r}")
-        chosen.extend(found)
-    return chosen
-
-
-def _describe(row: StoredRow) -> str:
-    return f"{row.label}@{row.key.revision[:12] or '(none)'} in {row.key.dtype or 'no dtype'}"
+def _wrong_length(row: StoredRow, name: str, n: int, found: int) -> str:
+    return f"{row.shard} must have {n} {name} a model, got {found} for {row.label}"
 
 
 def _matrix_metadata(row: StoredRow) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class TextSet:
     def load(cls, path: str | os.PathLike[str]) -> TextSet:
         """Read a .jsonl file with one object a line: `text`, and optionally `id` and `group`.
 
-        A line without an id gets its zero-based number as id.
+        A line without an id (or with null) gets its zero-based number as id.
 
         Raises:
             OSError: if the file cannot be read.
@@ -104,12 +104,12 @@ class TextSet:
         rows = list(_read_jsonl(Path(path)))
         if not rows:
             raise TextSetError(f"{path} must hold at least one text, got an empty file")
-        ids = [str(row.get("id", number)) for number, row in rows]
+        ids = [_field(row, "id", str(number)) for number, row in rows]
         groups = None
-        if any("group" in row for _, row in rows):
+        if any(row.get("group") is not None for _, row in rows):
             # A text that names no document stands for itself.
             groups = [
-                str(row.get("group", f"id:{id_}")) for id_, (_, row) in zip(ids, rows, strict=True)
+                _field(row, "group", f"id:{id_}") for id_, (_, row) in zip(ids, rows, strict=True)
             ]
         try:
             return cls.from_texts((row["text"] for _, row in rows), ids, groups)
@@ -264,6 +264,11 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise TextSetError(f'{where} must be an object with a string "text", got {line[:60]!r}')
         _encode(row["text"], where)
         yield number, row
+
+
+def _field(row: dict[str, str], name: str, otherwise: str) -> str:
+    value = row.get(name)
+    return otherwise if value is None else str(value)
 
 
 def _decode(data: bytes, where: str | Path) -> str:

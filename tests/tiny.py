@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -97,6 +98,17 @@ def make_checkpoints(folder: Path) -> Path:
     return folder
 
 
+def copy_checkpoint(folder, copy, change=lambda name, weight: weight):
+    """A checkpoint with other weights."""
+    copy.mkdir(parents=True)
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    path = copy / "model.safetensors"
+    weights = {name: change(name, weight).clone() for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    return copy
+
+
 @contextlib.contextmanager
 def quiet():
     """No progress bars of transformers in the test output."""
@@ -105,6 +117,17 @@ def quiet():
         yield
     finally:
         transformers.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Models this small are slower on several, and far slower where others use the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def plain_logprobs(model, ids) -> torch.Tensor:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
@@ -17,6 +15,7 @@ from .cpu import instruction_set
 __all__ = ["instruction_set", "token_logprobs"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FP32 = torch.finfo(torch.float32)
 
 
 def token_logprobs(
@@ -39,8 +38,8 @@ def token_logprobs(
         lm_head: of the same dtype as `hidden`.
         targets: int64 or int32.
         bias: in any floating dtype; `-inf` takes a word out of the softmax.
-        scale: a factor on the logits.
-        softcap: positive and finite; None for no cap.
+        scale: a factor on the logits, finite in fp32.
+        softcap: positive and finite in fp32; None for no cap.
 
     Returns: nats, in fp32. On a CPU the bits of a row depend on that row, the head, the dtype and
         `instruction_set()`, but neither on the other rows nor on the number of threads. A row with
@@ -55,10 +54,15 @@ def token_logprobs(
     """
     _check_dtypes(hidden, lm_head, targets, bias)
     _check_shapes(hidden, lm_head, targets, bias)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; 1.0 leaves the logits as they are")
-    if softcap is not None and not (0 < softcap < math.inf):
-        raise ValueError(f"softcap must be positive and finite, got {softcap}; use None for no cap")
+    # C++ takes both in fp32, where a softcap of 0 stands for none.
+    if not abs(scale) <= _FP32.max:
+        raise ValueError(
+            f"scale must be finite in fp32, got {scale}; 1.0 leaves the logits as they are"
+        )
+    if softcap is not None and not (_FP32.tiny <= softcap <= _FP32.max):
+        raise ValueError(
+            f"softcap must be positive and finite in fp32, got {softcap}; use None for no cap"
+        )
     if len(targets) == 0:
         return torch.empty(0, dtype=torch.float32, device=hidden.device)
     lowest, highest = (int(bound) for bound in targets.aminmax())

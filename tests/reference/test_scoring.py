@@ -326,3 +326,13 @@ def test_wrong_arguments_are_refused(llama, tokenizer):
         llfast.score((llama, tokenizer), TEXTS, token_budget=0)
     with pytest.raises(TypeError, match="conventions"):
         llfast.score((llama, tokenizer), TEXTS, conventions="paper")
+
+
+def test_partial_results_of_weights_without_a_name_are_refused(llama, tokenizer, tmp_path):
+    """A second model in memory could otherwise go on from the numbers of a first."""
+    path = tmp_path / "partial.npz"
+    with pytest.raises(ValueError, match="partial must go with weights that have a name"):
+        llfast.score((llama, tokenizer), TEXTS, partial=path)
+    assert not path.exists()
+    named = llfast.score((llama, tokenizer), TEXTS, partial=path, revision="first")
+    assert named.revision == "first"

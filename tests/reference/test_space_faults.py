@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,11 @@ def test_another_number_of_texts_is_refused(values):
         space = ModelSpace.fit(make_matrix(values, ids=ids))
         with pytest.raises(SpaceError, match="60 texts"):
             space.project(make_result(values[0, :59]))
+
+
+def test_a_reference_with_a_nan_is_refused(space):
+    with pytest.raises(SpaceError, match=r"number a text \(60\), got a NaN or inf"):
+        replace(space, reference=np.where(np.arange(60) == 7, np.nan, space.reference))
 
 
 def test_unknown_models_are_refused_with_what_comes_close(space):

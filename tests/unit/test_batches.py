@@ -117,6 +117,17 @@ def test_truncation_is_right_in_papers_and_left_in_lm_eval(tokenizer):
     assert window.input_lengths[0] == window.token_counts[0] == 6
 
 
+def test_a_truncated_text_that_begins_with_bos_keeps_one_and_all_its_room():
+    tokenizer = make_tokenizer(adds_bos=True)
+    long = "the quick brown fox jumps over a lazy dog"
+    texts = TextSet.from_texts([f"<s>{long}", long])
+    for length in (1, 2, 6):
+        tokens = tokenize(texts, tokenizer, "paper", length)
+        assert tokens[0].tolist() == [BOS, *words(tokenizer, long)][:length]
+        assert tokens[0].tolist() == tokens[1].tolist()
+        assert tokens.truncated.all()
+
+
 def test_truncating_keeps_the_tokenizers_closing_token():
     from tokenizers import processors
 
@@ -157,6 +168,8 @@ def test_given_tokens_are_checked():
     for bad in ([[-1]], [[1.5]], [["a"]], [[2**31]]):
         with pytest.raises(ValueError, match=r"token_ids\[0\] must be"):
             given_tokens(bad, None)
+    with pytest.raises(ValueError, match=f"got values from 7 to {2**31}"):
+        given_tokens([[7, 2**31]], None)
 
 
 def test_unknown_conventions_and_missing_bos_are_refused():
@@ -179,6 +192,8 @@ def test_max_length_comes_from_the_text_model_first():
     assert model_max_length(config, None, "paper") == 1200
     config.text_config = nested
     assert model_max_length(config, None, "paper") == 32768
+    del nested.max_position_embeddings
+    assert model_max_length(config, None, "paper") == 1200
     tokenizer = Config()
     tokenizer.model_max_length = 10**30
     assert model_max_length(Config(), tokenizer, "paper") is None

@@ -1,0 +1,314 @@
+"""Every command, from its arguments to what it prints, against what the library returns."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+import llfast
+from llfast import KLIndex, Store, TextSet
+from tests.tiny import TEXTS
+
+
+def test_warnings_go_to_standard_error(command, filled):
+    run = command("kl", "gpt2", "llama", "--store", filled, "--json")
+    assert run.err.startswith("llfast: warning: 1 of the tokenizers add BOS and 2 do not")
+    assert run.err.count("\n") == 1
+    assert set(run.json) == {"a", "b", "kl"}
+
+
+def test_score_stores_and_prints_what_the_library_returns(
+    command, checkpoints, texts, texts_file, tmp_path
+):
+    folders = [checkpoints / "gpt2", checkpoints / "llama"]
+    where = ("--texts", texts_file, "--store", tmp_path / "store")
+    run = command("score", *folders, *where)
+    assert (run.code, run.err) == (0, "")
+    store = Store(tmp_path / "store")
+    rows = {row.key.model: row for row in store.rows(texts.digest)}
+    lines = dict(re.findall(r"^scored   (.*?): (.*)$", run.out, re.MULTILINE))
+    assert len(run.out.splitlines()) == len(folders)
+    for folder in folders:
+        expected = llfast.score(folder, texts)
+        stored = store.load(rows[str(folder)])
+        assert stored.values.tobytes() == expected.values.tobytes()
+        assert stored.key == expected.key
+        bits, tokens = f"{expected.mean_bits_per_byte:.4f}", f"{expected.token_counts.sum():,}"
+        assert lines[str(folder)].startswith(f"{bits} bits/byte, {tokens} tokens in ")
+        assert lines[str(folder)].endswith(f" in {expected.dtype}")
+    again = command("score", *folders, checkpoints / "gpt2-finetune", *where, "--json")
+    assert [each["status"] for each in again.json] == ["skipped", "skipped", "scored"]
+    finetune = llfast.score(checkpoints / "gpt2-finetune", texts)
+    assert again.json[2]["bits_per_byte"] == finetune.mean_bits_per_byte
+    assert again.json[2]["tokens"] == finetune.token_counts.sum()
+    assert len(store.rows()) == 3, "what was skipped was not stored again"
+    assert not list(store.partial_path(expected.key).parent.glob("*"))
+
+
+def test_a_plain_list_and_arguments_go_together(command, checkpoints, texts_file, tmp_path):
+    listed = tmp_path / "models.txt"
+    listed.write_text(f"# two models\n\n{checkpoints / 'gpt2'}\n  {checkpoints / 'llama'}  \n")
+    where = ("--texts", texts_file, "--store", tmp_path / "store", "--json")
+    run = command("score", checkpoints / "gpt2-finetune", "--list", listed, *where)
+    assert run.code == 0, run.err
+    names = [str(checkpoints / name) for name in ("gpt2-finetune", "gpt2", "llama")]
+    assert [each["model"] for each in run.json] == names
+    assert {each["status"] for each in run.json} == {"scored"}
+
+
+def test_a_list_of_objects_says_dtype_name_and_metadata(command, checkpoints, texts, tmp_path):
+    rows = [
+        {"model": str(checkpoints / "gpt2"), "name": "full", "family": "g", "size": 43392},
+        {"model": str(checkpoints / "gpt2"), "name": "half", "dtype": "bfloat16"},
+        {"model": str(checkpoints / "llama"), "name": "l", "metadata": {"family": "x", "y": [1]}},
+    ]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts.save(tmp_path / "t.jsonl")
+    store = Store(tmp_path / "store")
+    where = ("--texts", tmp_path / "t.jsonl", "--store", store.folder)
+    run = command("score", "--list", tmp_path / "l.jsonl", *where)
+    assert run.code == 0, run.err
+    found = {row.key.model: row for row in store.rows()}
+    assert {name: row.key.dtype for name, row in found.items()} == {
+        "full": "float32",
+        "half": "bfloat16",
+        "l": "float32",
+    }
+    assert [dict(found[name].metadata) for name in ("full", "half", "l")] == [
+        {"family": "g", "size": 43392},
+        {},
+        {"family": "x", "y": [1]},
+    ]
+    expected = llfast.score(checkpoints / "gpt2", texts, dtype="bfloat16")
+    assert store.load(found["half"]).values.tobytes() == expected.values.tobytes()
+    run = command("score", "--list", tmp_path / "l.jsonl", *where, "--json")
+    assert [each["status"] for each in run.json] == ["skipped"] * 3
+
+
+def test_a_model_that_fails_stops_no_other(command, checkpoints, texts_file, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    where = ("--texts", texts_file, "--store", tmp_path / "store")
+    run = command("score", checkpoints / "gpt2", f"{broken}/", checkpoints / "llama", *where)
+    assert run.code == 1
+    assert [line.split()[0] for line in run.out.splitlines()] == ["scored", "failed", "scored"]
+    reason = f"{broken} must be a checkpoint folder, got one without config.json"
+    assert reason in run.out
+    assert run.err == "llfast: 1 of 3 models failed; the store has why\n"
+    store = Store(tmp_path / "store")
+    assert {row.label: row.error for row in store.rows()} == {
+        str(checkpoints / "gpt2"): None,
+        str(checkpoints / "llama"): None,
+        str(broken): reason,
+    }
+    run = command("score", broken, *where, "--json")
+    assert (run.code, run.json[0]["status"], run.json[0]["error"]) == (1, "failed", reason)
+    # A model that was mended takes the place of its failure.
+    for file in (checkpoints / "gpt2").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    assert command("score", broken, *where).code == 0
+    assert [row.error for row in store.rows()] == [None] * 3
+    matrix = store.matrix()
+    assert len(matrix.models) == 3
+
+
+def test_dry_run_counts_what_scoring_then_does(command, checkpoints, texts, texts_file, tmp_path):
+    names = ["gpt2", "llama", "mixtral"]
+    arguments = ("score", *(checkpoints / name for name in names), "--texts", texts_file)
+    estimates = command(*arguments, "--dry-run", "--json").json
+    assert [each["model"] for each in estimates] == [str(checkpoints / name) for name in names]
+    for each in estimates:
+        result = llfast.score(each["model"], texts)
+        weights = checkpoints / each["model"] / "model.safetensors"
+        assert each["tokens"] == result.token_counts.sum() <= each["padded_tokens"]
+        assert (each["dtype"], each["device"]) == ("float32", "cpu")
+        assert each["read_bytes"] == weights.stat().st_size
+        assert each["memory_bytes"] > 4 * each["parameters"] > 0.9 * each["read_bytes"] - 10_000
+        assert 0 < each["seconds"] < 60
+        work = 2 * each["parameters"] * each["padded_tokens"]
+        assert 0.5 * work <= each["seconds"] * each["matmul_flops"] <= work
+    run = command(*arguments, "--dry-run")
+    for each in estimates:
+        line = next(line for line in run.out.splitlines() if f" {each['model']} " in line)
+        for shown in (f"{each['parameters']:,}", f"{each['tokens']:,}", "KiB", " 0.0 s "):
+            assert shown in line
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+def test_search_finds_what_the_index_finds(command, filled, space):
+    index = KLIndex.build(space)
+    hits = index.search("gpt2", k=10)
+    run = command("search", "gpt2", "--store", filled, "-k", 100, "--json")
+    assert run.json["hits"] == [hit.summary() for hit in hits]
+    assert [hit.model for hit in hits] == ["gpt2-finetune", "llama"]
+    assert (run.json["model"], run.json["unit"]) == ("gpt2", "bits_per_byte")
+    table = command("search", "gpt2", "--store", filled)
+    rows = [line.split("│")[1:-1] for line in table.out.splitlines() if line.startswith("│")]
+    shown = [[cell.strip() for cell in row] for row in rows]
+    assert "Nearest to gpt2" in table.out
+    assert [row[0] for row in shown] == ["gpt2-finetune", "llama"]
+    assert [row[1] for row in shown] == [f"{hit.kl:.4g}" for hit in hits]
+    assert [row[2] for row in shown] == [f"{hit.standard_error:.4g}" for hit in hits]
+    assert [row[4] for row in shown] == ["g", "l"]
+    one = command("search", "gpt2", "--store", filled, "-k", 1, "--unit", "nats_per_text", "--json")
+    assert one.json["hits"] == [index.search("gpt2", k=1, unit="nats_per_text")[0].summary()]
+    radius = (hits[0].kl + hits[1].kl) / 2
+    near = command("search", "gpt2", "--store", filled, "--radius", radius, "--json")
+    assert [hit["model"] for hit in near.json["hits"]] == ["gpt2-finetune"]
+    none = command("search", "gpt2", "--store", filled, "--radius", hits[0].kl / 2)
+    assert none.code == 0
+    assert "gpt2-finetune" not in none.out
+
+
+def test_a_model_that_the_store_lacks_is_scored_first(
+    command, checkpoints, filled, space, texts, texts_file
+):
+    mixture = checkpoints / "mixtral"
+    before = sorted(filled.rglob("*"))
+    run = command("search", mixture, "--store", filled, "--texts", texts_file, "--json")
+    expected = KLIndex.build(space).search(llfast.score(mixture, texts), k=10)
+    assert run.json["model"] == str(mixture)
+    assert run.json["hits"] == [hit.summary() for hit in expected]
+    assert len(expected) == 3
+    assert sorted(filled.rglob("*")) == before, "searching stores nothing"
+
+
+def test_a_folder_counts_as_the_stored_model_with_its_weights(command, checkpoints, filled):
+    by_name = command("search", "gpt2", "--store", filled, "--json").json
+    assert command("search", checkpoints / "gpt2", "--store", filled, "--json").json == by_name
+    kl = command("kl", "gpt2", "llama", "--store", filled, "--json").json["kl"]
+    folders = (checkpoints / "gpt2", f"{checkpoints / 'llama'}/")
+    run = command("kl", *folders, "--store", filled, "--json")
+    assert run.json == {"a": "gpt2", "b": "llama", "kl": kl}
+
+
+def test_other_texts_are_refused_before_a_model_runs(command, filled, nan_checkpoint, tmp_path):
+    other = tmp_path / "other.jsonl"
+    TextSet.from_texts(["other", "texts"]).save(other)
+    run = command("search", nan_checkpoint, "--store", filled, "--texts", other)
+    assert f"{other} must be the texts that the store's models were scored on" in run.error
+
+
+def test_kl_is_that_of_the_space(command, filled, space):
+    expected = space.kl("gpt2", "llama")
+    run = command("kl", "gpt2", "llama", "--store", filled)
+    assert run.out == f"KL(gpt2, llama) = {expected}\n"
+    found = command("kl", "llama", "gpt2", "--store", filled, "--unit", "nats_per_text", "--json")
+    nats = space.kl("gpt2", "llama", unit="nats_per_text")
+    assert found.json["kl"] == dataclasses.asdict(nats) | {"interval": list(nats.interval)}
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("gpt3", "did you mean gpt2"),
+        ("zoo/llama", "did you mean llama?"),
+        ("xyz", "it has gpt2, gpt2-finetune, llama"),
+    ],
+)
+def test_an_unknown_model_is_answered_with_those_that_are_there(command, filled, name, advice):
+    for run in (
+        command("kl", "gpt2", name, "--store", filled),
+        command("kl", name, "gpt2", "--store", filled),
+        command("search", name, "--store", filled),
+    ):
+        assert (run.code, run.out) == (1, "")
+        last = run.err.splitlines()[-1]
+        assert last.startswith(f"llfast: error: model must be in the store, got '{name}'; {advice}")
+    assert "--texts" in last, "search can score it"
+
+
+def test_kl_of_one_of_two_text_sets_conventions_and_dtypes(
+    command, checkpoints, texts, texts_file, tmp_path
+):
+    """A store that was added to three times gives each time's numbers, when it is told which."""
+    other = TextSet.from_texts([text[::-1] for text in TEXTS])
+    other.save(tmp_path / "other.jsonl")
+    folders = [str(checkpoints / "gpt2"), str(checkpoints / "gpt2-finetune")]
+    store = tmp_path / "store"
+
+    def score(*options):
+        assert command("score", *folders, "--store", store, *options).code == 0
+
+    def kl(*options):
+        return command("kl", *folders, "--store", store, "--json", *options)
+
+    def truth(of, **options):
+        a, b = (llfast.score(folder, of, **options).values for folder in folders)
+        clip = np.quantile(np.stack([a, b]), 0.02)
+        difference = np.maximum(a, clip) - np.maximum(b, clip)
+        return difference.var() / 2 / (of.text_bytes.mean() * np.log(2))
+
+    score("--texts", texts_file)
+    score("--texts", texts_file, "--convention", "always-bos")
+    assert kl().json["kl"]["value"] == pytest.approx(truth(texts), rel=1e-9)
+    bos = kl("--convention", "always-bos").json["kl"]["value"]
+    assert bos == pytest.approx(truth(texts, convention="always-bos"), rel=1e-9)
+    score("--texts", texts_file, "--dtype", "bfloat16")
+    assert "must have one row a model" in kl().error
+    half = kl("--dtype", "bfloat16").json["kl"]["value"]
+    assert half == pytest.approx(truth(texts, dtype="bfloat16"), rel=1e-9)
+    assert kl("--newest").json["kl"]["value"] == half
+    score("--texts", tmp_path / "other.jsonl")
+    assert "the text set must be named where a store has several" in kl("--newest").error
+    reversed_ = kl("--textset", other.digest[:8]).json["kl"]["value"]
+    assert reversed_ == pytest.approx(truth(other), rel=1e-9)
+
+
+def test_compact_merges_shards_and_keeps_every_number(command, models_list, texts_file, tmp_path):
+    store = tmp_path / "store"
+    where = ("--texts", texts_file, "--store", store)
+    assert command("score", "--list", models_list, *where).code == 0
+    before = Store(store).matrix()
+    assert len(list(store.glob("*/*.parquet"))) == 3
+    assert command("compact", "--store", store).out == "3 shards merged\n"
+    assert len(list(store.glob("*/*.parquet"))) == 1
+    after = Store(store).matrix()
+    assert after.models == before.models
+    assert after.values.tobytes() == before.values.tobytes()
+    assert command("compact", "--store", store).out == "nothing to merge\n"
+    again = command("score", "--list", models_list, *where, "--json")
+    assert [each["status"] for each in again.json] == ["skipped"] * 3
+
+
+def test_info_of_a_store(command, filled, texts):
+    run = command("info", filled, "--json")
+    rows = Store(filled).rows()
+    assert (run.json["complete"], run.json["failed"]) == (3, 0)
+    assert run.json["texts"] == {texts.digest: len(texts)}
+    assert [row["model"] for row in run.json["rows"]] == ["gpt2", "gpt2-finetune", "llama"]
+    assert [row["revision"] for row in run.json["rows"]] == [row.key.revision for row in rows]
+    shown = command("info", filled)
+    assert f"{texts.digest[:12]} (12 texts)" in shown.out
+    for row in rows:
+        line = next(line for line in shown.out.splitlines() if f"│ {row.label} " in line)
+        for cell in (row.key.revision[:12], "paper", "float32", "fused", "complete"):
+            assert f" {cell} " in line
+
+
+def test_info_of_a_checkpoint(command, checkpoints):
+    weights = checkpoints / "llama" / "model.safetensors"
+    facts = command("info", checkpoints / "llama", "--json").json
+    source = llfast.score(checkpoints / "llama", ["a"])
+    assert facts["revision"] == source.revision
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert facts["stored dtype"] == "F32"
+    assert facts["weight bytes"] == weights.stat().st_size
+    from safetensors.numpy import load_file
+
+    assert facts["parameters"] == sum(each.size for each in load_file(weights).values())
+    shown = command("info", checkpoints / "llama").out
+    assert f"{facts['parameters']:,}" in shown
+    assert re.search(r"weight bytes +\d+\.\d KiB\n", shown)
+
+
+def test_info_of_nothing_tells_of_this_machine(command):
+    facts = command("info", "--json").json
+    import torch
+
+    assert facts["llfast"] == llfast.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["rows"] == []

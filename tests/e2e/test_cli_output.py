@@ -1,0 +1,280 @@
+"""What commands print, and where: help, JSON, a line a mistake, nothing to drive a terminal."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import unicodedata
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import llfast
+from llfast import TextSet
+from llfast.cli import app
+from tests.tiny import TEXTS
+
+
+def leaves(group=None, path=()):
+    """(words, command) of every command that does something."""
+    for name, each in (group or typer.main.get_command(app)).commands.items():
+        if hasattr(each, "commands"):
+            yield from leaves(each, (*path, name))
+        else:
+            yield (*path, name), each
+
+
+COMMANDS = {" ".join(path): each for path, each in leaves()}
+
+
+@pytest.mark.parametrize("path", ["", "texts", *COMMANDS])
+def test_every_command_has_help_and_so_has_every_parameter(command, path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = command(*path.split(), "--help")
+    assert (run.code, run.err) == (0, "")
+    assert path in run.out
+    if path not in COMMANDS:
+        for name, each in leaves():
+            if len(name) == 1 and not path:
+                assert re.search(rf" {name[0]} .*{re.escape(each.help.split()[0])}", run.out)
+        return
+    assert len(COMMANDS[path].help or "") > 20, f"{path} must say what it does"
+    assert COMMANDS[path].help.splitlines()[0][:60] in run.out
+    for parameter in COMMANDS[path].params:
+        assert len(parameter.help or "") > 5, f"{path}: {parameter.name} must say what it is"
+        for option in parameter.opts:
+            assert option in run.out or parameter.param_type_name == "argument"
+
+
+@pytest.fixture
+def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch):
+    """Arguments with which each command prints a result."""
+
+    def run_demo(out, *, say):
+        say("training")
+        return {"families_found": True, "models": ["a"]}
+
+    monkeypatch.setattr("llfast.demo.run_demo", run_demo)  # its own tests run it for real
+    (tmp_path / "m.csv").write_text("id,a,b\nx,1.0,1.1\ny,1.2,1.5\nz,2.0,1.0\n")
+    (tmp_path / "doc.txt").write_text("a word or two " * 200)
+    score = f"--texts {texts_file} --store {tmp_path / 'store'}"
+    imported = f"--store {tmp_path / 'imported'} --unit bits_per_byte --text-bytes 100"
+    return {
+        "texts build": f"texts build {tmp_path / 'doc.txt'} --out {tmp_path / 't.jsonl'} --n 2",
+        "texts show": f"texts show {texts_file}",
+        "score": f"score --list {models_list} {score}",
+        "import": f"import {tmp_path / 'm.csv'} {imported}",
+        "search": f"search gpt2 --store {filled}",
+        "kl": f"kl gpt2 llama --store {filled}",
+        "info": f"info {filled}",
+        "compact": f"compact --store {tmp_path / 'nothing-yet'}",
+        "demo": f"demo --out {tmp_path / 'demo'}",
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_json_is_all_that_a_command_prints_where_it_is_asked_for(command, examples, name):
+    arguments = examples[name].split()
+    assert set(examples) == set(COMMANDS), "a new command needs an example"
+    run = command(*arguments, "--json")
+    assert run.code == 0, run.err
+    assert run.json
+    assert all(line.startswith("llfast: ") or name == "demo" for line in run.err.splitlines())
+    assert command(*arguments).out, "without --json people are told"
+
+
+def test_the_version_is_printed(command):
+    run = command("--version")
+    assert (run.code, run.out, run.err) == (0, f"llfast {llfast.__version__}\n", "")
+    assert llfast.__version__ == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("score", "Missing option '--texts'; see `"),
+        ("scor", "No such command 'scor'"),
+        ("score --texts t --nope", "No such option: --nope"),
+        ("score --texts t", "give at least one MODEL, or --list FILE"),
+        ("kl a --store s", "Missing argument '"),
+        ("search a --store s -k 0", "Invalid value for '-k'"),
+        ("search a --store s --radius -1", "Invalid value for '--radius'"),
+        ("score m --texts t --token-budget 0", "Invalid value for '--token-budget'"),
+        ("texts show t --rows x", "Invalid value for '--rows'"),
+    ],
+)
+def test_misuse_is_one_line_and_status_2(command, arguments, message):
+    run = command(*arguments.split())
+    assert run.code == 2
+    assert run.out == ""
+    assert run.error.startswith(f"llfast: error: {message}")
+
+
+def test_a_store_is_asked_for_where_one_is_needed(command, checkpoints, texts_file):
+    run = command("score", checkpoints / "gpt2", "--texts", texts_file)
+    assert run.code == 2
+    assert "--store DIR is needed" in run.error
+    two = (checkpoints / "gpt2", checkpoints / "llama")
+    run = command("score", *two, "--name", "x", "--texts", texts_file, "--store", "s")
+    assert run.code == 2
+    assert "--name goes with one MODEL" in run.error
+
+
+@pytest.mark.parametrize("words", [[], ["texts"]])
+def test_no_words_print_the_help(command, words):
+    run = command(*words)
+    assert "Usage:" in run.out
+    assert (run.code, run.err) == (2, "")
+
+
+def shell(*arguments, program=(sys.executable, "-m", "llfast"), **options):
+    return subprocess.run(
+        [*program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def test_the_module_and_the_console_command_are_one_program(texts_file):
+    console = Path(sys.executable).with_name("llfast")
+    assert console.exists(), "installed with the package"
+    for arguments in (("--version",), ("texts", "show", texts_file), ("texts", "show", "no-file")):
+        runs = [shell(*arguments), shell(*arguments, program=(console,))]
+        assert len({(run.returncode, run.stdout, run.stderr) for run in runs}) == 1
+    assert runs[0].returncode == 1
+    assert runs[0].stderr == "llfast: error: [Errno 2] No such file or directory: 'no-file'\n"
+    assert shell("texts", "show").returncode == 2
+
+
+@pytest.mark.parametrize("count", [1, 3000], ids=["less", "more"])
+def test_a_pipe_that_is_closed_early_is_no_error_to_tell_of(tmp_path, count):
+    """More, and less, than fits into the buffers between two programs."""
+    TextSet.from_texts(["x" * 90] * count).save(tmp_path / "t.jsonl")
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = ["-m", "llfast", "texts", "show", str(tmp_path / "t.jsonl"), "--rows", "3000"]
+    with os.fdopen(writing, "w") as out:
+        run = subprocess.run(
+            [sys.executable, *arguments],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (run.returncode, run.stderr) == (1, b"")
+
+
+def test_a_terminal_of_few_letters_is_told_as_well_as_it_can_be(tmp_path):
+    TextSet.from_texts(["漢字 ± 🙂"]).save(tmp_path / "t.jsonl")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = shell("texts", "show", tmp_path / "t.jsonl", env=environment)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert r"\u6f22\u5b57 \xb1 \U0001f642" in run.stdout
+
+
+# What the name of a folder, in a list file or in metadata may hold: colours, a new title for the
+# window, a cleared screen, a line of its own, text from right to left, rich's markup.
+EVIL = "\x1b[31mred\x1b]0;title\x07\x1b[2J\nfailed: all\r\u202e\x9b1m[bold]b[/bold][i]l[/]"
+
+
+def check_harmless(run):
+    for stream in (run.out, run.err):
+        for character in stream.replace("\n", ""):
+            assert unicodedata.category(character)[0] != "C", (repr(character), stream)
+    assert "\\x1b[31mred" in run.out + run.err, "it is shown, not left out"
+    shown = re.sub(r"[\s│]", "", run.out + run.err)  # a table may fold it
+    assert "[bold]b[/bold][i]l[/]" in shown, "and no markup is taken out"
+    return run
+
+
+def test_names_and_metadata_cannot_drive_the_terminal(command, checkpoints, tmp_path):
+    (tmp_path / EVIL).mkdir(parents=True)
+    texts = tmp_path / "t.jsonl"
+    TextSet.from_texts([EVIL, *TEXTS], ids=[EVIL, *map(str, range(12))]).save(texts)
+    rows = [
+        {"model": str(checkpoints / "gpt2"), "name": EVIL, "family": EVIL},
+        {"model": str(checkpoints / "llama"), "name": "llama", "family": EVIL},
+        {"model": EVIL},
+    ]
+    listed = tmp_path / "models.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = tmp_path / "store"
+    run = check_harmless(command("score", "--list", listed, "--texts", texts, "--store", store))
+    assert run.code == 1
+    assert len(run.out.splitlines()) == 3, "a name has no line of its own"
+    for arguments in (
+        ("search", EVIL, "--store", store),
+        ("search", "llama", "--store", store),
+        ("kl", EVIL, "llama", "--store", store),
+        ("kl", f"x{EVIL}", "llama", "--store", store),
+        ("info", store),
+        ("info", tmp_path / EVIL),
+        ("texts", "show", texts),
+        ("score", checkpoints / "gpt2", "--name", EVIL, "--texts", texts, "--dry-run"),
+        ("compact", f"--{EVIL}"),
+        (EVIL,),
+    ):
+        run = check_harmless(command(*arguments))
+    found = command("search", EVIL, "--store", store, "--json").json
+    assert found["model"] == EVIL, "JSON has the name itself"
+    assert found["hits"][0]["metadata"]["family"] == EVIL
+
+
+def on_a_terminal(monkeypatch, run):
+    """What `run()` writes to standard error, when that is a terminal."""
+    master, slave = os.openpty()
+    shown = bytearray()
+
+    def read():
+        # Reading a terminal that nobody has open any more is an error: the end.
+        try:
+            while part := os.read(master, 4096):
+                shown.extend(part)
+        except OSError:
+            return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "200")
+        run()
+    reader.join(timeout=60)
+    os.close(master)
+    return shown.decode()
+
+
+def test_a_terminal_shows_progress_and_a_pipe_does_not(checkpoints, texts, monkeypatch, capfd):
+    def score(name="\x1b[2J\x1b]0;t\x07[bold]b", progress=None):
+        llfast.score(checkpoints / "gpt2", texts, name=name, progress=progress)
+
+    shown = on_a_terminal(monkeypatch, score)
+    assert "12/12" in shown
+    assert re.search(r"texts [\d,]+ tokens/s", shown)
+    assert "0:00:00" in shown, "time left"
+    assert r"\x1b[2J\x1b]0;t\x07[bold]b" in shown
+    assert "\x1b[2J" not in shown
+    assert "\x1b]0;" not in shown
+    assert on_a_terminal(monkeypatch, lambda: score(progress=False)) == ""
+    capfd.readouterr()
+    score()
+    assert capfd.readouterr().err == ""
+    score(name="/a/long/path" * 9 + "/model", progress=True)
+    assert re.match(r"….*/model .* 12/12 texts .* tokens/s", capfd.readouterr().err)
+
+
+def test_the_bar_begins_where_the_last_run_stopped(monkeypatch):
+    from llfast.progress import progress_bar
+
+    def run():
+        with progress_bar("m", done=3, total=10, show=None) as advance:
+            advance(2, 50)
+
+    assert "5/10" in on_a_terminal(monkeypatch, run)

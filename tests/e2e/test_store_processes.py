@@ -1,0 +1,264 @@
+"""Several processes at one store, and processes that are killed at it."""
+
+import contextlib
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+
+from llfast import Store
+from tests.stores import ROOT, make_result, numbers, store_shards
+
+DEADLINE_SECONDS = 60
+
+
+@contextlib.contextmanager
+def process(code, *args):
+    """Code in a process of its own, which says when it is ready and goes on at a line of input."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code, *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    ) as running:
+        try:
+            assert running.stdout.readline() == "ready\n"
+            yield running
+        finally:
+            running.kill()
+
+
+def tell(running, line="go"):
+    running.stdin.write(f"{line}\n")
+    running.stdin.flush()
+
+
+WRITE = """
+import sys
+from llfast import Store
+from tests.stores import make_result
+folder, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+print("ready", flush=True)
+input()
+for number in range(count):
+    Store(folder).add(make_result(f"{name} {number}"))
+    Store(folder).add(make_result("both"))
+print("done", flush=True)
+"""
+
+
+def test_writers_at_once_lose_and_double_nothing(tmp_path):
+    folder = tmp_path / "new"  # they make it at once, too
+    with process(WRITE, folder, "x", 40) as one, process(WRITE, folder, "y", 40) as other:
+        tell(one)
+        tell(other)
+        assert one.stdout.readline() == other.stdout.readline() == "done\n"
+    expected = sorted(["both", *(f"{name} {number}" for name in "xy" for number in range(40))])
+    matrix = Store(folder).matrix()
+    assert sorted(matrix.models) == expected
+    np.testing.assert_array_equal(matrix.values, [numbers(model) for model in matrix.models])
+    written = ds.dataset(folder, partitioning="hive").to_table()["model"].to_pylist()
+    assert sorted(written) == sorted([*expected, *["both"] * 79])
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+MAKE = """
+import os, sys, time
+from pathlib import Path
+from llfast import Store
+from tests.stores import make_result
+folder, name, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+print("ready", flush=True)
+input()
+for number in range(30):
+    (folder / f"{number}.{name}").touch()
+    deadline = time.monotonic() + 30
+    while not (folder / f"{number}.{other}").exists() and time.monotonic() < deadline:
+        pass
+    Store(folder / str(number)).add(make_result(name))
+print("done", flush=True)
+"""
+
+
+def test_a_store_that_is_being_made_is_no_foreign_folder(tmp_path):
+    with process(MAKE, tmp_path, "x", "y") as one, process(MAKE, tmp_path, "y", "x") as other:
+        tell(one)
+        tell(other)
+        assert one.stdout.readline() == other.stdout.readline() == "done\n"
+    for number in range(30):
+        assert Store(tmp_path / str(number)).matrix().models == ("x", "y")
+
+
+COMPACT = """
+import sys
+from llfast import Store
+store, merged = Store(sys.argv[1]), 0
+print("ready", flush=True)
+input()
+while not (store.folder.parent / "enough").exists():
+    merged += store.compact()
+print(merged, flush=True)
+"""
+
+
+def test_readers_and_writers_go_on_while_two_compact(tmp_path):
+    folder = tmp_path / "store"
+    store = Store(folder)
+    for model in ("both", *(f"old {number}" for number in range(10))):
+        store.add(make_result(model))
+    held = store.rows()
+    seen, reads = set(), 0
+    with (
+        process(WRITE, folder, "new", 60) as writer,
+        process(COMPACT, folder) as one,
+        process(COMPACT, folder) as other,
+    ):
+        for each in (one, other, writer):
+            tell(each)
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while len(seen) < 71 and time.monotonic() < deadline:
+            matrix = store.matrix()
+            np.testing.assert_array_equal(matrix.values, [numbers(m) for m in matrix.models])
+            assert seen <= set(matrix.models), "what was there once stays there"
+            seen = set(matrix.models)
+            row = held[reads % len(held)]
+            np.testing.assert_array_equal(store.load(row).values, numbers(row.key.model))
+            reads += 1
+        assert writer.stdout.readline() == "done\n"
+        (tmp_path / "enough").touch()
+        assert int(one.stdout.readline()) + int(other.stdout.readline()) > 10
+    assert len(seen) == 71
+    store.compact()
+    assert len(store_shards(store)) == 1
+    assert set(store.matrix().models) == seen
+
+
+# A process that forks others, and kills them: each fork is in a second what a start is in minutes.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llfast import Store
+from tests.stores import make_result
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+
+
+def die_before(place, name, left):
+    whole = getattr(place, name)
+
+    def step(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **options)
+
+    setattr(place, name, step)
+
+
+def act(what):
+    store = Store(sys.argv[1])
+    store.compact() if what == "compact" else store.add(make_result(what))
+    os._exit(0)
+
+
+print("ready", flush=True)
+for line in sys.stdin:
+    what, moment = line.split()
+    child = os.fork()
+    if not child:
+        if moment.startswith("step"):
+            left = [int(moment.removeprefix("step"))]
+            for place, name in ((os, "fsync"), (os, "open"), (Path, "open"), (Path, "replace"),
+                                (Path, "mkdir"), (Path, "unlink")):
+                die_before(place, name, left)
+        act(what)
+    if not moment.startswith("step"):
+        signal.sigtimedwait({signal.SIGCHLD}, float(moment))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    while signal.sigtimedwait({signal.SIGCHLD}, 0):
+        pass
+    print("killed" if os.WIFSIGNALED(status) else "finished", flush=True)
+"""
+
+
+def contents(store):
+    """By key: when it was made, and its numbers."""
+    rows = store.rows()
+    matrix = store.matrix() if rows else None
+    return {row.key: (row.created, matrix.row(row.label).tolist()) for row in rows}
+
+
+@pytest.fixture
+def killer(tmp_path):
+    with process(KILLED, tmp_path / "store") as running:
+
+        def kill(what, moment):
+            tell(running, f"{what} {moment}")
+            outcome = running.stdout.readline()
+            assert outcome in ("killed\n", "finished\n"), "the process itself died"
+            return outcome == "killed\n"
+
+        yield kill
+
+
+def test_a_kill_at_every_step_of_a_compaction_leaves_every_row(tmp_path, killer):
+    store = Store(tmp_path / "store")
+    step, killed = 0, True
+    while killed:
+        for changes in ({"loglikelihoods": numbers("old")}, {}):
+            store.add(make_result(f"m{step}", **changes))
+        before = contents(store)
+        killed = killer("compact", f"step{step}")
+        assert contents(store) == before
+        store.compact()
+        assert contents(store) == before
+        assert len(store_shards(store)) == 1
+        step += 1
+    assert step > 4, "there are steps at which to be killed"
+    np.testing.assert_array_equal(store.matrix().row("m2"), numbers("m2"))
+
+
+def test_a_kill_at_every_step_of_an_addition_leaves_the_row_or_nothing(tmp_path, killer):
+    folder = tmp_path / "store"
+    step, killed, lost = 0, True, 0
+    while killed:
+        before = contents(Store(folder))
+        killed = killer(f"m{step}", f"step{step}")
+        after = contents(Store(folder))  # which is a store still, or not yet one
+        added = {key.model for key in after} - {key.model for key in before}
+        assert added <= {f"m{step}"}
+        assert before.items() <= after.items()
+        lost += not added
+        step += 1
+    assert added, "the last one was not killed"
+    assert lost > 4, "there are steps at which to be killed"
+    matrix = Store(folder).matrix()
+    np.testing.assert_array_equal(matrix.values, [numbers(model) for model in matrix.models])
+
+
+def test_kills_at_random_moments_of_compactions_leave_every_row(tmp_path, killer):
+    store = Store(tmp_path / "store")
+    rng = random.Random(0)
+    seconds, kills = 0.0, 0
+    for each in range(24):
+        for number in range(3):
+            store.add(make_result(f"{each} {number}"))
+        before = contents(store)
+        if each < 2:
+            start = time.monotonic()
+            assert not killer("compact", DEADLINE_SECONDS)
+            seconds = time.monotonic() - start
+        else:
+            kills += killer("compact", f"{rng.uniform(0, seconds):.6f}")
+        assert contents(store) == before
+        if each % 4 == 0:
+            store.compact()  # what several kills have left behind
+    assert kills > 5
+    store.compact()
+    assert len(store_shards(store)) == 1
+    assert contents(store) == before

@@ -1,0 +1,88 @@
+"""Results to store, with numbers that follow from a model's name in any process."""
+
+import functools
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llfast import LogLikelihoods
+
+ROOT = Path(__file__).parents[1]
+N = 8
+DIGEST = "d" * 64
+
+
+def numbers(model, n=N):
+    """The log-likelihoods (n,) that a model of this name has."""
+    rng = np.random.default_rng(zlib.crc32(model.encode()))
+    return -700 + 100 * rng.standard_normal(n)
+
+
+def make_result(model, *, n=N, **changes):
+    fields = {
+        "model": model,
+        "revision": "r1",
+        "textset_digest": DIGEST,
+        "convention": "paper",
+        "dtype": "float32",
+        "scoring_version": 1,
+        "ids": tuple(f"text {row}" for row in range(n)),
+        "loglikelihoods": numbers(model, n),
+        "token_counts": np.arange(n) + 5,
+        "text_bytes": 10 * (np.arange(n) + 5),
+        "truncated": np.arange(n) == 2,
+        "token_budgets": np.full(n, 512, dtype=np.int32),
+    }
+    return LogLikelihoods(**fields | changes)
+
+
+def store_shards(store):
+    return sorted(store.folder.glob("textset=*/*.parquet"))
+
+
+def store_contents(store):
+    """What a reader sees: the rows without their places, and all numbers."""
+    return [
+        (row.key, row.error, row.created, row.provenance, row.metadata)
+        + (() if row.error else (store.load(row).values.tolist(),))
+        for row in store.rows()
+    ]
+
+
+def run_python(code, *args):
+    """Run code in a process of its own; it must not end with an error."""
+    return _run([sys.executable, "-c", code, *map(str, args)])
+
+
+def run_with_mount(mount, code, folder):
+    """As `run_python`, with something mounted on a folder that nobody else sees.
+
+    It holds back root, too, to whom file permissions mean nothing; skips where it may not be done.
+    """
+    if not _may_mount():
+        pytest.skip("needs `unshare -rm` and mount, which are not allowed here")
+    script = f'{mount} && exec "$2" -c "$3" "$1"'
+    return _run(["unshare", "-rm", "sh", "-ec", script, "sh", str(folder), sys.executable, code])
+
+
+def _run(command):
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+@functools.cache
+def _may_mount():
+    try:
+        run = subprocess.run(
+            ["unshare", "-rm", "sh", "-ec", "mount -t tmpfs -o size=16k tmpfs /tmp"],
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return False
+    return run.returncode == 0
