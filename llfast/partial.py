@@ -77,10 +77,10 @@ class PartialScores:
         self, text: int, loglikelihood: float, logprobs: Float32[np.ndarray, " t"], budget: int
     ) -> None:
         """Take in the finished text number `text`."""
-        self.loglikelihoods[text] = loglikelihood
         self.token_budgets[text] = budget
         if self.logprobs is not None:
             self.logprobs[text][:] = logprobs
+        self.loglikelihoods[text] = loglikelihood  # last: it says that the text is done
 
     def save_now_and_then(self) -> None:
         """Save if the last time is a few seconds ago."""

@@ -206,7 +206,9 @@ def resolve_device(name: str, source: ModelSource) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be there, got {name!r} where torch sees no CUDA device")
     if own is not None and device.type != own.type:

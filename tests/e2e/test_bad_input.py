@@ -82,6 +82,7 @@ def test_a_text_longer_than_the_model_takes_is_cut_counted_and_named(command, tm
     [
         ("--convention papers", "convention must be one of paper, always-bos, lm-eval"),
         ("--dtype float8", "dtype must be auto, float32, bfloat16, float16, got 'float8'"),
+        ("--device meta", "device must be auto, cpu or cuda, got 'meta'"),
         ("--device gpu", "device must be auto, cpu or cuda, got 'gpu'"),
         ("--device cuda:x", "device must be auto, cpu or cuda, got 'cuda:x'"),
     ],

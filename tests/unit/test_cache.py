@@ -238,3 +238,18 @@ def test_a_damaged_file_costs_time_and_nothing_else(saved):
         assert scores.done in (1, 2)
         assert scores.loglikelihoods[2] == -6.0 or scores.done == 1
         assert np.isnan(scores.loglikelihoods[0])
+
+
+def test_a_text_is_done_only_once_all_of_it_is_kept():
+    """Ctrl-C may come between any two statements."""
+    tokens = given_tokens([[0, 1, 2]], None)
+    scores = PartialScores(tokens, per_token=True)
+
+    class Interrupting:
+        def __getitem__(self, text):
+            raise KeyboardInterrupt
+
+    scores.logprobs = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        scores.keep(0, -3.0, np.array([-1.0, -2.0], dtype=np.float32), 512)
+    assert scores.done == 0
