@@ -18,10 +18,9 @@ that before. "Head" is the step from hidden states to log-probabilities, for the
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
@@ -33,16 +32,16 @@ from typing import Any
 import numpy as np
 import report
 import torch
+from memory import highest_growth_mib, measured_elsewhere
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import llfast
 from llfast.batches import Batch, TokenizedTexts, plan_batches, tokenize
-from llfast.head import find_head
+from llfast.head import Head
 from llfast.models import quiet
 from llfast.scoring import default_token_budget
 from llfast.texts import sample_chunks
-from llfast.traits import probe_tokens
 from llfast.zoo_corpora import installed_corpora
 from llfast.zoo_training import train_tokenizer
 
@@ -147,24 +146,10 @@ def matmul_flops(bench: Bench) -> float:
 # ---------------------------------------------------------------------------------------- memory
 
 
-def highest_growth_mib(run: Callable[[], object]) -> float:
-    """How far the resident size rose above where it was, at its highest, while `run` ran."""
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _status_kib("VmRSS")
-    run()
-    return max(_status_kib("VmHWM") - before, 0) / 1024
-
-
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status must have {field}")
-
-
 def measure_memory(what: str, bench: Bench) -> float:
     """In this process: a provider's peak in MiB, or that of a head alone."""
+    for parameter in bench.model.parameters():
+        parameter.sum()  # read in from the mapped file, or a first use would be counted
     name, _, part = what.partition("/")
     if part != "head":
         return highest_growth_mib(lambda: PROVIDERS[name](bench))
@@ -174,8 +159,8 @@ def measure_memory(what: str, bench: Bench) -> float:
         ids = torch.from_numpy(tokens[longest].astype(np.int64))[None]
         hidden = bench.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return highest_growth_mib(lambda: papers_head(bench.model.lm_head(hidden), ids))
-    head = find_head(bench.model, probe_tokens(bench.model))
-    assert head is not None
+    # As `find_head` describes it, but without a first call that would warm the allocator.
+    head = Head(module=bench.model.lm_head, vocabulary=VOCABULARY, scale=1.0, softcap=None)
     batch = max(batches, key=lambda batch: sum(tokens.token_counts[list(batch.texts)]))
     # What the body returns for it, before the real positions are packed.
     hidden = torch.randn(*batch.shape, bench.model.config.n_embd, dtype=bench.model.dtype)
@@ -252,13 +237,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(), quiet():
-        os.environ["LLFAST_CACHE"] = temporary  # every provider tokenises
+        cache = Path(temporary, "cache")
+        os.environ["LLFAST_CACHE"] = str(cache)
         folder = options.folder or Path(temporary, "model")
         if options.measure_memory:
             print(json.dumps(measure_memory(options.measure_memory, load_bench(folder))))
             return
         make_bench(folder, options.texts, options.layers, options.dtype)
-        report.write(run_all(options, folder, Path(temporary)), options.out)
+        report.write(run_all(options, folder, cache), options.out)
 
 
 def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str, Any]:
@@ -275,8 +261,7 @@ def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str,
     flops = []
     for _ in range(options.repetitions):
         for name, run in runs.items():
-            for kept in cache.glob("tokens*"):
-                kept.unlink()
+            shutil.rmtree(cache, ignore_errors=True)  # every provider tokenises
             times[name].append(seconds(run, bench))
         flops.append(matmul_flops(bench))
     # 2 FLOP a weight and scored token; the embeddings count once, as the head. Attention is left
@@ -284,7 +269,7 @@ def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str,
     work = 2 * tokens * sum(p.numel() for p in bench.model.parameters())
     found: dict[str, Any] = {
         "benchmark": "scoring",
-        "command": f"python benchmarks/bench_scoring.py --texts {options.texts}",
+        "command": " ".join(["python benchmarks/bench_scoring.py", *sys.argv[1:]]),
         "model": {
             "shape": f"gpt2, {options.layers} layers",
             "parameters": sum(p.numel() for p in bench.model.parameters()),
@@ -311,7 +296,7 @@ def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str,
         ),
         "matmul_gflops": report.spread([rate / 1e9 for rate in flops]),
         "peak_memory_mib": {
-            what: memory_elsewhere(what, folder)
+            what: measured_elsewhere([__file__, "--measure-memory", what, "--folder", str(folder)])
             for what in (*PROVIDERS, "papers/head", "llfast/head")
         },
         "hardware": report.hardware(),
@@ -325,18 +310,6 @@ def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str,
 def paired(numerators: list[float], denominators: list[float]) -> dict[str, float]:
     """The spread of the ratios within each repetition."""
     return report.spread([a / b for a, b in zip(numerators, denominators, strict=True)])
-
-
-def memory_elsewhere(what: str, folder: Path) -> float:
-    """`measure_memory` in a process of its own, whose allocator gives back what is freed."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure-memory", what, "--folder", str(folder)],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return round(float(done.stdout.splitlines()[-1]), 1)
 
 
 def show(found: dict[str, Any]) -> None:
