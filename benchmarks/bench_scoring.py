@@ -38,9 +38,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import llfast
 from llfast.batches import Batch, TokenizedTexts, plan_batches, tokenize
+from llfast.devices import default_token_budget
 from llfast.head import Head
 from llfast.models import quiet
-from llfast.scoring import default_token_budget
 from llfast.texts import sample_chunks
 from llfast.zoo_corpora import installed_corpora
 from llfast.zoo_training import train_tokenizer

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from llfast.devices import device_name
 from llfast.kernels import instruction_set
-from llfast.scoring import device_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -30,8 +30,8 @@ def describe(target: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _machine() -> dict[str, Any]:
     import torch
 
+    from .devices import device_name
     from .kernels import instruction_set
-    from .scoring import device_name
 
     facts: dict[str, Any] = {"llfast": __version__, "python": platform.python_version()}
     for package in _PACKAGES:

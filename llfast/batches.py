@@ -7,6 +7,7 @@ matrix products of one shape give a row the same bits wherever in the batch it s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -46,6 +47,12 @@ class TokenizedTexts:
 
     def __getitem__(self, row: int) -> Int32[np.ndarray, " n"]:
         return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def digest(self) -> str:
+        """sha256 (hex) over ids and offsets."""
+        digest = hashlib.sha256(self.offsets.tobytes())
+        digest.update(self.ids.tobytes())
+        return digest.hexdigest()
 
     @property
     def token_counts(self) -> Int64[np.ndarray, " N"]:

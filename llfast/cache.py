@@ -86,4 +86,5 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     # Set by the last call, not by the tokenizer.
     state.pop("truncation", None)
     state.pop("padding", None)
+    state["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
     return f"{type(tokenizer).__name__} {json.dumps(state, sort_keys=True)}"

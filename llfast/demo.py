@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import ScoringError
 from .fleet import ModelRequest, Outcome, score_models
 from .mapping import draw_map
 from .search import Hit, KLIndex
@@ -40,6 +42,11 @@ def run_demo(
     Returns:
         The report: files, nearest relatives, and whether each light fine-tune's nearest relative
         outside its own run is of its family (`"families_found"`).
+
+    Raises:
+        ScoringError: if a model could not be scored.
+        TextSetError: if the Python installation has no sources to train on.
+        OSError: if `out` cannot be written.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,6 +78,11 @@ def run_demo(
     store = Store(out / "store")
     outcomes = score_models([_request(model) for model in zoo], sample, store, progress=None)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if failed:
+        raise ScoringError(
+            f"all {len(zoo)} models must be scored, got {len(failed)} failures, the first of "
+            f"{failed[0].request.name}: {failed[0].error}"
+        )
     say(_scoring_line(outcomes, sample, time.monotonic() - trained))
 
     matrix = store.matrix(sample.digest, models=[model.name for model in zoo], duplicates="newest")
@@ -122,28 +134,28 @@ def run_demo(
         "kl_bits_per_byte": kl.tolist(),
         "nearest": {name: [hit.summary() for hit in hits[:3]] for name, hits in nearest.items()},
         "checks": checks,
-        "failed": [outcome.summary() for outcome in failed],
-        "families_found": not failed and all(check["same_family"] for check in found),
+        "families_found": all(check["same_family"] for check in found),
     }
 
 
-def _parents(zoo: Sequence[ZooModel]) -> dict[str, str]:
+def _parents(zoo: Sequence[ZooModel]) -> dict[str, Sequence[str]]:
     """What each model was made from; of a run's later checkpoints, the one before."""
-    parents = {model.name: model.parents[0] for model in zoo if model.parents}
+    parents: dict[str, Sequence[str]] = {m.name: m.parents for m in zoo if m.parents}
     by_step = sorted(zoo, key=lambda model: model.steps)
     for earlier, later in itertools.combinations(by_step, 2):
         if earlier.run == later.run:
-            parents[later.name] = earlier.name
+            parents[later.name] = [earlier.name]
     return parents
 
 
 def next_commands(out: Path, model: str, other: str) -> list[str]:
     """What to try after the demo."""
+    store, texts = (shlex.quote(str(out / name)) for name in ("store", "texts.jsonl"))
     return [
-        f"llfast search {model} --store {out / 'store'} -k 5",
-        f"llfast kl {model} {other} --store {out / 'store'}",
-        f"llfast info {out / 'store'}",
-        f"llfast score YOUR_MODEL --texts {out / 'texts.jsonl'} --store {out / 'store'}",
+        f"llfast search {model} --store {store} -k 5",
+        f"llfast kl {model} {other} --store {store}",
+        f"llfast info {store}",
+        f"llfast score YOUR_MODEL --texts {texts} --store {store}",
     ]
 
 

@@ -9,8 +9,8 @@ from statistics import median
 import torch
 
 from .batches import model_max_length, plan_batches, tokenize
+from .devices import default_token_budget, resolve_device
 from .models import ModelSource
-from .scoring import default_token_budget, resolve_device
 from .texts import TextSet
 
 _MEASURE_SECONDS = 0.3

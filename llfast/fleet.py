@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .batches import CONVENTIONS
+from .devices import resolve_device
+from .dtypes import parse_dtype
 from .errors import LlfastError, MissingDependencyError, StoreError
 from .estimate import Estimate, estimate
-from .models import ModelSource, open_model, parse_dtype
+from .models import ModelSource, open_model
 from .results import LogLikelihoods, ResultKey
-from .scoring import SCORING_VERSION, resolve_device, score
+from .scoring import SCORING_VERSION, score
 from .store import Store
 from .texts import TextSet
 

@@ -82,9 +82,9 @@ def kl_estimate(
     if groups is not None and groups.shape != difference.shape:
         raise ValueError(f"groups must be one a text {difference.shape}, got {groups.shape}")
     value = float(half_variances(difference[None])[0])
-    if value == 0.0:
-        return _estimate(0.0, 0.0, (0.0, 0.0), confidence)
     left_out = _without_each(difference, groups)
+    if value == 0.0 and len(left_out) > 1:
+        return _estimate(0.0, 0.0, (0.0, 0.0), confidence)
     # Below this, what is left is rounding error: one document holds all of the difference.
     if len(left_out) < 2 or left_out.min() <= 1e-12 * value:
         return _estimate(value, math.inf, (0.0, math.inf), confidence)

@@ -37,7 +37,7 @@ def draw_map(
     path: str | os.PathLike[str],
     *,
     families: Mapping[str, str],
-    parents: Mapping[str, str] | None = None,
+    parents: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Draw K models, coloured by family, as .png, .svg or .pdf.
 
@@ -45,10 +45,11 @@ def draw_map(
         models: their names.
         kl: bits per byte between any two, as `ModelSpace.kl_matrix` gives them.
         path: where to write; the ending says what.
-        families: the family of each model.
+        families: the family of each model; those that have none are drawn in grey.
         parents: lines are drawn from these models to their parents.
 
     Raises:
+        ValueError: if the ending is none that can be written.
         MissingDependencyError: without matplotlib or adjustText.
         OSError: if the file cannot be written.
     """
@@ -61,16 +62,21 @@ def draw_map(
         ) from None
     places = dict(zip(models, classical_mds(kl), strict=True))
     figure = Figure(figsize=(9, 6.5), layout="constrained")
+    kind = Path(path).suffix.removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise ValueError(f"path must end in .png, .svg or .pdf, got {os.fspath(path)!r}")
     axes = figure.add_subplot()
-    for child, parent in (parents or {}).items():
-        if child in places and parent in places:
-            line = np.array([places[parent], places[child]])
-            axes.plot(line[:, 0], line[:, 1], color="0.8", linewidth=1, zorder=1)
-    for number, family in enumerate(sorted(set(families.values()))):
-        points = np.array([places[model] for model in models if families.get(model) == family])
-        axes.scatter(
-            points[:, 0], points[:, 1], s=60, color=f"C{number % 10}", label=family, zorder=2
-        )
+    for child, its_parents in (parents or {}).items():
+        for parent in its_parents:
+            if child in places and parent in places:
+                line = np.array([places[parent], places[child]])
+                axes.plot(line[:, 0], line[:, 1], color="0.8", linewidth=1, zorder=1)
+    colours = {name: f"C{row % 10}" for row, name in enumerate(sorted(set(families.values())))}
+    family_of = {model: families.get(model, "unknown") for model in models}
+    for family in sorted(set(family_of.values())):
+        points = np.array([places[model] for model in models if family_of[model] == family])
+        colour = colours.get(family, "0.5")
+        axes.scatter(points[:, 0], points[:, 1], s=60, color=colour, label=family, zorder=2)
     axes.margins(0.12)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_title("Models by what they say: squared distance is KL in bits per byte")
@@ -84,4 +90,4 @@ def draw_map(
     ]
     adjust_text(labels, objects=[legend], ax=axes, expand=(1.15, 1.4))
     with atomic_write(path) as file:
-        figure.savefig(file, format=Path(path).suffix.removeprefix("."), dpi=150)
+        figure.savefig(file, format=kind, dpi=150)

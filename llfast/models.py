@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import Checkpoint, adapter_digest, check_adapter, tokenizer_digest
+from .dtypes import DTYPES, fast_dtype, parse_dtype
 from .errors import (
     CheckpointError,
     LlfastWarning,
@@ -30,7 +31,6 @@ from .errors import (
     UnsupportedModelError,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What a scoring run reads from the Hub: never code, never pickles, unless asked for.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
@@ -141,9 +141,11 @@ class MemorySource:
         """The dtype that it is in.
 
         Raises:
-            ValueError: if another one is asked for.
+            ValueError: if another one is asked for, or it is in one that is not scored.
         """
         own: torch.dtype = self.model.dtype
+        if own not in DTYPES.values():
+            raise ValueError(f"a loaded model must be in {', '.join(DTYPES)}, got {own}")
         if asked != "auto" and parse_dtype(asked) != own:
             raise ValueError(f"dtype must be 'auto' for a loaded model in {own}, got {asked!r}")
         return own
@@ -159,7 +161,16 @@ class MemorySource:
         return self.given_tokenizer
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ARG002 (protocol)
-        """The model itself."""
+        """The model itself.
+
+        Raises:
+            UnsupportedModelError: if some of its weights are elsewhere.
+        """
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise UnsupportedModelError(
+                f"model must hold its weights, got a {type(self.model).__name__} with some on the "
+                "meta device; load it whole, without offloading"
+            )
         return self.model
 
 
@@ -234,26 +245,6 @@ def open_model(
         trust_remote_code=trust_remote_code,
         adapter=folder if adapter_base is not None else None,
     )
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """A dtype by name; ValueError for any but float32, bfloat16 and float16."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
-
-
-def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to run a checkpoint in: its own, except where a CPU is slow in it.
-
-    fp16 runs at a tenth of fp32's speed on a CPU, and bf16 needs instructions for it; fp32 holds
-    every number of both. Decided by what the processor is, never by a timing.
-    """
-    if device.type != "cpu" or stored == torch.float32:
-        return stored
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return stored if stored == torch.bfloat16 and has_bf16 else torch.float32
 
 
 def _find_folder(

@@ -60,9 +60,7 @@ class PartialScores:
         scores = cls(tokens, per_token=per_token)
         if path is None:
             return scores
-        digest = hashlib.sha256(f"{key} {per_token}".encode())
-        digest.update(tokens.offsets.tobytes())
-        digest.update(tokens.ids.tobytes())
+        digest = hashlib.sha256(f"{key} {per_token} {tokens.digest()}".encode())
         scores._path, scores._key = Path(path), digest.hexdigest()
         scores._path.parent.mkdir(parents=True, exist_ok=True)
         scores._restore()

@@ -10,12 +10,9 @@ score ── open_model (models.py) ── tokenize (batches.py) ── find_hea
 from __future__ import annotations
 
 import math
-import platform
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +31,12 @@ from .batches import (
     plan_batches,
     tokenize,
 )
+from .borrowing import borrowed
+from .devices import default_token_budget, device_name, resolve_device
 from .errors import LlfastWarning, ScoringError
 from .head import Head, find_head, hidden_states, run_model
 from .kernels import instruction_set
-from .models import FolderSource, MemorySource, ModelSource, open_model, quiet
+from .models import FolderSource, MemorySource, open_model
 from .partial import PartialScores
 from .progress import progress_bar
 from .results import LogLikelihoods
@@ -51,11 +50,6 @@ from .traits import (
 )
 
 SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
-_CUDA_TOKEN_BUDGET = 32768
-# On a CPU a batch of 256 tokens runs as fast as one of 2,048 (GPT-2's body, one thread), and small
-# batches need fewer dummy rows; a thread more is given as many tokens more.
-_CPU_TOKENS_PER_THREAD = 256
-_CPU_TOKEN_BUDGETS = (512, 8192)  # the least and the most
 _OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take where they are needed
 
 
@@ -90,7 +84,8 @@ def score(
             tokenizer), or what `models.open_model` returns.
         texts: N texts; may be left out if `token_ids` are given (bits per byte are NaN then).
         tokenizer: for a loaded model; or the folder of a tokenizer.
-        token_ids: N lists or arrays of token ids, scored as they are, tokens 2..n of each.
+        token_ids: N lists or arrays of token ids, scored as they are, tokens 2..n of each. A store
+            keeps the newest such result of a model and text set; the ids' sha256 goes with it.
         convention: which tokens are fed and scored, see `batches.tokenize`.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, except that a CPU
             runs fp16 (and bf16, without instructions for it) in fp32.
@@ -138,12 +133,23 @@ def score(
     body_dtype = source.dtype(dtype, place)
     budget = default_token_budget(place) if token_budget is None else token_budget
     if budget < 1:
-        raise ValueError(f"token_budget must be at least 1, got {budget}")
-    texts, text_bytes = _text_set(texts, token_ids)
+        raise ValueError(
+            f"token_budget must be at least 1, got {budget}; leave it out for the default"
+        )
     if token_ids is not None:
+        if convention != "paper":
+            raise ValueError(
+                f"convention must be left out with token_ids, got {convention!r}; they are scored "
+                "as they are"
+            )
         convention, adds_bos = GIVEN_TOKENS, None
         tokens = given_tokens(token_ids, model_max_length(source.config, None, convention))
+        texts, text_bytes = _texts_of(tokens, texts)
     else:
+        if texts is None:
+            raise ValueError("texts must be given, got neither texts nor token_ids")
+        texts = texts if isinstance(texts, TextSet) else TextSet.from_texts(texts)
+        text_bytes = texts.text_bytes
         own = source.tokenizer()
         tokens = tokenize(texts, own, convention, model_max_length(source.config, own, convention))
         adds_bos = convention != "paper" or added_bos(own) is not None
@@ -158,8 +164,9 @@ def score(
         "attention": getattr(loaded.config, "_attn_implementation", None) or "",
         "mixture_of_experts": is_mixture_of_experts(loaded),
         "adds_bos": adds_bos,
+        "tokens_sha256": tokens.digest(),
     }
-    with _ready(loaded):
+    with borrowed(loaded):
         check_fit(loaded, tokens, texts.ids)
         head = find_head(loaded, probe_tokens(loaded))
         provenance["head"] = "own logits" if head is None else str(head)
@@ -190,32 +197,6 @@ def score(
     )
 
 
-def default_token_budget(device: torch.device) -> int:
-    """Tokens in a batch: enough to keep the matrix units of a device of this type busy."""
-    if device.type != "cpu":
-        return _CUDA_TOKEN_BUDGET
-    least, most = _CPU_TOKEN_BUDGETS
-    return min(max(torch.get_num_threads() * _CPU_TOKENS_PER_THREAD, least), most)
-
-
-def resolve_device(name: str, source: ModelSource) -> torch.device:
-    """The device to run on; ValueError if it is not there, or not where a loaded model is."""
-    own = source.model.device if isinstance(source, MemorySource) else None
-    if name == "auto":
-        return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be there, got {name!r} where torch sees no CUDA device")
-    if own is not None and device.type != own.type:
-        raise ValueError(f"device must be 'auto' for a loaded model on {own}, got {name!r}")
-    return device
-
-
 def _score_texts(
     model: Any,
     head: Head | None,
@@ -233,6 +214,11 @@ def _score_texts(
                 continue
             try:
                 logprobs = _run_batch(model, head, tokens, batch)
+            except IndexError as error:  # some models have fewer positions than they say
+                raise ScoringError(
+                    f"{batch.shape[1]} tokens must fit the model's embeddings, got {error} for "
+                    f"text {ids[batch.texts[0]]!r}; leave out the longest texts"
+                ) from error
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -336,40 +322,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _text_set(
-    texts: TextSet | Iterable[str] | None, token_ids: Sequence[Any] | None
+def _texts_of(
+    tokens: TokenizedTexts, texts: TextSet | Iterable[str] | None
 ) -> tuple[TextSet, Int64[np.ndarray, " N"]]:
+    """The texts that given token ids stand for, and their bytes (0 where nobody says)."""
     if texts is None:
-        if token_ids is None:
-            raise ValueError("texts must be given, got neither texts nor token_ids")
-        # A stand-in that gives the ids a digest; how many bytes they stand for is not known.
-        stand_in = TextSet.from_texts([" ".join(map(str, ids)) for ids in token_ids])
-        return stand_in, np.zeros(len(stand_in), dtype=np.int64)
+        # A stand-in that gives the ids a digest.
+        stand_in = [" ".join(map(str, tokens[row].tolist())) for row in range(len(tokens))]
+        return TextSet.from_texts(stand_in), np.zeros(len(tokens), dtype=np.int64)
     texts = texts if isinstance(texts, TextSet) else TextSet.from_texts(texts)
-    if token_ids is not None and len(token_ids) != len(texts):
-        raise ValueError(f"token_ids must be one a text ({len(texts)}), got {len(token_ids)}")
+    if len(tokens) != len(texts):
+        raise ValueError(f"token_ids must be one a text ({len(texts)}), got {len(tokens)}")
     return texts, texts.text_bytes
-
-
-def device_name(device: torch.device) -> str:
-    """The chip's own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux, where `platform.processor()` says little or nothing
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-@contextmanager
-def _ready(model: Any) -> Iterator[None]:
-    """Evaluation and inference mode, and the caller's model as it was afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), quiet():  # some models miss the mask that they do not need
-            yield
-    finally:
-        model.train(was_training)

@@ -42,10 +42,12 @@ def rope_limits(config: Any) -> list[tuple[str, int]]:
 
 
 def vocabulary_rows(model: Any) -> int | None:
-    """How many tokens a model knows, if its embedding says."""
-    embedding = model.get_input_embeddings()
-    rows: int | None = getattr(embedding, "num_embeddings", None)
-    return rows
+    """How many tokens a model can both read and predict, if its embedding and head say."""
+    sizes = (
+        getattr(model.get_input_embeddings(), "num_embeddings", None),
+        getattr(model.get_output_embeddings(), "out_features", None),
+    )
+    return min((size for size in sizes if size), default=None)
 
 
 def check_fit(model: Any, tokens: TokenizedTexts, ids: Sequence[str]) -> None:
@@ -59,8 +61,8 @@ def check_fit(model: Any, tokens: TokenizedTexts, ids: Sequence[str]) -> None:
     largest = int(tokens.ids.max(initial=0))
     if rows is not None and largest >= rows:
         raise CheckpointError(
-            f"token ids must be below the model's {rows} embedding rows, got {largest}; the "
-            "tokenizer does not belong to this model"
+            f"token ids must be below the model's {rows} words, got {largest}; the tokenizer does "
+            "not belong to this model"
         )
     for kind, limit in rope_limits(model.config):
         longer = np.flatnonzero(tokens.input_lengths > limit)

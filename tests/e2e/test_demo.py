@@ -1,10 +1,15 @@
 """The demo on models of a few steps: what it reports is what its own store says."""
 
+import shlex
+import shutil
+
 import numpy as np
+import pytest
 from matplotlib.image import imread
 
 import llfast
-from llfast.demo import run_demo
+from llfast import ScoringError
+from llfast.demo import next_commands, run_demo
 
 
 def distances(report):
@@ -47,10 +52,10 @@ def test_checks_pass_over_the_own_run_and_say_whose_family_is_nearest(small_demo
 def test_checkpoints_and_descendants_are_linked(small_demo):
     _, report, *_ = small_demo
     parents = report["parents"]
-    assert parents["gpt2-base"] == "gpt2-step20"
-    assert parents["gpt2-step20"] == "gpt2-step10"
-    assert parents["gpt2-prose"] == "gpt2-base"
-    assert parents["llama-merge"] in ("llama-prose", "llama-code")
+    assert parents["gpt2-base"] == ["gpt2-step20"]
+    assert parents["gpt2-step20"] == ["gpt2-step10"]
+    assert list(parents["gpt2-prose"]) == ["gpt2-base"]
+    assert list(parents["llama-merge"]) == ["llama-prose", "llama-code"]
     assert "gpt2-step10" not in parents
 
 
@@ -70,3 +75,18 @@ def test_a_second_run_trains_and_scores_nothing(small_demo):
     assert sum("trained " in line and "(" in line for line in first) == 10
     assert not any("(1/10)" in line for line in lines)
     assert "scored 0 models on 40 texts, 10 were in the store" in lines
+
+
+def test_a_model_that_cannot_be_scored_is_named_with_the_reason(small_demo, tmp_path):
+    folder, _, _, config = small_demo
+    shutil.copytree(folder / "zoo", tmp_path / "zoo")
+    weights = tmp_path / "zoo" / "llama-code" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ScoringError, match=r"10 models .* 1 failures, the first of llama-code: .*"):
+        run_demo(tmp_path, config=config, texts=40)
+
+
+def test_commands_to_try_next_can_be_pasted(tmp_path):
+    out = tmp_path / "two words"
+    for command in next_commands(out, "a", "b"):
+        assert str(out / "store") in shlex.split(command)

@@ -147,8 +147,10 @@ def test_one_document_says_nothing_of_its_error(difference, groups):
     assert (found.standard_error, found.interval) == (math.inf, (0.0, math.inf))
 
 
-def test_one_text_alone_has_no_divergence():
-    assert kl_estimate(np.array([3.0])).interval == (0.0, 0.0)
+def test_one_text_alone_says_nothing():
+    estimate = kl_estimate(np.array([3.0]))
+    assert (estimate.value, estimate.standard_error) == (0.0, math.inf)
+    assert estimate.interval == (0.0, math.inf)
 
 
 def test_equally_spread_documents_have_no_error():

@@ -310,7 +310,7 @@ def test_errors_that_are_no_lack_of_memory_come_through(llama, tokenizer, monkey
 
 
 def test_wrong_arguments_are_refused(llama, tokenizer):
-    with pytest.raises(CheckpointError, match="below the model's 304 embedding rows, got 999"):
+    with pytest.raises(CheckpointError, match="below the model's 304 words, got 999"):
         llfast.score(llama, token_ids=[[1, 999]])
     with pytest.raises(ValueError, match="tokenizer must be given"):
         llfast.score(llama, TEXTS)
@@ -326,13 +326,3 @@ def test_wrong_arguments_are_refused(llama, tokenizer):
         llfast.score((llama, tokenizer), TEXTS, token_budget=0)
     with pytest.raises(TypeError, match="conventions"):
         llfast.score((llama, tokenizer), TEXTS, conventions="paper")
-
-
-def test_partial_results_of_weights_without_a_name_are_refused(llama, tokenizer, tmp_path):
-    """A second model in memory could otherwise go on from the numbers of a first."""
-    path = tmp_path / "partial.npz"
-    with pytest.raises(ValueError, match="partial must go with weights that have a name"):
-        llfast.score((llama, tokenizer), TEXTS, partial=path)
-    assert not path.exists()
-    named = llfast.score((llama, tokenizer), TEXTS, partial=path, revision="first")
-    assert named.revision == "first"

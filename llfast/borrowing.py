@@ -1,0 +1,40 @@
+"""A model that may be the caller's: used by one thread at a time, and given back as it was."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .models import quiet
+
+# Scoring steps in front of a model's head, so two threads must not score one model at once.
+_LOCKS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+@contextmanager
+def borrowed(model: Any) -> Iterator[None]:
+    """The model alone, in evaluation and inference mode, in its own dtype and no other.
+
+    Afterwards every module is back in the mode that it was in.
+    """
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(model, threading.Lock())
+    with lock:
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(model.device.type, enabled=False),
+                quiet(),  # some models miss the mask that they do not need
+            ):
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training

@@ -1,0 +1,129 @@
+"""Models that the caller has loaded: given back as they were, and right whatever is around them."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import llfast
+from llfast import CheckpointError, ScoringError, UnsupportedModelError
+from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(adds_bos=True)
+
+
+@pytest.fixture
+def llama():
+    return make_model("llama")
+
+
+def truth(model, tokenizer):
+    return np.array([plain_loglikelihood(model, tokenizer(text)["input_ids"]) for text in TEXTS])
+
+
+def test_every_module_is_given_back_in_its_mode(llama, tokenizer):
+    llama.train()
+    llama.model.layers[0].eval()
+    before = [module.training for module in llama.modules()]
+    llfast.score((llama, tokenizer), TEXTS)
+    assert [module.training for module in llama.modules()] == before
+    assert len(set(before)) == 2
+
+
+def test_one_model_in_many_threads(llama, tokenizer):
+    """Scoring steps in front of the head, where another thread's forward must not find it."""
+    expected = llfast.score((llama, tokenizer), TEXTS).values
+    found, start = {}, threading.Barrier(4)
+
+    def work(number):
+        start.wait()
+        try:
+            found[number] = llfast.score((llama, tokenizer), TEXTS).values
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for number, values in found.items():
+        assert isinstance(values, np.ndarray), (number, values)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-4)
+    assert "forward" not in vars(llama.lm_head)
+
+
+def test_the_callers_autocast_changes_nothing(llama, tokenizer):
+    expected = llfast.score((llama, tokenizer), TEXTS).values
+    with torch.autocast("cpu", torch.bfloat16):
+        found = llfast.score((llama, tokenizer), TEXTS).values
+        assert torch.is_autocast_enabled("cpu")
+    assert found.tolist() == expected.tolist()
+    np.testing.assert_allclose(expected, truth(llama, tokenizer), rtol=0, atol=1e-4)
+
+
+def test_splitting_special_tokens_is_part_of_what_is_remembered(llama):
+    tokenizer = make_tokenizer(adds_bos=False)
+    texts = ["a </s> b"]
+    whole = llfast.score((llama, tokenizer), texts)
+    tokenizer.split_special_tokens = True
+    split = llfast.score((llama, tokenizer), texts)
+    assert whole.token_counts.tolist() == [
+        len(make_tokenizer(adds_bos=False)(texts[0]).input_ids) - 1
+    ]
+    assert split.token_counts.tolist() == [len(tokenizer(texts[0]).input_ids) - 1]
+    assert split.token_counts[0] > whole.token_counts[0]
+
+
+def test_token_ids_of_any_kind_are_one_text_set(llama):
+    ids = [[5, 6, 7], [8, 9]]
+    kinds = [ids, [np.array(row) for row in ids], [torch.tensor(row) for row in ids]]
+    results = [llfast.score(llama, token_ids=kind) for kind in kinds]
+    assert len({result.textset_digest for result in results}) == 1
+    assert len({result.provenance["tokens_sha256"] for result in results}) == 1
+    other = llfast.score(llama, token_ids=[[5, 6, 7], [8, 10]])
+    assert other.textset_digest != results[0].textset_digest
+    with pytest.raises(ValueError, match="convention must be left out with token_ids"):
+        llfast.score(llama, token_ids=ids, convention="always-bos")
+    same_texts = [
+        llfast.score(llama, ["a", "b"], token_ids=each) for each in (ids, [[5, 6], [7, 8]])
+    ]
+    assert len({result.provenance["tokens_sha256"] for result in same_texts}) == 2
+
+
+def test_partial_results_of_weights_without_a_name_are_refused(llama, tokenizer, tmp_path):
+    """A second model in memory could otherwise go on from the numbers of a first."""
+    path = tmp_path / "partial.npz"
+    with pytest.raises(ValueError, match="partial must go with weights that have a name"):
+        llfast.score((llama, tokenizer), TEXTS, partial=path)
+    assert not path.exists()
+    named = llfast.score((llama, tokenizer), TEXTS, partial=path, revision="first")
+    assert named.revision == "first"
+
+
+def test_models_without_their_weights_are_refused(llama, tokenizer):
+    with pytest.raises(UnsupportedModelError, match="hold its weights, got a LlamaForCausalLM"):
+        llfast.score((llama.to("meta"), tokenizer), TEXTS)
+
+
+def test_a_dtype_that_is_not_scored_is_refused(llama, tokenizer):
+    with pytest.raises(ValueError, match=r"float32, bfloat16, float16, got torch\.float64"):
+        llfast.score((llama.double(), tokenizer), TEXTS)
+
+
+def test_a_head_that_lacks_words_is_refused_before_a_text_runs(llama):
+    llama.lm_head = torch.nn.Linear(32, 200, bias=False)
+    with pytest.raises(CheckpointError, match="below the model's 200 words, got 250"):
+        llfast.score(llama, token_ids=[[1, 250]])
+
+
+def test_positions_that_run_out_are_said_with_the_text():
+    model = make_model("gpt2")
+    model.transformer.wpe = torch.nn.Embedding(40, 32)  # fewer than the config says
+    with pytest.raises(ScoringError, match="tokens must fit the model's embeddings"):
+        llfast.score(model, token_ids=[list(range(2, 12)), list(range(2, 100))])
