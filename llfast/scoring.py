@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -175,7 +176,8 @@ def score(
             PartialScores.open(tokens, partial, key=key, per_token=per_token) as scores,
             progress_bar(source.name, done=scores.done, total=len(texts), show=progress) as advance,
         ):
-            for batch_texts in _score_texts(loaded, head, tokens, scores, budget, texts.ids):
+            run = _Run(loaded, head, tokens, texts.ids)
+            for batch_texts in _score_texts(run, scores, budget):
                 advance(len(batch_texts), int(tokens.token_counts[batch_texts].sum()))
     return LogLikelihoods(
         model=source.name,
@@ -197,27 +199,40 @@ def score(
     )
 
 
-def _score_texts(
-    model: Any,
-    head: Head | None,
-    tokens: TokenizedTexts,
-    scores: PartialScores,
-    token_budget: int,
-    ids: Sequence[str],
-) -> Iterator[list[int]]:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What stays the same from batch to batch."""
+
+    model: Any
+    head: Head | None
+    tokens: TokenizedTexts
+    ids: Sequence[str]
+
+    def plan(self, token_budget: int) -> list[Batch]:
+        """The batches of all texts."""
+        rows = 1 if is_mixture_of_experts(self.model) else None
+        if self.head is None:
+            vocabulary = vocabulary_rows(self.model) or 1
+            token_budget = min(token_budget, _OWN_LOGITS_BYTES // (4 * vocabulary))
+        limits = [limit for _, limit in rope_limits(self.model.config)]
+        return plan_batches(self.tokens, max(token_budget, 1), rows_per_batch=rows, limits=limits)
+
+
+def _score_texts(run: _Run, scores: PartialScores, token_budget: int) -> Iterator[list[int]]:
     """Score what is not yet scored, and yield the texts of each batch that is done."""
     while True:
         smaller = False
-        for batch in _plan(model, head, tokens, token_budget):
+        for batch in run.plan(token_budget):
             unscored = [text for text in batch.texts if np.isnan(scores.loglikelihoods[text])]
             if not unscored:
                 continue
+            name = run.ids[batch.texts[0]]
             try:
-                logprobs = _run_batch(model, head, tokens, batch)
+                logprobs = _run_batch(run, batch)
             except IndexError as error:  # some models have fewer positions than they say
                 raise ScoringError(
                     f"{batch.shape[1]} tokens must fit the model's embeddings, got {error} for "
-                    f"text {ids[batch.texts[0]]!r}; leave out the longest texts"
+                    f"text {name!r}; leave out the longest texts"
                 ) from error
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
@@ -225,11 +240,11 @@ def _score_texts(
                 if batch.shape[0] == 1:
                     raise ScoringError(
                         f"memory must hold one text of {batch.shape[1]} tokens, got too little for "
-                        f"text {ids[batch.texts[0]]!r}; use a smaller dtype or another device"
+                        f"text {name!r}; use a smaller dtype or another device"
                     ) from error
                 smaller = True
                 break
-            _keep(scores, tokens, batch, unscored, logprobs, token_budget, ids, model)
+            _keep(run, batch, logprobs, unscored, scores, token_budget)
             yield unscored
         if not smaller:
             return
@@ -241,37 +256,26 @@ def _score_texts(
             torch.cuda.empty_cache()
 
 
-def _plan(model: Any, head: Head | None, tokens: TokenizedTexts, token_budget: int) -> list[Batch]:
-    rows = 1 if is_mixture_of_experts(model) else None
-    if head is None:
-        vocabulary = vocabulary_rows(model) or 1
-        token_budget = min(token_budget, _OWN_LOGITS_BYTES // (4 * vocabulary))
-    limits = [limit for _, limit in rope_limits(model.config)]
-    return plan_batches(tokens, max(token_budget, 1), rows_per_batch=rows, limits=limits)
-
-
-def _run_batch(
-    model: Any, head: Head | None, tokens: TokenizedTexts, batch: Batch
-) -> Float32[Tensor, " T"]:
+def _run_batch(run: _Run, batch: Batch) -> Float32[Tensor, " T"]:
     """Log-probabilities (T,) of all scored tokens of a batch, text after text, on the host."""
     input_ids = np.zeros(batch.shape, dtype=np.int64)  # padding and dummy rows: token 0
     targets = []
     for row, text in enumerate(batch.texts):
-        ids = tokens[text]
-        inputs = ids[: tokens.max_length]
+        ids = run.tokens[text]
+        inputs = ids[: run.tokens.max_length]
         input_ids[row, : len(inputs)] = inputs
         targets.append(ids[1:])
     counts = [len(target) for target in targets]
-    device = model.device
+    device = run.model.device
     rows = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device)
     columns = torch.from_numpy(np.concatenate([np.arange(count) for count in counts])).to(device)
     target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device)
     inputs_on_device = torch.from_numpy(input_ids).to(device)
-    if head is None:
-        return _own_logprobs(run_model(model, inputs_on_device), rows, columns, target).cpu()
-    with hidden_states(head) as collected:
-        run_model(model, inputs_on_device)
-    return head.token_logprobs(collected[0][rows, columns], target).cpu()
+    if run.head is None:
+        return _own_logprobs(run_model(run.model, inputs_on_device), rows, columns, target).cpu()
+    with hidden_states(run.head) as collected:
+        run_model(run.model, inputs_on_device)
+    return run.head.token_logprobs(collected[0][rows, columns], target).cpu()
 
 
 def _own_logprobs(
@@ -288,29 +292,25 @@ def _own_logprobs(
 
 
 def _keep(
-    scores: PartialScores,
-    tokens: TokenizedTexts,
+    run: _Run,
     batch: Batch,
-    unscored: Sequence[int],
     logprobs: Float32[Tensor, " T"],
+    unscored: Sequence[int],
+    scores: PartialScores,
     token_budget: int,
-    ids: Sequence[str],
-    model: Any,
 ) -> None:
-    """Sum a batch's logprobs by text, in fp64 and exactly rounded; refuse what is not finite."""
-    values = logprobs.numpy()
-    ends = np.cumsum(tokens.token_counts[list(batch.texts)])
-    for text, part in zip(batch.texts, np.split(values, ends[:-1]), strict=True):
+    """Sum a batch's logprobs by text, rounded once, to fp64; refuse what is not finite."""
+    ends = np.cumsum(run.tokens.token_counts[list(batch.texts)])
+    for text, part in zip(batch.texts, np.split(logprobs.numpy(), ends[:-1]), strict=True):
         if text not in unscored:
             continue
         total = math.fsum(part)
         if not math.isfinite(total):
-            hint = (
-                "; score it with dtype bfloat16 or float32" if model.dtype == torch.float16 else ""
-            )
+            dtype = run.model.dtype
+            hint = "; score it with dtype bfloat16 or float32" if dtype == torch.float16 else ""
             raise ScoringError(
-                f"logprobs must be finite, got {total} for text {ids[text]!r} in "
-                f"{str(model.dtype).removeprefix('torch.')}{hint}"
+                f"logprobs must be finite, got {total} for text {run.ids[text]!r} in "
+                f"{str(dtype).removeprefix('torch.')}{hint}"
             )
         scores.keep(text, total, part, token_budget)
     scores.save_now_and_then()

@@ -23,6 +23,7 @@ from jaxtyping import Float64, Int64
 
 from .errors import LlfastWarning, SpaceError
 from .intervals import group_codes, half_variances, kl_estimate
+from .mixtures import warn_of_bos, warn_of_dtypes
 from .results import UNITS, KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .spacefile import read_space, write_space
 
@@ -143,7 +144,8 @@ class ModelSpace:
             dtypes=matrix.dtypes,
             revisions=matrix.revisions,
         )
-        space._warn_of_mixtures(space.dtypes, [row.get("adds_bos") for row in space.metadata])
+        warn_of_dtypes(space.dtypes, space.noise_floor("nats_per_text"))
+        warn_of_bos(space.convention, [row.get("adds_bos") for row in space.metadata])
         return space
 
     def project(self, loglikelihoods: LogLikelihoods) -> Float64[np.ndarray, " N"]:
@@ -163,13 +165,14 @@ class ModelSpace:
                 stacklevel=2,
             )
         if loglikelihoods.dtype not in self.dtypes:
-            self._warn_of_mixtures((*self.dtypes, loglikelihoods.dtype), [])
+            floor = self.noise_floor("nats_per_text")
+            warn_of_dtypes((*self.dtypes, loglikelihoods.dtype), floor)
         known = [row["adds_bos"] for row in self.metadata if "adds_bos" in row]
         adds_bos = loglikelihoods.provenance.get(
             "adds_bos", loglikelihoods.metadata.get("adds_bos")
         )
         if isinstance(adds_bos, bool) and adds_bos not in known:
-            self._warn_of_mixtures((), [*known, adds_bos])
+            warn_of_bos(self.convention, [*known, adds_bos])
         values = np.ascontiguousarray(loglikelihoods.values, dtype=np.float64)
         coordinates: Float64[np.ndarray, " N"] = _clip_and_centre(values[None], self.clip)[0]
         coordinates -= self.reference
@@ -365,29 +368,6 @@ class ModelSpace:
                 f"ids of {result.model!r} must be those of the space ({n} texts), got "
                 f"{len(result)}, the first other one at {at}: "
                 f"{list(ids[at : at + 1])} and {list(result.ids[at : at + 1])}"
-            )
-
-    def _warn_of_mixtures(self, dtypes: tuple[str, ...], adds_bos: list[object]) -> None:
-        kinds = sorted({dtype for dtype in dtypes if dtype})
-        if len(kinds) > 1:
-            floor = self.noise_floor("nats_per_text")
-            measured = (
-                "how much of a KL that makes is not known here; score one model in both to see"
-                if floor is None
-                else f"that makes a KL of up to {floor:.3g} nats a text between dtypes of one "
-                "model here, and smaller ones say nothing"
-            )
-            message = f"models ran in {' and '.join(kinds)}: {measured}"
-            warnings.warn(message, LlfastWarning, stacklevel=3)
-        with_bos, without = adds_bos.count(True), adds_bos.count(False)
-        if self.convention == "paper" and with_bos and without:
-            warnings.warn(
-                f"{with_bos} of the tokenizers add BOS and {without} do not: under convention "
-                "'paper' the first token of each text is scored only by those that do, so KL "
-                "between the two kinds holds its log-likelihood too; convention 'always-bos' "
-                "scores it everywhere",
-                LlfastWarning,
-                stacklevel=3,
             )
 
 
