@@ -289,7 +289,8 @@ def search_command(
                 hit.model,
                 hit.kl,
                 hit.standard_error,
-                "{:.4g} to {:.4g}".format(*hit.interval),
+                "{:.4g} to {:.4g}".format(*hit.interval)
+                + (", below the noise of mixed dtypes" if hit.estimate.below_noise_floor else ""),
                 hit.metadata.get("family"),
             )
             for hit in hits
