@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from .cli import UsageError, app
@@ -20,6 +21,9 @@ def main() -> None:
 
     Exit status: 1 for errors, 2 for misuse, 130 for Ctrl-C.
     """
+    # A stream that was closed is None: what would go there is lost, and nothing else.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 (until the program ends)
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", LlfastWarning)
     warnings.showwarning = lambda message, *_, **__: print_note(f"llfast: warning: {message}")

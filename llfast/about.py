@@ -44,7 +44,10 @@ def _machine() -> dict[str, Any]:
     facts["threads"] = torch.get_num_threads()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts["cuda devices"] = ", ".join(cuda) or "none"
-    facts["cache"] = str(cache.folder())
+    try:
+        facts["cache"] = str(cache.folder())
+    except FileNotFoundError as error:
+        facts["cache"] = f"none: {error.strerror}"
     return facts
 
 

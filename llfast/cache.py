@@ -1,11 +1,12 @@
 """A folder of things that can be made again: token ids, digests of files.
 
 It is `$LLFAST_CACHE`, else `$XDG_CACHE_HOME/llfast`, else `~/.cache/llfast`. A missing, damaged or
-unwritable cache costs time and nothing else.
+unwritable cache, or a user without a home, costs time and nothing else.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,19 +23,28 @@ _FORMAT = "1"  # part of every key: raised when what is cached changes its meani
 
 
 def folder() -> Path:
-    """Where the cache is; it need not exist."""
+    """Where the cache is; it need not exist.
+
+    Raises:
+        FileNotFoundError: if nothing says where, as for a container's user without a name.
+    """
     given = os.environ.get("LLFAST_CACHE")
     if given:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llfast"
+    if base:
+        return Path(base) / "llfast"
+    try:
+        return Path.home() / ".cache" / "llfast"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "No home folder; set LLFAST_CACHE") from error
 
 
 def key(*parts: str) -> str:
     """A file name for what `parts` describe."""
     digest = hashlib.sha256()
     for part in (_FORMAT, *parts):
-        data = part.encode()
+        data = part.encode("utf-8", "surrogatepass")  # paths need not be UTF-8
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()

@@ -41,6 +41,7 @@ class Checkpoint:
         parameters: stored numbers; 0 if pickled, for then they cannot be counted unread.
         weight_bytes: size of the weight files.
         stored_dtype: the safetensors dtype of most parameters ("BF16"); "" if pickled.
+        state: size, time of change and inode of config and weights when they were looked at.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Checkpoint:
     parameters: int
     weight_bytes: int
     stored_dtype: str
+    state: tuple[tuple[int, int, int], ...]
 
     @classmethod
     def open(cls, folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -57,12 +59,20 @@ class Checkpoint:
 
         Raises:
             CheckpointError: if something is missing or damaged.
-            UnsupportedModelError: for adapters, GGUF files, and pickles unless allowed.
+            UnsupportedModelError: for adapters, GGUF files, quantised weights, and pickles unless
+                allowed.
         """
         config = _read_config(folder)
+        if quantised := config.get("quantization_config"):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UnsupportedModelError(
+                f"{folder} must hold plain weights, got quantised ones ({method}); use the "
+                "checkpoint that they were made from"
+            )
         weights = _weight_files(folder, "model.safetensors")
         if not weights:
             pickles = _pickles(folder, allow_pickle)
+            state = _state(folder, pickles)
             return cls(
                 folder=folder,
                 config=config,
@@ -71,7 +81,9 @@ class Checkpoint:
                 parameters=0,
                 weight_bytes=sum(path.stat().st_size for path in pickles),
                 stored_dtype="",
+                state=state,
             )
+        state = _state(folder, weights)
         counts: dict[str, int] = {}
         for path in weights:
             for dtype, parameters in _count_parameters(path).items():
@@ -84,7 +96,26 @@ class Checkpoint:
             parameters=sum(counts.values()),
             weight_bytes=sum(path.stat().st_size for path in weights),
             stored_dtype=max(counts, key=lambda dtype: counts[dtype], default=""),
+            state=state,
         )
+
+    def refuse_changes(self) -> None:
+        """Refuse what is not as it was when it was opened: its numbers would go by a wrong digest.
+
+        Weights are mapped, not copied: what is written over them is scored.
+
+        Raises:
+            CheckpointError: if a file was written, replaced or removed.
+        """
+        try:
+            same = _state(self.folder, self.weights) == self.state
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{self.folder} must stay as it is while it is scored, got other files; score it "
+                "again once they are written"
+            )
 
     def digest(self) -> str:
         """sha256 (hex) over the names and contents of config, tokenizer, weights and own code.
@@ -130,6 +161,11 @@ def is_adapter(folder: Path) -> bool:
 
 def _names(folder: Path, patterns: Sequence[str]) -> set[str]:
     return {path.name for pattern in patterns for path in folder.glob(pattern)}
+
+
+def _state(folder: Path, weights: Sequence[Path]) -> tuple[tuple[int, int, int], ...]:
+    stats = [path.stat() for path in (folder / "config.json", *weights)]
+    return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats)
 
 
 def _digest(folder: Path, names: Iterable[str]) -> str:

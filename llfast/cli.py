@@ -103,7 +103,7 @@ def texts_build(
     texts.save(out)
     if report.skipped_files:
         print_note(
-            f"llfast: {len(report.skipped_files)} files are not UTF-8 text and were left out, "
+            f"llfast: {len(report.skipped_files)} files without usable text were left out, "
             f"{report.skipped_files[0]} among them"
         )
     if len(texts) < n:
@@ -195,6 +195,10 @@ def score_command(
         raise UsageError("give at least one MODEL, or --list FILE")
     if name is not None and len(requests) > 1:
         raise UsageError("--name goes with one MODEL")
+    own = {"--name": name, "--revision": revision, "--tokenizer": tokenizer}
+    own["--adapter-base"] = adapter_base
+    if not models and (given := [option for option, value in own.items() if value is not None]):
+        raise UsageError(f"{given[0]} goes with MODEL; say it in the list, as .jsonl")
     text_set = TextSet.load(texts)
     options: dict[str, Any] = {
         "convention": convention,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -71,9 +72,9 @@ def estimate(
     tokenizer = source.tokenizer()
     limit = model_max_length(source.config, tokenizer, convention)
     tokens = tokenize(texts, tokenizer, convention, limit)
-    budget = token_budget or default_token_budget(place)
+    budget = default_token_budget(place) if token_budget is None else token_budget
     batches = plan_batches(tokens, budget)
-    padded = sum(rows * length for (rows, length), _ in ((b.shape, b.texts) for b in batches))
+    padded = sum(math.prod(batch.shape) for batch in batches)
     config = source.config.get_text_config()
     hidden = getattr(config, "hidden_size", 0) or 0
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden

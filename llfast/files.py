@@ -17,12 +17,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a temporary file that takes the place of `path` once it is written and on disk.
 
     A reader, a second writer or a kill at any moment finds the old file or the new one. Temporary
-    names begin with a dot and are the writer's own.
+    names begin with a dot and are the writer's own. A link stays one, and what it leads to is
+    replaced; a pipe or a device is written to as it is.
 
     Raises:
         OSError: if it cannot be written; `path` is as it was then.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # Root could otherwise put a file in the place of /dev/null, for the whole machine.
+        with path.open("wb") as file:
+            yield file
+        return
+    if path.is_symlink():
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -42,6 +50,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.fsync(folder)  # the new name, too, outlives a power cut
     finally:
         os.close(folder)
+
+
+def as_utf8(text: str) -> str:
+    """Text that can be stored: bytes of a path that are not UTF-8 are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

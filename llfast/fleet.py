@@ -17,6 +17,7 @@ from .devices import resolve_device
 from .dtypes import parse_dtype
 from .errors import LlfastError, MissingDependencyError, StoreError
 from .estimate import Estimate, estimate
+from .files import as_utf8
 from .models import ModelSource, open_model
 from .results import LogLikelihoods, ResultKey
 from .scoring import SCORING_VERSION, score
@@ -95,7 +96,7 @@ def read_model_list(path: str | Path) -> list[ModelRequest]:
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8, got {error}") from None
     requests = []
@@ -155,7 +156,7 @@ def score_models(
     for request in requests:
         asked = request.dtype or dtype
         key = ResultKey(
-            request.name or os.path.normpath(request.model),
+            request.name or as_utf8(os.path.normpath(request.model)),
             request.revision or "",
             texts.digest,
             convention,
@@ -280,8 +281,10 @@ def _parse_request(line: str, where: str) -> ModelRequest:
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where}: {name} must be a string, got {value!r}")
         own[name] = value
-    nested = fields.pop("metadata", {})
-    return ModelRequest(**own, metadata=fields | (nested if isinstance(nested, dict) else {}))
+    nested = fields.pop("metadata", None) or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"{where}: metadata must be an object, got {nested!r}")
+    return ModelRequest(**own, metadata=fields | nested)
 
 
 def _refuse_unknown_options(requests: Sequence[ModelRequest], convention: str, dtype: str) -> None:
@@ -316,7 +319,7 @@ def _is_of_store(error: OSError, store: Store) -> bool:
 
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
+    text = as_utf8(lines[0]) if lines else ""
     return (
         text if isinstance(error, LlfastError | ValueError) else f"{type(error).__name__}: {text}"
     )

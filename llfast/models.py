@@ -30,6 +30,7 @@ from .errors import (
     MissingDependencyError,
     UnsupportedModelError,
 )
+from .files import as_utf8
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What a scoring run reads from the Hub: never code, never pickles, unless asked for.
@@ -206,6 +207,10 @@ def open_model(
     if isinstance(model, tuple):
         model, tokenizer = model
     if not isinstance(model, str | os.PathLike):
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"model must be a folder, a Hub id or a loaded model, got a {type(model).__name__}"
+            )
         return MemorySource(
             name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
             revision=revision or "",
@@ -237,7 +242,7 @@ def open_model(
         revision_parts.append(tokenizer_digest(other) if other.is_dir() else str(other))
     own_tokenizer = (folder / "tokenizer_config.json").exists()  # an adapter may have none
     return FolderSource(
-        name=name or (os.path.normpath(given) if commit is None else given),
+        name=name or (as_utf8(os.path.normpath(given)) if commit is None else given),
         revision=_revision(revision_parts),
         config=config,
         checkpoint=checkpoint,

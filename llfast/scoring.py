@@ -51,6 +51,8 @@ from .traits import (
 )
 
 SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
+# Beyond what any chip needs; short batches are filled up to it with dummy rows.
+_LARGEST_TOKEN_BUDGET = 1 << 20
 _OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take where they are needed
 
 
@@ -133,9 +135,10 @@ def score(
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
     budget = default_token_budget(place) if token_budget is None else token_budget
-    if budget < 1:
+    if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:
         raise ValueError(
-            f"token_budget must be at least 1, got {budget}; leave it out for the default"
+            f"token_budget must be from 1 to {_LARGEST_TOKEN_BUDGET:,}, got {budget}; leave it out "
+            "for the default"
         )
     if token_ids is not None:
         if convention != "paper":
@@ -156,6 +159,8 @@ def score(
         adds_bos = convention != "paper" or added_bos(own) is not None
 
     loaded = source.load(body_dtype, place)
+    if source.checkpoint is not None:
+        source.checkpoint.refuse_changes()  # before a text is kept on disk
     provenance = {
         "device": device_name(place),
         "instruction_set": instruction_set() if place.type == "cpu" else "",
@@ -179,6 +184,8 @@ def score(
             run = _Run(loaded, head, tokens, texts.ids)
             for batch_texts in _score_texts(run, scores, budget):
                 advance(len(batch_texts), int(tokens.token_counts[batch_texts].sum()))
+    if source.checkpoint is not None:
+        source.checkpoint.refuse_changes()
     return LogLikelihoods(
         model=source.name,
         revision=source.revision,

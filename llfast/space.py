@@ -23,7 +23,7 @@ from jaxtyping import Float64, Int64
 
 from .errors import LlfastWarning, SpaceError
 from .intervals import group_codes, half_variances, kl_estimate
-from .mixtures import warn_of_bos, warn_of_dtypes
+from .mixed import warn_of_bos, warn_of_dtypes
 from .results import UNITS, KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .spacefile import read_space, write_space
 

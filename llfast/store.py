@@ -138,7 +138,12 @@ class Store:
         Readers and writers may go on meanwhile.
 
         Returns: how many shards were merged.
+
+        Raises:
+            StoreError: if there is no such store.
         """
+        if not self.folder.is_dir():
+            raise StoreError(f"{self.folder} must be a store, got no such folder")
         return sum(self._retry(partial(merge_shards, folder)) for folder in self._partitions())
 
     # ---------------------------------------------------------------- reading

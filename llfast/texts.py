@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from .errors import TextSetError
-from .files import atomic_write
+from .files import as_utf8, atomic_write
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +52,8 @@ class TextSet:
                 f"groups must be one a text, got {len(self.groups)} for {len(self.texts)} texts"
             )
         _refuse_repeated(self.ids)
+        for group in self.groups or ():
+            _encode(group, group)
         digest = hashlib.sha256()
         lengths = np.empty(len(self.texts), dtype=np.int64)
         for row, (id_, text) in enumerate(zip(self.ids, self.texts, strict=True)):
@@ -77,7 +79,7 @@ class TextSet:
         """Make a text set from strings; ids default to "0", "1", ...
 
         Raises:
-            TypeError: if `texts` is a single string or holds something else than strings.
+            TypeError: if `texts` is a single string, or something is not a string that must be.
             TextSetError: as the class says.
         """
         if isinstance(texts, str):
@@ -85,11 +87,13 @@ class TextSet:
                 "texts must be a sequence of strings, got one string; wrap it in a list"
             )
         texts = tuple(texts)
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"texts[{row}] must be a string, got {type(text).__name__}")
         ids = tuple(ids) if ids is not None else tuple(str(row) for row in range(len(texts)))
-        return cls(ids, texts, tuple(groups) if groups is not None else None)
+        groups = tuple(groups) if groups is not None else None
+        for name, given in (("texts", texts), ("ids", ids), ("groups", groups or ())):
+            for row, each in enumerate(given):
+                if not isinstance(each, str):
+                    raise TypeError(f"{name}[{row}] must be a string, got {type(each).__name__}")
+        return cls(ids, texts, groups)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TextSet:
@@ -152,8 +156,9 @@ def build_texts(
     returned in the order of the documents. If there are fewer than `n` chunks, all are returned.
 
     Args:
-        inputs: files and folders. In folders, hidden files are passed over, and files that are not
-            UTF-8 text are left out and named in the report.
+        inputs: files and folders; those that share a name are told apart by their paths as given.
+            In folders, hidden files are passed over, and files that are not UTF-8 text (or .jsonl
+            with a line that has no text) are left out and named in the report.
         n: how many chunks to sample.
         max_bytes: the longest chunk, in bytes.
         min_bytes: chunks of this many bytes or fewer are dropped.
@@ -212,20 +217,23 @@ def sample_chunks(
 def _documents(
     inputs: Sequence[str | os.PathLike[str]], skipped: list[str]
 ) -> Iterator[tuple[str, str]]:
-    for given in inputs:
-        path = Path(given)
+    paths = [Path(given) for given in inputs]
+    own_names = [path.resolve().name if path.is_dir() else path.name for path in paths]
+    for path, own_name in zip(paths, own_names, strict=True):
+        root = own_name if own_names.count(own_name) == 1 else path.as_posix()
         if not path.is_dir():
-            yield from _file_documents(path, path.name)
+            yield from _file_documents(path, as_utf8(root))
             continue
-        root = path.resolve()
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
             if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-                name = f"{root.name}/{inside.as_posix()}"
+                name = as_utf8(f"{root}/{inside.as_posix()}")
                 try:
-                    yield from _file_documents(file, name)
+                    found = list(_file_documents(file, name))  # all of a file or nothing
                 except TextSetError:
                     skipped.append(name)
+                else:
+                    yield from found
 
 
 def _file_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:

@@ -128,11 +128,12 @@ def test_questions_that_a_store_cannot_answer(command, store, tmp_path):
         ('{"model": 3}', 'line 2 must be an object with a string "model"'),
         ("gpt2", "line 2 must be a JSON object"),
         ('{"model": "gpt2", "revision": 3}', "line 2: revision must be a string, got 3"),
+        ('{"model": "gpt2", "metadata": 5}', "line 2: metadata must be an object, got 5"),
         ('{"model": "gpt2", "dtype": "int4"}', "dtype must be auto, float32, bfloat16, float16"),
         (b"\xff", "must be UTF-8"),
         (None, "No such file"),
     ],
-    ids="no-model not-json revision dtype not-utf8 missing".split(),
+    ids="no-model not-json revision metadata dtype not-utf8 missing".split(),
 )
 @pytest.mark.usefixtures("untouched")
 def test_a_list_of_models_that_cannot_be_used(
@@ -145,6 +146,15 @@ def test_a_list_of_models_that_cannot_be_used(
     run = command("score", "--list", path, "--texts", texts_file, "--store", store)
     assert (run.code, run.out) == (1, "")
     assert message in run.error
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("option", ["--name", "--revision", "--tokenizer", "--adapter-base"])
+def test_an_option_that_a_list_would_not_obey(command, models_list, store, texts_file, option):
+    where = ("--texts", texts_file, "--store", store)
+    run = command("score", "--list", models_list, option, "x", *where)
+    assert run.code == 2
+    assert f"{option} goes with " in run.error
 
 
 def test_texts_and_conventions_are_never_mixed_in_one_space(command, checkpoints, filled, space):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -49,7 +50,10 @@ def test_score_stores_and_prints_what_the_library_returns(
 
 def test_a_plain_list_and_arguments_go_together(command, checkpoints, texts_file, tmp_path):
     listed = tmp_path / "models.txt"
-    listed.write_text(f"# two models\n\n{checkpoints / 'gpt2'}\n  {checkpoints / 'llama'}  \n")
+    mark = "\ufeff"  # as some editors put before all
+    listed.write_text(
+        f"{mark}# two models\n\n{checkpoints / 'gpt2'}\n  {checkpoints / 'llama'}  \n"
+    )
     where = ("--texts", texts_file, "--store", tmp_path / "store", "--json")
     run = command("score", checkpoints / "gpt2-finetune", "--list", listed, *where)
     assert run.code == 0, run.err
@@ -112,6 +116,16 @@ def test_a_model_that_fails_stops_no_other(command, checkpoints, texts_file, tmp
     assert [row.error for row in store.rows()] == [None] * 3
     matrix = store.matrix()
     assert len(matrix.models) == 3
+
+
+def test_a_folder_whose_name_is_not_utf8_stops_no_other(command, checkpoints, texts_file, tmp_path):
+    folder = shutil.copytree(checkpoints / "gpt2", tmp_path / "m\udcfc")
+    where = ("--texts", texts_file, "--store", tmp_path / "store")
+    command("score", tmp_path / "none\udcfc", folder, checkpoints / "llama", *where)
+    found = {row.label: row.error for row in Store(tmp_path / "store").rows()}
+    assert set(found) == {f"{tmp_path}/none\\udcfc", f"{tmp_path}/m\\udcfc", f"{checkpoints}/llama"}
+    assert found[f"{tmp_path}/none\\udcfc"].endswith("no folder")
+    assert found[f"{checkpoints}/llama"] is None
 
 
 def test_dry_run_counts_what_scoring_then_does(command, checkpoints, texts, texts_file, tmp_path):

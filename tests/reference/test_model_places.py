@@ -10,7 +10,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from llfast import CheckpointError, UnsupportedModelError
+import llfast
+from llfast import CheckpointError, UnsupportedModelError, models, scoring
 from llfast.models import open_model
 from tests.tiny import copy_checkpoint, make_model, make_tokenizer, save
 
@@ -45,6 +46,11 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path, monkeypatch, nam
     line = refused(name)
     assert name in line
     assert "folder" in line
+
+
+def test_what_is_no_model_at_all_is_refused():
+    with pytest.raises(TypeError, match="must be a folder, a Hub id or a loaded model, got a int"):
+        open_model(5)
 
 
 def test_files_are_refused_by_kind(checkpoints, tmp_path):
@@ -116,6 +122,25 @@ def test_a_folder_is_another_model_when_what_is_scored_changes(
     assert before == open_model(checkpoints / "llama").revision, "a copy is the same model"
     change(folder)
     assert (open_model(folder).revision != before) == matters
+
+
+@pytest.mark.parametrize("when", ["load", "run_model"])
+def test_a_folder_that_changes_while_it_is_scored_is_refused(
+    checkpoints, tmp_path, monkeypatch, when
+):
+    """As a training run writes its next checkpoint over the last one."""
+    folder = copy_checkpoint(checkpoints / "gpt2", tmp_path / "m")
+    newer = (checkpoints / "gpt2-finetune" / "model.safetensors").read_bytes()
+    owner = {"load": models.FolderSource, "run_model": scoring}[when]
+    own = getattr(owner, when)
+
+    def write_first(*arguments, **options):
+        (folder / "model.safetensors").write_bytes(newer)
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(owner, when, write_first)
+    with pytest.raises(CheckpointError, match="m must stay as it is while it is scored"):
+        llfast.score(folder, ["some text"])
 
 
 def test_a_revision_is_a_digest_of_names_and_contents(checkpoints):

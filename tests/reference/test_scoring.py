@@ -322,7 +322,8 @@ def test_wrong_arguments_are_refused(llama, tokenizer):
         llfast.score((llama, tokenizer), TEXTS, device="gpu")
     with pytest.raises(ValueError, match="one a text"):
         llfast.score(llama, TEXTS, token_ids=[[1, 2]])
-    with pytest.raises(ValueError, match="token_budget must be at least 1"):
-        llfast.score((llama, tokenizer), TEXTS, token_budget=0)
+    for budget in (0, 20_000_000):
+        with pytest.raises(ValueError, match="token_budget must be from 1 to 1,048,576"):
+            llfast.score((llama, tokenizer), TEXTS, token_budget=budget)
     with pytest.raises(TypeError, match="conventions"):
         llfast.score((llama, tokenizer), TEXTS, conventions="paper")

@@ -53,6 +53,29 @@ def test_what_goes_wrong_is_said_of_the_file_that_was_asked_for(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path):
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    for content in (b"first", b"second"):
+        with atomic_write(link) as file:
+            file.write(content)
+        assert link.is_symlink()
+        assert target.read_bytes() == content
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    """And so do devices: no file must take the place of /dev/null."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(path) as file:
+        file.write(b"content")
+    assert os.read(reading, 100) == b"content"
+    os.close(reading)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def damaged(whole, rounds):
     """The file cut short or with one bit changed, again and again."""
     rng = random.Random(0)
@@ -94,6 +117,17 @@ def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
     assert cache.folder() == Path("/b/llfast")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.folder() == Path("/c/.cache/llfast")
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    """As in a container that runs under a number nobody has."""
+    for name in ("LLFAST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    with pytest.raises(FileNotFoundError, match="set LLFAST_CACHE"):
+        cache.folder()
+    cache.save_arrays("x", a=np.arange(5))
+    assert cache.load_arrays("x") is None
 
 
 def test_keys_tell_where_one_part_ends():

@@ -239,6 +239,13 @@ def test_other_formats_are_refused_by_name(tmp_path):
             assert f"got none by the names that transformers knows, but {name}" in line
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "nonsense"])
+def test_quantised_weights_are_refused_by_name(tmp_path, method):
+    config = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": method}})
+    line = refused(make(tmp_path / "small", **{"config.json": config}), UnsupportedModelError)
+    assert f"got quantised ones ({method}); use the checkpoint" in line
+
+
 def test_pickles_are_refused_unless_allowed(tmp_path):
     none = {"model.safetensors": None}
     folder = make(tmp_path / "m", **none, **{"pytorch_model.bin": b"\x80\x04."})

@@ -9,7 +9,7 @@ PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
     "errors files cache texts results batches kernels checkpoint dtypes models head traits partial "
-    "progress devices borrowing scoring shards store importing intervals mixtures spacefile space "
+    "progress devices borrowing scoring shards store importing intervals mixed spacefile space "
     "search estimate fleet nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about "
     "cli __main__"
 ).split()

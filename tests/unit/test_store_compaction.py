@@ -63,3 +63,9 @@ def test_a_listing_that_misses_a_compaction_is_noticed(store, monkeypatch, torn)
 
     monkeypatch.setattr(type(store.folder), "glob", listed)
     assert [row.key.model for row in store.rows(DIGEST)] == ["a", "b", "c", *torn]
+
+
+def test_a_store_that_is_not_there_is_not_nothing_to_merge(tmp_path):
+    with pytest.raises(StoreError, match="typo must be a store, got no such folder"):
+        Store(tmp_path / "typo").compact()
+    assert not (tmp_path / "typo").exists()

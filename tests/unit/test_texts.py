@@ -128,3 +128,44 @@ def test_a_named_file_that_is_not_text_is_an_error(corpus):
     with pytest.raises(TextSetError, match="longer than 256 bytes, got none"):
         (corpus / "short.txt").write_text("short")
         build_texts([corpus / "short.txt"])
+
+
+def test_a_file_of_a_folder_is_taken_whole_or_not_at_all(corpus):
+    row = json.dumps({"text": "a good row " * 100})
+    (corpus / "torn.jsonl").write_text(f'{row}\n{row}\n{{"text": "cut\n')
+    texts, report = build_texts([corpus])
+    assert report.skipped_files == ("corpus/image.bin", "corpus/torn.jsonl")
+    assert report.documents == 30 + 1 + 5
+    assert not any("torn" in id_ for id_ in texts.ids)
+
+
+def test_inputs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder / "docs").mkdir(parents=True)
+        (tmp_path / folder / "docs" / "a.txt").write_text(f"{folder} " * 200)
+    files, _ = build_texts(["one/docs/a.txt", "two/docs/a.txt"])
+    assert files.ids == ("one/docs/a.txt:0", "two/docs/a.txt:0")
+    folders, _ = build_texts(["one/docs", "two/docs"])
+    assert folders.ids == files.ids
+    assert [text[:3] for text in folders.texts] == ["one", "two"]
+    alone, _ = build_texts([tmp_path / "one" / "docs"])
+    assert alone.ids == ("docs/a.txt:0",), "where a folder is does not matter"
+
+
+def test_ids_and_groups_must_be_text():
+    with pytest.raises(TypeError, match=r"ids\[1\] must be a string, got int"):
+        TextSet.from_texts(["a", "b"], ids=["x", 1])
+    with pytest.raises(TypeError, match=r"groups\[0\] must be a string, got NoneType"):
+        TextSet.from_texts(["a"], groups=[None])
+    with pytest.raises(TextSetError, match="lone surrogate"):
+        TextSet.from_texts(["a"], groups=["\ud800"])
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path):
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "\udcfc.txt").write_text("word " * 100)
+    texts, _ = build_texts([tmp_path / "latin"])
+    assert texts.ids == ("latin/\\udcfc.txt:0",)
+    alone, _ = build_texts([tmp_path / "latin" / "\udcfc.txt"])
+    assert alone.ids == ("\\udcfc.txt:0",)
