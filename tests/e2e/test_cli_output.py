@@ -59,6 +59,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
 
     monkeypatch.setattr("llfast.demo.run_demo", run_demo)  # its own tests run it for real
     (tmp_path / "m.csv").write_text("id,a,b\nx,1.0,1.1\ny,1.2,1.5\nz,2.0,1.0\n")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "doc.txt").write_text("a word or two " * 200)
     score = f"--texts {texts_file} --store {tmp_path / 'store'}"
     imported = f"--store {tmp_path / 'imported'} --unit bits_per_byte --text-bytes 100"
@@ -70,7 +71,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "search": f"search gpt2 --store {filled}",
         "kl": f"kl gpt2 llama --store {filled}",
         "info": f"info {filled}",
-        "compact": f"compact --store {tmp_path / 'nothing-yet'}",
+        "compact": f"compact --store {tmp_path / 'empty'}",
         "demo": f"demo --out {tmp_path / 'demo'}",
     }
 

@@ -58,7 +58,6 @@ def test_rows_can_be_asked_for_by_text_set(store):
 def test_reading_a_store_that_is_not_there_makes_none(store):
     assert store.rows() == []
     assert store.completed() == set()
-    assert store.compact() == 0
     with pytest.raises(StoreError, match="must hold results, got none"):
         store.matrix()
     assert not store.folder.exists()
