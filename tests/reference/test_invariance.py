@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import llfast
-from llfast import TextSet
+from llfast import TextSet, scoring
 from tests.tiny import make_model, make_tokenizer
 
 # Layers and heads as wide as real models': tiny matrices hide what large ones do.
@@ -83,3 +83,32 @@ def test_the_budget_of_each_text_is_kept_with_it():
     model = make_model("gpt2")
     result = llfast.score((model, make_tokenizer(adds_bos=True)), ["a fox", ""], token_budget=64)
     assert result.token_budgets.tolist() == [64, 0]
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_a_run_that_is_broken_off_again_and_again_ends_with_the_same_bits(
+    kind, tmp_path, monkeypatch
+):
+    """Layers of real width; `tests/e2e/test_kill.py` really kills, but smaller models."""
+    model = make_model(kind, vocabulary=8003, **WIDE[kind])
+    pair, texts = (model, make_tokenizer(adds_bos=True)), list(random_texts(20).values())
+    whole = llfast.score(pair, texts, per_token=True)
+    options = {"partial": tmp_path / "partial.npz", "revision": "one", "per_token": True}
+    run_batch = scoring._run_batch
+    breaks = 0
+    for allowed in (1, 3, 2, 1, 10**9):
+        left = iter(range(allowed))
+
+        def run_some(*arguments, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return run_batch(*arguments)
+
+        monkeypatch.setattr(scoring, "_run_batch", run_some)
+        try:
+            result = llfast.score(pair, texts, **options)
+        except KeyboardInterrupt:
+            breaks += 1
+    assert breaks == 4
+    assert result.values.tobytes() == whole.values.tobytes()
+    assert result.logprobs.values.tobytes() == whole.logprobs.values.tobytes()
