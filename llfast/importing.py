@@ -195,6 +195,11 @@ def _validate(
             raise SpaceError(f"{path} must name each {what} once, got {repeated[0]!r} again")
     if not all(models):
         raise SpaceError(f"{path} must name every model, got an empty name")
+    if all(map(_is_number, models)) and not all(model.isdigit() for model in models):
+        raise SpaceError(
+            f"{path} must name the models in its first line, got the number {models[0]}; put a "
+            "line of names before the first text"
+        )
     if not values.size:
         raise SpaceError(f"{path} must hold at least one text and one model, got none")
     finite = np.isfinite(values)

@@ -9,6 +9,7 @@ score ── open_model (models.py) ── tokenize (batches.py) ── find_hea
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,7 +98,7 @@ def score(
         per_token: keep the logprob of every token, too.
         name: what to call the model; by default its path or id as given.
         revision: branch, tag or commit of a Hub id; for a loaded model, what names its weights.
-        metadata: columns to keep with the result.
+        metadata: columns to keep with the result; plain JSON values.
         trust_remote_code: let the checkpoint bring code of its own.
         allow_pickle: let weights be pickles.
         adapter_base: the model that a LoRA adapter belongs to.
@@ -113,6 +114,7 @@ def score(
         UnsupportedModelError: if it is of a kind that has no log-likelihood.
         ScoringError: if the numbers are not finite, or memory does not do for one text.
         ValueError: for arguments that make no sense.
+        TypeError: for metadata that is not JSON.
     """
     source = (
         model
@@ -135,6 +137,7 @@ def score(
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
     budget = default_token_budget(place) if token_budget is None else token_budget
+    json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
     if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:
         raise ValueError(
             f"token_budget must be from 1 to {_LARGEST_TOKEN_BUDGET:,}, got {budget}; leave it out "

@@ -325,5 +325,7 @@ def test_wrong_arguments_are_refused(llama, tokenizer):
     for budget in (0, 20_000_000):
         with pytest.raises(ValueError, match="token_budget must be from 1 to 1,048,576"):
             llfast.score((llama, tokenizer), TEXTS, token_budget=budget)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        llfast.score((llama, tokenizer), TEXTS, metadata={"a": object()})
     with pytest.raises(TypeError, match="conventions"):
         llfast.score((llama, tokenizer), TEXTS, conventions="paper")

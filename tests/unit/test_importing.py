@@ -210,6 +210,7 @@ def test_numbers_are_read_to_the_last_bit(tmp_path):
         ("\"('f', 'a')\",\"('f', 'a')\"\n1,2\n", "must name each model once, got 'a (f)' again"),
         ("id,a\nx,1\ny,2\nx,3\n", "must name each text id once, got 'x' again"),
         ("id,a,\nx,1,2\n", "must name every model, got an empty name"),
+        ("0.5,0.6\n0.7,0.8\n", "must name the models in its first line, got the number 0.5"),
         ("id,a\nx,-1\n", "at least 0 bits per byte, got -1; is the unit nats?"),
     ],
 )
