@@ -142,7 +142,7 @@ def test_dry_run_counts_what_scoring_then_does(command, checkpoints, texts, text
         assert each["memory_bytes"] > 4 * each["parameters"] > 0.9 * each["read_bytes"] - 10_000
         assert 0 < each["seconds"] < 60
         work = 2 * each["parameters"] * each["padded_tokens"]
-        assert 0.5 * work <= each["seconds"] * each["matmul_flops"] <= work
+        assert 0.5 * work <= each["seconds"] * each["matmul_flops"] <= work * (1 + 1e-9)
     run = command(*arguments, "--dry-run")
     for each in estimates:
         line = next(line for line in run.out.splitlines() if f" {each['model']} " in line)
