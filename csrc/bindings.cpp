@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <optional>
@@ -10,7 +11,7 @@
 #include <vector>
 
 #include "instruction_set.h"
-#include "token_logprobs.h"
+#include "partials.h"
 
 namespace py = pybind11;
 
@@ -45,17 +46,26 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void token_logprobs(std::uintptr_t hidden, std::int64_t hidden_stride, std::uintptr_t lm_head,
-                    std::int64_t lm_head_stride, std::uintptr_t bias, std::uintptr_t targets,
-                    std::uintptr_t logprobs, std::int64_t tokens, std::int64_t vocabulary,
-                    std::int64_t width, const std::string& dtype, float scale,
-                    std::optional<float> softcap, int threads, const std::string& instruction_set) {
-  llfast::LogprobProblem problem{};
+// The addresses of five arrays: max, sum, weighted sum, target logit, arg max.
+using Addresses = std::array<std::uintptr_t, 5>;
+
+llfast::PartialArrays partial_arrays(const Addresses& addresses) {
+  return {pointer<float>(addresses[0]), pointer<float>(addresses[1]), pointer<float>(addresses[2]),
+          pointer<float>(addresses[3]), pointer<std::int32_t>(addresses[4])};
+}
+
+void head_partials(std::uintptr_t hidden, std::int64_t hidden_stride, std::uintptr_t lm_head,
+                   std::int64_t lm_head_stride, std::uintptr_t bias, std::uintptr_t targets,
+                   const Addresses& parts, std::int64_t first_word, std::int64_t tokens,
+                   std::int64_t vocabulary, std::int64_t width, const std::string& dtype,
+                   float scale, std::optional<float> softcap, int threads,
+                   const std::string& instruction_set) {
+  llfast::HeadProblem problem{};
   problem.hidden = pointer<const void>(hidden);
   problem.lm_head = pointer<const void>(lm_head);
   problem.bias = pointer<const float>(bias);
   problem.targets = pointer<const std::int64_t>(targets);
-  problem.logprobs = pointer<float>(logprobs);
+  problem.first_word = first_word;
   problem.tokens = tokens;
   problem.vocabulary = vocabulary;
   problem.width = width;
@@ -68,23 +78,46 @@ void token_logprobs(std::uintptr_t hidden, std::int64_t hidden_stride, std::uint
   bool finished = false;
   {
     const py::gil_scoped_release release;
-    finished = llfast::token_logprobs(problem, set, threads, SignalCheck());
+    finished = llfast::head_partials(problem, partial_arrays(parts), set, threads, SignalCheck());
   }
   if (!finished) throw py::error_already_set();
+}
+
+void fold_partials(const Addresses& parts, std::int64_t count, std::int64_t tokens,
+                   const Addresses& total, const std::string& instruction_set) {
+  const llfast::InstructionSet set = llfast::choose_instruction_set(instruction_set);
+  const py::gil_scoped_release release;
+  llfast::fold_partials(partial_arrays(parts), count, tokens, partial_arrays(total), set);
+}
+
+void statistics(const Addresses& total, std::int64_t tokens, std::uintptr_t logprobs,
+                std::uintptr_t lse, std::uintptr_t target_logits, std::uintptr_t entropy,
+                std::uintptr_t argmax) {
+  const py::gil_scoped_release release;
+  llfast::statistics_of(
+      partial_arrays(total), tokens,
+      {pointer<float>(logprobs), pointer<float>(lse), pointer<float>(target_logits),
+       pointer<float>(entropy), pointer<std::int64_t>(argmax)});
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The C++ core of llfast. Arguments are trusted: call it through llfast.kernels.";
-  module.def("token_logprobs", &token_logprobs, py::kw_only(), py::arg("hidden"),
+  module.attr("GROUP") = llfast::kGroup;
+  module.def("head_partials", &head_partials, py::kw_only(), py::arg("hidden"),
              py::arg("hidden_stride"), py::arg("lm_head"), py::arg("lm_head_stride"),
-             py::arg("bias"), py::arg("targets"), py::arg("logprobs"), py::arg("tokens"),
-             py::arg("vocabulary"), py::arg("width"), py::arg("dtype"), py::arg("scale"),
-             py::arg("softcap"), py::arg("threads"), py::arg("instruction_set"),
-             "Writes the log-probability of each target to `logprobs`. Matrices and vectors are "
-             "addresses, "
-             "strides count elements.");
+             py::arg("bias"), py::arg("targets"), py::arg("parts"), py::arg("first_word"),
+             py::arg("tokens"), py::arg("vocabulary"), py::arg("width"), py::arg("dtype"),
+             py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("instruction_set"),
+             "Writes what each group of words adds to the softmax, (groups, T), to the arrays of "
+             "`parts`. Matrices and vectors are addresses, strides count elements.");
+  module.def("fold_partials", &fold_partials, py::kw_only(), py::arg("parts"), py::arg("count"),
+             py::arg("tokens"), py::arg("total"), py::arg("instruction_set"),
+             "Folds parts, (count, T), into total, (T,), from left to right.");
+  module.def("statistics", &statistics, py::kw_only(), py::arg("total"), py::arg("tokens"),
+             py::arg("logprobs"), py::arg("lse"), py::arg("target_logits"), py::arg("entropy"),
+             py::arg("argmax"), "Writes the statistics of partials, each (T,).");
   module.def(
       "choose_instruction_set",
       [](const std::string& name) {

@@ -21,130 +21,214 @@
 
 namespace llfast {
 
+// What words of type T are multiplied with: everything is fp32, unless a set says otherwise.
+template <class S, class T>
+struct OperandsOf {
+  using Hidden = float;
+  static constexpr int kStep = S::kLanes;  // elements of a vector of operands
+};
+
+// Some words of a chunk. They lie in four runs of `quarter` words, and one register block takes a
+// word of each: four streams of memory are read at the speed of memory, one is not. A word's place
+// among the scores is its slot.
+struct Tile {
+  std::int64_t first;  // counted from the head's first row here
+  std::int64_t words;
+  std::int64_t quarter;
+
+  std::int64_t slots() const { return kWords * quarter; }
+  std::int64_t slot(std::int64_t word) const { return word % quarter * kWords + word / quarter; }
+  std::int64_t word(std::int64_t slot) const { return slot / kWords + slot % kWords * quarter; }
+};
+
 template <class S>
 struct GroupKernelOf {
   using F32 = typename S::F32;
   static constexpr int kLanes = S::kLanes;
   static constexpr float kInfinity = __builtin_huge_valf();
 
-  static Kernels table() { return {run<float>, run<BFloat16>, run<Float16>, fold}; }
+  static Kernels table() { return {run<float>, run<BFloat16>, run<Float16>, merge}; }
 
   template <class T>
-  static void run(const LogprobProblem& problem, const GroupTask& task, const Scratch& scratch) {
-    copy_hidden<T>(problem, task, scratch.hidden);
-    for (std::int64_t row = 0; row < task.rows; ++row) task.partials[row] = {-kInfinity, 0.0f};
+  static void run(const HeadProblem& problem, const GroupTask& task, const Scratch& scratch,
+                  const PartialArrays& parts) {
+    copy_hidden<T>(problem, task, scratch);
     const std::int64_t begin = task.group * kGroup;
     const std::int64_t end = smaller(begin + kGroup, problem.vocabulary);
-    for (std::int64_t word = begin; word < end; word += kChunk) {
-      const std::int64_t words = smaller(kChunk, end - word);
-      multiply<T>(problem, task.rows, word, words, scratch);
-      if (problem.bias != nullptr) {
-        std::memcpy(scratch.bias, problem.bias + word, sizeof(float) * words);
-      }
+    const std::int64_t id = problem.first_word;
+    for (std::int64_t row = 0; row < task.rows; ++row) {
+      scratch.partials[row] = {-kInfinity, 0.0f, 0.0f, -kInfinity,
+                               static_cast<std::int32_t>(id + begin)};
+    }
+    for (std::int64_t first = begin; first < end; first += kChunk) {
+      const std::int64_t words = smaller(kChunk, end - first);
+      const Tile tile = {first, words, (words + kWords - 1) / kWords};
+      multiply<T>(problem, task.rows, tile, scratch);
+      copy_bias(problem, tile, scratch.bias);
       for (std::int64_t row = 0; row < task.rows; ++row) {
         float* scores = scratch.scores + row * kChunk;
-        finish_logits(problem, words, scratch.bias, scores);
-        const std::int64_t target = problem.targets[task.row_begin + row] - word;
-        if (target >= 0 && target < words) task.target_logits[row] = scores[target];
-        task.partials[row] = merge(task.partials[row], summarise(scores, words));
+        finish_logits(problem, tile, scratch.bias, scores);
+        Partial& partial = scratch.partials[row];
+        const Partial found = summarise(tile, scores, partial.max, id);
+        partial = merge(partial, found);
+        const std::int64_t target = problem.targets[task.row_begin + row] - id - first;
+        if (target >= 0 && target < words) partial.target = scores[tile.slot(target)];
       }
+    }
+    for (std::int64_t row = 0; row < task.rows; ++row) {
+      parts.set(task.group * problem.tokens + task.row_begin + row, scratch.partials[row]);
     }
   }
 
-  static Partial fold(const Partial* partials, std::int64_t count, std::int64_t stride) {
-    Partial total = partials[0];
-    for (std::int64_t i = 1; i < count; ++i) total = merge(total, partials[i * stride]);
-    return total;
+  static Partial merge(const Partial& left, const Partial& right) {
+    const float max = left.max > right.max ? left.max : right.max;
+    Partial both = {
+        max, left.sum + right.sum, left.weighted_sum + right.weighted_sum,
+        // A NaN stays; at most one side holds the target, the other has -inf.
+        right.target > left.target || right.target != right.target ? right.target : left.target,
+        right.max > left.max ? right.argmax : left.argmax};
+    if (max == -kInfinity) return both;
+    F32 x = {};
+    x[0] = left.max - max;
+    x[1] = right.max - max;
+    const F32 shift = clamp_exponent<S>(x);
+    const F32 e = exp_nonpositive<S>(shift);
+    both.sum = left.sum * e[0] + right.sum * e[1];
+    both.weighted_sum = (left.weighted_sum + left.sum * shift[0]) * e[0] +
+                        (right.weighted_sum + right.sum * shift[1]) * e[1];
+    return both;
   }
 
  private:
   static constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-  // The task's hidden rows in fp32, padded with zeros, one block of depth after the other.
+  // The task's hidden rows, padded with zeros, one block of depth after the other.
   template <class T>
-  static void copy_hidden(const LogprobProblem& problem, const GroupTask& task, float* to) {
-    const std::int64_t row_size = hidden_row_size(problem.width);
-    for (std::int64_t depth = 0; depth < problem.width; depth += kDepth) {
-      const std::int64_t size = smaller(kDepth, problem.width - depth);
+  static void copy_hidden(const HeadProblem& problem, const GroupTask& task,
+                          const Scratch& scratch) {
+    using Hidden = typename OperandsOf<S, T>::Hidden;
+    Hidden* to = static_cast<Hidden*>(scratch.hidden);
+    const std::int64_t depth = depth_of_block(problem.width, sizeof(Hidden));
+    const std::int64_t row_size = copied_row_size(problem.width, sizeof(Hidden));
+    for (std::int64_t begin = 0; begin < problem.width; begin += depth) {
+      const std::int64_t size = smaller(depth, problem.width - begin);
       for (std::int64_t row = 0; row < task.rows; ++row, to += row_size) {
         const T* from = static_cast<const T*>(problem.hidden) +
-                        (task.row_begin + row) * problem.hidden_stride + depth;
+                        (task.row_begin + row) * problem.hidden_stride + begin;
         copy_row(from, size, to);
       }
     }
   }
 
-  // scores[row][j] = h . w over all of D, for `words` words (a few more columns are overwritten).
+  // scores[row][slot] = h . w over all of D, for every word of the tile.
   template <class T>
-  static void multiply(const LogprobProblem& problem, std::int64_t rows, std::int64_t word,
-                       std::int64_t words, const Scratch& scratch) {
-    const std::int64_t row_size = hidden_row_size(problem.width);
-    const float* hidden = scratch.hidden;
-    for (std::int64_t depth = 0; depth < problem.width; depth += kDepth) {
-      const std::int64_t size = smaller(kDepth, problem.width - depth);
-      for (std::int64_t j = 0; j < words; j += kWords) {
-        const T* weights[kWords];
-        for (int k = 0; k < kWords; ++k) {
-          // Past the end the last word is repeated; finish_logits drops what comes of it.
-          const std::int64_t index = word + smaller(j + k, words - 1);
-          weights[k] =
-              static_cast<const T*>(problem.lm_head) + index * problem.lm_head_stride + depth;
-        }
-        float* scores = scratch.scores + j;
-        if (sizeof(T) < sizeof(float) && rows > S::kRows) {
-          // Several blocks of rows share one conversion, which is exact and changes no bit.
-          const float* converted[kWords];
-          for (int k = 0; k < kWords; ++k) {
-            float* to = scratch.weights + k * (kDepth + kRowPadding);
-            copy_row(weights[k], size, to);
-            converted[k] = to;
-          }
-          multiply_rows(rows, hidden, row_size, converted, size, depth > 0, scores);
-        } else {
-          multiply_rows(rows, hidden, row_size, weights, size, depth > 0, scores);
+  static void multiply(const HeadProblem& problem, std::int64_t rows, const Tile& tile,
+                       const Scratch& scratch) {
+    const std::int64_t depth = depth_of_block(problem.width, sizeof(Hidden<T>));
+    if (rows <= S::kRows) {
+      // Few rows: a word is read whole, as it lies in memory.
+      for (std::int64_t j = 0; j < tile.quarter; ++j) {
+        for (std::int64_t begin = 0; begin < problem.width; begin += depth) {
+          multiply_words<T, true>(problem, rows, tile, j, begin, scratch);
         }
       }
-      hidden += rows * row_size;
+    } else {
+      for (std::int64_t begin = 0; begin < problem.width; begin += depth) {
+        for (std::int64_t j = 0; j < tile.quarter; ++j) {
+          multiply_words<T, false>(problem, rows, tile, j, begin, scratch);
+        }
+      }
     }
   }
 
   template <class T>
-  static void multiply_rows(std::int64_t rows, const float* hidden, std::int64_t row_size,
-                            const T* const* weights, std::int64_t size, bool add, float* scores) {
+  using Hidden = typename OperandsOf<S, T>::Hidden;
+
+  // One word of each run, one block of depth, all rows. kPrefetch asks for the runs' next words.
+  template <class T, bool kPrefetch>
+  static void multiply_words(const HeadProblem& problem, std::int64_t rows, const Tile& tile,
+                             std::int64_t j, std::int64_t begin, const Scratch& scratch) {
+    const std::int64_t depth = depth_of_block(problem.width, sizeof(Hidden<T>));
+    const std::int64_t size = smaller(depth, problem.width - begin);
+    const std::int64_t row_size = copied_row_size(problem.width, sizeof(Hidden<T>));
+    const Hidden<T>* hidden =
+        static_cast<const Hidden<T>*>(scratch.hidden) + begin / depth * rows * row_size;
+    const T* weights[kWords];
+    for (int k = 0; k < kWords; ++k) {
+      // Past the end the last word is repeated; finish_logits drops what comes of it.
+      const std::int64_t word = tile.first + smaller(j + k * tile.quarter, tile.words - 1);
+      weights[k] = static_cast<const T*>(problem.lm_head) + word * problem.lm_head_stride + begin;
+    }
+    const Block block = {row_size, size, begin > 0, problem.lm_head_stride};
+    float* scores = scratch.scores + j * kWords;
+    if constexpr (sizeof(T) < sizeof(Hidden<T>)) {
+      if (rows > 4 * S::kRows) {
+        // Many rows share one conversion, which is exact and changes no bit.
+        const float* converted[kWords];
+        for (int k = 0; k < kWords; ++k) {
+          float* to = scratch.weights + k * row_size;
+          copy_row(weights[k], size, to);
+          converted[k] = to;
+        }
+        multiply_rows<float, kPrefetch>(rows, hidden, converted, block, scores);
+        return;
+      }
+    }
+    multiply_rows<T, kPrefetch>(rows, hidden, weights, block, scores);
+  }
+
+  // What the register blocks of one block of depth have in common.
+  struct Block {
+    std::int64_t row_size;
+    std::int64_t size;
+    bool add;  // to the sums of earlier blocks of depth
+    std::int64_t next_word;
+  };
+
+  template <class T, bool kPrefetch>
+  static void multiply_rows(std::int64_t rows, const Hidden<T>* hidden, const T* const* weights,
+                            const Block& block, float* scores) {
     for (std::int64_t row = 0; row < rows; row += S::kRows) {
-      multiply_some<T, S::kRows>(rows - row, hidden + row * row_size, row_size, weights, size, add,
-                                 scores + row * kChunk);
+      multiply_some<T, kPrefetch, S::kRows>(rows - row, hidden + row * block.row_size, weights,
+                                            block, scores + row * kChunk);
     }
   }
 
   // multiply_block for min(rows, kRows) rows: the order of the sums is the same for each.
-  template <class T, int kRows>
-  static void multiply_some(std::int64_t rows, const float* hidden, std::int64_t row_size,
-                            const T* const* weights, std::int64_t size, bool add, float* scores) {
+  template <class T, bool kPrefetch, int kRows>
+  static void multiply_some(std::int64_t rows, const Hidden<T>* hidden, const T* const* weights,
+                            const Block& block, float* scores) {
     if constexpr (kRows > 1) {
       if (rows < kRows) {
-        multiply_some<T, kRows - 1>(rows, hidden, row_size, weights, size, add, scores);
+        multiply_some<T, kPrefetch, kRows - 1>(rows, hidden, weights, block, scores);
         return;
       }
     }
-    multiply_block<T, kRows>(hidden, row_size, weights, size, add, scores);
+    multiply_block<T, kPrefetch, kRows>(hidden, weights, block, scores);
   }
 
   // The register block: lanes run along D, so neither operand is packed and every product is summed
   // in one order, whatever its neighbours are.
-  template <class T, int kRows>
-  static void multiply_block(const float* hidden, std::int64_t row_size, const T* const* weights,
-                             std::int64_t size, bool add, float* scores) {
-    // Without unrolling, GCC keeps `sums` in memory.
+  template <class T, bool kPrefetch, int kRows>
+  static void multiply_block(const Hidden<T>* hidden, const T* const* weights, const Block& block,
+                             float* scores) {
+    constexpr int kStep = OperandsOf<S, T>::kStep;
+    using Vector = decltype(S::load(hidden));
+    // Copies, or the compiler fears that the stores change them. Without unrolling, GCC keeps
+    // `sums` in memory.
+    const std::int64_t size = block.size;
+    const std::int64_t row_size = block.row_size;
+    const std::int64_t next_word = block.next_word;
     F32 sums[kRows][kWords] = {};
     std::int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-      F32 h[kRows];
+    for (; i + kStep <= size; i += kStep) {
+      Vector h[kRows];
       LLFAST_UNROLL
       for (int row = 0; row < kRows; ++row) h[row] = S::load(hidden + row * row_size + i);
       LLFAST_UNROLL
       for (int k = 0; k < kWords; ++k) {
-        const F32 w = S::load(weights[k] + i);
+        if constexpr (kPrefetch) __builtin_prefetch(weights[k] + i + next_word);
+        const Vector w = S::load(weights[k] + i);
         LLFAST_UNROLL
         for (int row = 0; row < kRows; ++row) sums[row][k] = S::mul_add(h[row], w, sums[row][k]);
       }
@@ -152,7 +236,7 @@ struct GroupKernelOf {
     if (i < size) {
       LLFAST_UNROLL
       for (int k = 0; k < kWords; ++k) {
-        const F32 w = load_tail(weights[k] + i, size - i);
+        const Vector w = load_tail<kStep>(weights[k] + i, size - i);
         LLFAST_UNROLL
         for (int row = 0; row < kRows; ++row) {
           sums[row][k] = S::mul_add(S::load(hidden + row * row_size + i), w, sums[row][k]);
@@ -161,20 +245,27 @@ struct GroupKernelOf {
     }
     LLFAST_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      float block[kWords];
-      S::store_sums(sums[row][0], sums[row][1], sums[row][2], sums[row][3], block);
+      float found[kWords];
+      S::store_sums(sums[row][0], sums[row][1], sums[row][2], sums[row][3], found);
       float* to = scores + row * kChunk;
-      for (int k = 0; k < kWords; ++k) to[k] = add ? to[k] + block[k] : block[k];
+      for (int k = 0; k < kWords; ++k) to[k] = block.add ? to[k] + found[k] : found[k];
     }
   }
 
-  // Products become logits in place; columns from `words` to the next whole vector become -inf.
-  static void finish_logits(const LogprobProblem& problem, std::int64_t words, const float* bias,
+  static void copy_bias(const HeadProblem& problem, const Tile& tile, float* to) {
+    if (problem.bias == nullptr) return;
+    for (std::int64_t word = 0; word < tile.words; ++word) {
+      to[tile.slot(word)] = problem.bias[tile.first + word];
+    }
+  }
+
+  // Products become logits in place; slots without a word, up to a whole vector, become -inf.
+  static void finish_logits(const HeadProblem& problem, const Tile& tile, const float* bias,
                             float* scores) {
     const bool scaled = problem.scale != 1.0f;
     const bool capped = problem.softcap != 0.0f;
     if (problem.bias != nullptr || scaled || capped) {
-      for (std::int64_t j = 0; j < words; j += kLanes) {
+      for (std::int64_t j = 0; j < tile.slots(); j += kLanes) {
         F32 z = S::load(scores + j);
         if (problem.bias != nullptr) z = z + S::load(bias + j);
         z = z * problem.scale;
@@ -182,13 +273,18 @@ struct GroupKernelOf {
         store(z, scores + j);
       }
     }
-    for (std::int64_t j = words; j % kLanes != 0; ++j) scores[j] = -kInfinity;
+    if (tile.words == kChunk) return;
+    for (std::int64_t word = tile.words; word < tile.slots(); ++word) {
+      scores[tile.slot(word)] = -kInfinity;
+    }
+    for (std::int64_t j = tile.slots(); j % kLanes != 0; ++j) scores[j] = -kInfinity;
   }
 
-  // A NaN may or may not win the maximum, but always reaches the sum.
-  static Partial summarise(const float* scores, std::int64_t words) {
+  // A tile's partial, without its target. Its arg max is looked for only if it is above `largest`,
+  // that of the words before. A NaN may or may not win the maximum, but always reaches the sum.
+  static Partial summarise(const Tile& tile, const float* scores, float largest, std::int64_t id) {
     F32 maxima = S::load(scores);
-    for (std::int64_t j = kLanes; j < words; j += kLanes) {
+    for (std::int64_t j = kLanes; j < tile.slots(); j += kLanes) {
       const F32 z = S::load(scores + j);
       maxima = z > maxima ? z : maxima;
     }
@@ -197,37 +293,45 @@ struct GroupKernelOf {
     // -inf - (-inf) would be NaN where every word of the chunk is ruled out.
     const float shift = max == -kInfinity ? 0.0f : max;
     F32 sums = {};
-    for (std::int64_t j = 0; j < words; j += kLanes) {
-      sums = sums + exp_nonpositive<S>(S::load(scores + j) - shift);
+    F32 weighted = {};
+    for (std::int64_t j = 0; j < tile.slots(); j += kLanes) {
+      const F32 x = clamp_exponent<S>(S::load(scores + j) - shift);
+      const F32 e = exp_nonpositive<S>(x);
+      sums = sums + e;
+      weighted = S::mul_add(e, x, weighted);
     }
-    float total[kWords];
-    S::store_sums(sums, F32{}, F32{}, F32{}, total);
-    return {max, total[0]};
+    float totals[kWords];
+    S::store_sums(sums, weighted, F32{}, F32{}, totals);
+    std::int64_t first = 0;
+    if (max > largest) {
+      while (first + 1 < tile.words && scores[tile.slot(first)] != max) ++first;
+    }
+    return {max, totals[0], totals[1], -kInfinity,
+            static_cast<std::int32_t>(id + tile.first + first)};
   }
 
-  static Partial merge(Partial left, Partial right) {
-    const float max = left.max > right.max ? left.max : right.max;
-    if (max == -kInfinity) return {max, left.sum + right.sum};
-    F32 x = {};
-    x[0] = left.max - max;
-    x[1] = right.max - max;
-    const F32 e = exp_nonpositive<S>(x);
-    return {max, left.sum * e[0] + right.sum * e[1]};
-  }
-
-  // A row in fp32, with zeros up to a whole vector.
+  // A row in another type or the same, with zeros up to a whole vector.
   template <class T>
   static void copy_row(const T* from, std::int64_t size, float* to) {
     std::int64_t i = 0;
     for (; i + kLanes <= size; i += kLanes) store(S::load(from + i), to + i);
-    if (i < size) store(load_tail(from + i, size - i), to + i);
+    if (i < size) store(load_tail<kLanes>(from + i, size - i), to + i);
   }
 
-  static void store(F32 from, float* to) { std::memcpy(to, &from, sizeof from); }
+  static void copy_row(const BFloat16* from, std::int64_t size, BFloat16* to) {
+    constexpr std::int64_t kStep = OperandsOf<S, BFloat16>::kStep;
+    std::memcpy(to, from, sizeof(BFloat16) * size);
+    std::memset(to + size, 0, sizeof(BFloat16) * (round_up(size, kStep) - size));
+  }
 
-  template <class T>
-  static F32 load_tail(const T* from, std::int64_t size) {
-    T padded[kLanes] = {};
+  template <class Vector>
+  static void store(const Vector& from, float* to) {
+    std::memcpy(to, &from, sizeof from);
+  }
+
+  template <int kStep, class T>
+  static auto load_tail(const T* from, std::int64_t size) {
+    T padded[kStep] = {};
     std::memcpy(padded, from, sizeof(T) * size);
     return S::load(padded);
   }

@@ -25,12 +25,16 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 }  // namespace
 
 const char* name_of(InstructionSet set) {
   switch (set) {
+    case InstructionSet::kAvx512BFloat16:
+      return "avx512_bf16";
     case InstructionSet::kAvx512:
       return "avx512";
     case InstructionSet::kAvx2:
@@ -46,7 +50,10 @@ std::vector<InstructionSet> available_instruction_sets() {
 #if defined(__x86_64__)
   if (has_avx2()) {
     sets.push_back(InstructionSet::kAvx2);
-    if (has_avx512()) sets.push_back(InstructionSet::kAvx512);
+    if (has_avx512()) {
+      sets.push_back(InstructionSet::kAvx512);
+      if (has_avx512_bf16()) sets.push_back(InstructionSet::kAvx512BFloat16);
+    }
   }
 #endif
   return sets;

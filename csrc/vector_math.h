@@ -10,14 +10,20 @@ inline typename S::F32 splat(float value) {
   return value - typename S::F32{};  // a scalar and a vector: every lane (and -0 stays -0)
 }
 
-// e^x for x <= 0 within 2 ulp, subnormal results included; -inf gives 0 and NaN gives NaN.
-// Range reduction by ln 2 in two parts and the degree-5 polynomial of Cephes' expf.
+// The lowest exponent that matters: e^-104 rounds to 0, and exp_nonpositive takes nothing lower. A
+// NaN stays.
+template <class S>
+inline typename S::F32 clamp_exponent(typename S::F32 x) {
+  const typename S::F32 lowest = splat<S>(-104.0f);
+  return x < lowest ? lowest : x;
+}
+
+// e^x for -104 <= x <= 0 within 2 ulp, subnormal results included; NaN gives NaN. Range reduction
+// by ln 2 in two parts and the degree-5 polynomial of Cephes' expf.
 template <class S>
 inline typename S::F32 exp_nonpositive(typename S::F32 x) {
   using F32 = typename S::F32;
   using I32 = typename S::I32;
-  const F32 lowest = splat<S>(-104.0f);  // e^-104 rounds to 0; a smaller exponent would wrap
-  x = x < lowest ? lowest : x;           // NaN compares false, and stays
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
   const F32 rounding = splat<S>(12582912.0f);
   const F32 shifted = S::mul_add(x, splat<S>(1.44269504088896341f), rounding);
@@ -51,7 +57,7 @@ inline typename S::F32 tanh(typename S::F32 x) {
   p = S::mul_add(p, square, splat<S>(1.33314422036e-1f));
   p = S::mul_add(p, square, splat<S>(-3.33332819422e-1f));
   const F32 small = S::mul_add(p * square, x, x);
-  const F32 e = exp_nonpositive<S>(magnitude * -2.0f);
+  const F32 e = exp_nonpositive<S>(clamp_exponent<S>(magnitude * -2.0f));
   const F32 large = (F32)((I32)((1.0f - e) / (1.0f + e)) | sign);
   return magnitude < splat<S>(0.625f) ? small : large;
 }

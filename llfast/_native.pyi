@@ -1,4 +1,9 @@
-def token_logprobs(
+# The addresses of five arrays: max, sum, weighted sum, target logit, arg max.
+_Addresses = tuple[int, int, int, int, int]
+
+GROUP: int
+
+def head_partials(
     *,
     hidden: int,
     hidden_stride: int,
@@ -6,7 +11,8 @@ def token_logprobs(
     lm_head_stride: int,
     bias: int,
     targets: int,
-    logprobs: int,
+    parts: _Addresses,
+    first_word: int,
     tokens: int,
     vocabulary: int,
     width: int,
@@ -15,6 +21,19 @@ def token_logprobs(
     softcap: float | None,
     threads: int,
     instruction_set: str,
+) -> None: ...
+def fold_partials(
+    *, parts: _Addresses, count: int, tokens: int, total: _Addresses, instruction_set: str
+) -> None: ...
+def statistics(
+    *,
+    total: _Addresses,
+    tokens: int,
+    logprobs: int,
+    lse: int,
+    target_logits: int,
+    entropy: int,
+    argmax: int,
 ) -> None: ...
 def choose_instruction_set(name: str) -> str: ...
 def available_instruction_sets() -> list[str]: ...

@@ -8,16 +8,20 @@ import warnings
 from types import ModuleType
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from llfast.errors import LlfastWarning
 
-from . import reference
+from .inputs import GROUP, HeadInputs
+from .sums import PARTIAL_BYTES, PartialSums, TokenStatistics
+
+_PARTIALS_PER_THREAD_BYTES = 1 << 20
+_LEAST_ROWS = 96  # of a slice of T: a block of the C++ kernel
 
 
 @functools.cache
-def _native() -> ModuleType | None:
+def native() -> ModuleType | None:
     """The C++ module, or None with a warning, once, where it was not built."""
     try:
         from llfast import _native
@@ -29,68 +33,95 @@ def _native() -> ModuleType | None:
             stacklevel=2,
         )
         return None
+    assert _native.GROUP == GROUP
     return _native
 
 
-def instruction_set() -> str:
-    """What the CPU path computes with: "avx512", "avx2", "portable", or "torch" without C++.
+def name() -> str:
+    """The instruction set in use."""
+    chosen: str = _module().choose_instruction_set(os.environ.get("LLFAST_ISA", ""))
+    return chosen
 
-    The environment variable `LLFAST_ISA` forces a slower one than the processor has.
 
-    Raises: ValueError if `LLFAST_ISA` names none of this processor's.
+def rows_of_a_slice(inputs: HeadInputs) -> int:
+    """Tokens whose partial sums take about 1 MiB a thread."""
+    groups = -(-len(inputs.lm_head) // GROUP)
+    room = torch.get_num_threads() * _PARTIALS_PER_THREAD_BYTES
+    return max(room // (PARTIAL_BYTES * groups), _LEAST_ROWS)
+
+
+def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
+    """The groups' partial sums of some rows, on `torch.get_num_threads()` threads.
+
+    A matrix is copied only if its last dimension is not contiguous.
+
+    Returns: (groups, rows) sums, whose bits depend on each row, on the head and on the instruction
+        set, but neither on the other rows nor on the number of threads.
     """
-    native = _native()
-    if native is None:
-        return "torch"
-    name: str = native.choose_instruction_set(os.environ.get("LLFAST_ISA", ""))
-    return name
-
-
-def token_logprobs(
-    hidden: Float[Tensor, "T D"],
-    lm_head: Float[Tensor, "V D"],
-    targets: Int[Tensor, " T"],
-    *,
-    bias: Float[Tensor, " V"] | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Float32[Tensor, " T"]:
-    """Log-probability of each target token, by C++ on `torch.get_num_threads()` threads.
-
-    The arguments are those of `llfast.kernels.token_logprobs`, which has checked them. A matrix is
-    copied only if its last dimension is not contiguous.
-
-    Returns: nats, in fp32. A row's bits depend on that row, on the head and on the instruction set,
-        but neither on the other rows nor on the number of threads.
-    """
-    native = _native()
-    if native is None:
-        return reference.token_logprobs(
-            hidden, lm_head, targets, bias=bias, scale=scale, softcap=softcap
-        )
     # These names keep alive what the addresses below point to.
-    hidden, lm_head = _row_major(hidden), _row_major(lm_head)
-    targets = targets.to(torch.int64).contiguous()
-    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    logprobs = torch.empty(len(hidden), dtype=torch.float32)
-    native.token_logprobs(
+    hidden, lm_head = _row_major(inputs.hidden[rows]), _row_major(inputs.lm_head)
+    targets = inputs.targets[rows].to(torch.int64).contiguous()
+    bias = None if inputs.bias is None else inputs.bias.detach().to(torch.float32).contiguous()
+    parts = PartialSums.neutral(-(-len(lm_head) // GROUP), len(hidden), hidden.device)
+    _module().head_partials(
         hidden=hidden.data_ptr(),
         hidden_stride=hidden.stride(0),
         lm_head=lm_head.data_ptr(),
         lm_head_stride=lm_head.stride(0),
         bias=0 if bias is None else bias.data_ptr(),
         targets=targets.data_ptr(),
-        logprobs=logprobs.data_ptr(),
+        parts=_addresses(parts),
+        first_word=inputs.first_word or 0,
         tokens=len(hidden),
         vocabulary=len(lm_head),
         width=hidden.shape[1],
         dtype=str(hidden.dtype).removeprefix("torch."),
-        scale=scale,
-        softcap=softcap,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
         threads=torch.get_num_threads(),
-        instruction_set=instruction_set(),
+        instruction_set=name(),
     )
-    return logprobs
+    return parts
+
+
+def fold(total: PartialSums, parts: PartialSums) -> PartialSums:
+    """`total` (1, T) with the parts to its right folded in, left to right."""
+    folded = PartialSums.joined(total)  # a copy
+    count, tokens = parts.shape
+    _module().fold_partials(
+        parts=_addresses(parts),
+        count=count,
+        tokens=tokens,
+        total=_addresses(folded),
+        instruction_set=name(),
+    )
+    return folded
+
+
+def write_statistics(total: PartialSums, found: TokenStatistics) -> None:
+    """Fill `found` (T,) with the statistics of sums (1, T)."""
+    _module().statistics(
+        total=_addresses(total),
+        tokens=total.shape[1],
+        logprobs=found.logprobs.data_ptr(),
+        lse=found.lse.data_ptr(),
+        target_logits=found.target_logits.data_ptr(),
+        entropy=found.entropy.data_ptr(),
+        argmax=found.argmax.data_ptr(),
+    )
+
+
+def _module() -> ModuleType:
+    module = native()
+    assert module is not None, "dispatch.py asks first"
+    return module
+
+
+def _addresses(sums: PartialSums) -> tuple[int, int, int, int, int]:
+    arrays = (sums.max, sums.sum, sums.weighted_sum, sums.target_logits, sums.argmax)
+    assert all(array.is_contiguous() for array in arrays)
+    a, b, c, d, e = (array.data_ptr() for array in arrays)
+    return a, b, c, d, e
 
 
 def _row_major(matrix: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +18,13 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 FLAGS = ["-std=c++17", "-g1", "-ffp-contract=off", f"-I{CSRC}", "-pthread"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 TARGETS = {
     "portable": ("Portable", []),
-    "avx2": ("Avx2", ["-mavx2", "-mfma", "-mf16c"]),
-    "avx512": (
-        "Avx512",
-        ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-    ),
+    "avx2": ("Avx2", AVX2),
+    "avx512": ("Avx512", AVX512),
+    "avx512_bf16": ("Avx512BFloat16", [*AVX512, "-mavx512bf16"]),
 }
 
 
@@ -82,3 +84,29 @@ def test_exp_tanh_and_half_precision(sanitised, name):
     # GCC 12 calls the undefined lanes of its own intrinsics uninitialised.
     program = sanitised("undefined", [source], "-O2", "-w", f"-DLLFAST_TEST_SET={lanes}", *flags)
     assert run(program).startswith("exp within")
+
+
+# One instruction for each register file that x86-64-v2 lacks: 32-byte vectors, 64-byte vectors and
+# masks. What is read of the disassembly is the operands.
+NEWER = re.compile(r"%[yz]mm|%k[0-7]|%[xyz]mm(1[6-9]|2\d|3[01])|\tv[a-z0-9]+ ")
+
+
+def test_newer_instructions_stay_where_they_are_asked_for():
+    """A module that is built for everybody may run newer instructions in dispatched code only."""
+    objdump = shutil.which("objdump")
+    if objdump is None or platform.machine() != "x86_64":
+        pytest.skip("needs objdump of binutils, and code of x86-64")
+    text = run(objdump, "--disassemble", "--demangle", "--no-show-raw-insn", _native.__file__)
+    newer, functions = set(), 0
+    for block in re.split(r"\n\n", text):
+        head = re.match(r"[0-9a-f]+ <(.*)>:", block)
+        if head is None:
+            continue
+        functions += 1
+        if NEWER.search(block):
+            newer.add(head[1])
+    assert functions > 100
+    dispatched = re.compile(r"llfast::(GroupKernelOf<llfast::Avx\w+>::|avx\w+_kernels\(\))")
+    assert any("Avx2" in name for name in newer)
+    assert any("Avx512" in name for name in newer)
+    assert {name for name in newer if not dispatched.search(name)} == set()

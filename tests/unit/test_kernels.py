@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 
+import jaxtyping
 import pytest
 import torch
 
 import llfast
 from llfast import LlfastWarning
-from llfast.kernels import cpu, instruction_set, reference, token_logprobs
+from llfast.kernels import cpu, instruction_set, token_logprobs, token_statistics
 
 REFUSED = {
     "float64": (TypeError, "hidden must be float32, bfloat16 or float16, got torch.float64"),
@@ -60,12 +60,21 @@ def refused_arguments(name):
     return {"hidden": hidden, "lm_head": lm_head, "targets": targets} | changes[name]
 
 
+@pytest.fixture
+def untyped():
+    """Without the run-time types of tests, which would refuse first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_argument_and_its_value(name):
+@pytest.mark.parametrize("function", [token_logprobs, token_statistics])
+@pytest.mark.usefixtures("untyped")
+def test_refusals_name_the_argument_and_its_value(name, function):
     error, message = REFUSED[name]
-    unchecked = inspect.unwrap(token_logprobs)  # without the run-time types of tests
     with pytest.raises(error) as caught:
-        unchecked(**refused_arguments(name))
+        function(**refused_arguments(name))
     assert message in str(caught.value)
     assert "; " in str(caught.value)  # says what to do
 
@@ -81,13 +90,15 @@ def test_an_instruction_set_that_is_not_there(monkeypatch):
 def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
     monkeypatch.setitem(sys.modules, "llfast._native", None)
     monkeypatch.delattr(llfast, "_native")
-    cpu._native.cache_clear()
+    cpu.native.cache_clear()
     try:
         case = torch.randn(5, 9), torch.randn(70, 9), torch.arange(5)
         with pytest.warns(LlfastWarning, match="C\\+\\+ kernels are not usable") as warned:
             found = token_logprobs(*case)
         assert instruction_set() == "torch"  # and no second warning, which would be an error
         assert len(warned) == 1
-        assert torch.equal(found, reference.token_logprobs(*case))
+        hidden, lm_head, targets = case
+        truth = (hidden.double() @ lm_head.double().T).log_softmax(-1)[targets, targets]
+        torch.testing.assert_close(found, truth.float(), rtol=0, atol=1e-5)
     finally:
-        cpu._native.cache_clear()
+        cpu.native.cache_clear()

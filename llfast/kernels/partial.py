@@ -1,0 +1,125 @@
+"""Log-probabilities of a head that comes in slices: paged in tiles, or sharded by rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from .dispatch import kernels_of
+from .inputs import GROUP, HeadInputs
+from .sums import PartialSums, TokenStatistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialLogprobs:
+    """What the words [first_word, end_word) add to the softmax of T tokens.
+
+    However a head is cut, and in whatever order the slices are merged, the whole has the bits of
+    one call for the whole head: groups of 1,024 words are folded from left to right only, and kept
+    apart (20 bytes a token and group) until all that lies to their left is there.
+    """
+
+    first_word: int
+    end_word: int
+    kernel: str  # what computed it
+    sums: PartialSums  # (1, T), folded, if first_word is 0; else (groups, T)
+
+    @staticmethod
+    def of_slice(
+        hidden: Float[Tensor, "T D"],
+        lm_head: Float[Tensor, "V D"],
+        targets: Int[Tensor, " T"],
+        *,
+        first_word: int,
+        bias: Float[Tensor, " V"] | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> PartialLogprobs:
+        """Compute those of some rows of a head.
+
+        Args:
+            hidden: as for `token_logprobs`.
+            lm_head: the rows of the slice.
+            targets: ids in the whole vocabulary; they need not lie in the slice.
+            first_word: the id of the slice's first row, a multiple of 1,024.
+            bias: of the slice's rows.
+            scale: as for `token_logprobs`.
+            softcap: as for `token_logprobs`.
+
+        Raises:
+            TypeError: as `token_logprobs`.
+            ValueError: as `token_logprobs`, or if `first_word` is not a multiple of 1,024.
+        """
+        inputs = HeadInputs(
+            hidden=hidden,
+            lm_head=lm_head,
+            targets=targets,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            first_word=first_word,
+        )
+        kernels = kernels_of(hidden.device)
+        tokens = len(hidden)
+        sums = kernels.partial_sums(inputs, slice(0, tokens))
+        if first_word == 0:
+            sums = kernels.fold(PartialSums.neutral(1, tokens, hidden.device), sums)
+        end = first_word + len(lm_head)
+        return PartialLogprobs(
+            first_word=first_word, end_word=end, kernel=kernels.name(), sums=sums
+        )
+
+    def merge(self, other: PartialLogprobs) -> PartialLogprobs:
+        """Both slices as one; either may be the left one.
+
+        Raises: ValueError if they are not neighbours, or not of the same tokens, device and kernel.
+        """
+        left, right = (self, other) if self.first_word <= other.first_word else (other, self)
+        if left.end_word != right.first_word or left.end_word % GROUP:
+            raise ValueError(
+                f"slices must be neighbours, cut at a multiple of {GROUP}, got words "
+                f"[{left.first_word}, {left.end_word}) and [{right.first_word}, {right.end_word}); "
+                "merge what lies between them first"
+            )
+        if left.kernel != right.kernel or left.sums.max.device != right.sums.max.device:
+            raise ValueError(
+                f"slices must be computed alike, got {left.kernel} on {left.sums.max.device} and "
+                f"{right.kernel} on {right.sums.max.device}; compute both on one device"
+            )
+        if left.sums.shape[1] != right.sums.shape[1]:
+            raise ValueError(
+                f"slices must be of the same tokens, got {left.sums.shape[1]} and "
+                f"{right.sums.shape[1]}; use the same hidden states for both"
+            )
+        if left.first_word == 0:
+            sums = kernels_of(left.sums.max.device).fold(left.sums, right.sums)
+        else:
+            sums = PartialSums.joined(left.sums, right.sums)
+        return PartialLogprobs(
+            first_word=left.first_word, end_word=right.end_word, kernel=left.kernel, sums=sums
+        )
+
+    def statistics(self) -> TokenStatistics:
+        """The statistics of a softmax over the words of this slice alone.
+
+        They are those of the model once all slices are merged. A token whose target lies elsewhere
+        has a logprob of -inf.
+        """
+        device, (_, tokens) = self.sums.max.device, self.sums.shape
+        kernels = kernels_of(device)
+        found = TokenStatistics.empty(tokens, device)
+        kernels.write_statistics(self.folded(), found)
+        return found
+
+    def logprobs(self) -> Float32[Tensor, " T"]:
+        """Of the targets, in nats; see `statistics`."""
+        return self.statistics().logprobs
+
+    def folded(self) -> PartialSums:
+        """The slice's own sums as one part, (1, T)."""
+        if self.first_word == 0:
+            return self.sums
+        device, (_, tokens) = self.sums.max.device, self.sums.shape
+        return kernels_of(device).fold(PartialSums.neutral(1, tokens, device), self.sums)
