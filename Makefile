@@ -23,6 +23,8 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-tidy --quiet $(filter %.cpp,$(CPP)) -- -std=c++17 \
+		$$($(BIN)/python -m pybind11 --includes)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

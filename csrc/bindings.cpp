@@ -43,6 +43,7 @@ llfast::DType dtype_of(const std::string& name) {
 // Addresses come from Tensor.data_ptr(); 0 stands for null.
 template <class T>
 T* pointer(std::uintptr_t address) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): Python has addresses as numbers only
   return reinterpret_cast<T*>(address);
 }
 
@@ -102,6 +103,7 @@ void statistics(const Addresses& total, std::int64_t tokens, std::uintptr_t logp
 
 }  // namespace
 
+// NOLINTNEXTLINE(misc-const-correctness): of a variable in the macro
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The C++ core of llfast. Arguments are trusted: call it through llfast.kernels.";
   module.attr("GROUP") = llfast::kGroup;
@@ -128,7 +130,7 @@ PYBIND11_MODULE(_native, module) {
       "available_instruction_sets",
       [] {
         std::vector<std::string> names;
-        for (llfast::InstructionSet set : llfast::available_instruction_sets()) {
+        for (const llfast::InstructionSet set : llfast::available_instruction_sets()) {
           names.emplace_back(llfast::name_of(set));
         }
         return names;

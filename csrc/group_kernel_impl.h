@@ -82,11 +82,11 @@ struct GroupKernelOf {
 
   static Partial merge(const Partial& left, const Partial& right) {
     const float max = left.max > right.max ? left.max : right.max;
-    Partial both = {
-        max, left.sum + right.sum, left.weighted_sum + right.weighted_sum,
-        // A NaN stays; at most one side holds the target, the other has -inf.
-        right.target > left.target || right.target != right.target ? right.target : left.target,
-        right.max > left.max ? right.argmax : left.argmax};
+    // At most one side holds the target, the other has -inf; a logit may be NaN.
+    const bool is_right = right.target > left.target || __builtin_isnan(right.target);
+    Partial both = {max, left.sum + right.sum, left.weighted_sum + right.weighted_sum,
+                    is_right ? right.target : left.target,
+                    right.max > left.max ? right.argmax : left.argmax};
     if (max == -kInfinity) return both;
     F32 x = {};
     x[0] = left.max - max;

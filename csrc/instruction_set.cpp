@@ -63,7 +63,7 @@ InstructionSet choose_instruction_set(const std::string& name) {
   const std::vector<InstructionSet> sets = available_instruction_sets();
   if (name.empty()) return sets.back();
   std::string names;
-  for (InstructionSet set : sets) {
+  for (const InstructionSet set : sets) {
     if (name == name_of(set)) return set;
     names += (names.empty() ? "" : ", ") + std::string(name_of(set));
   }

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <memory>
 #include <new>
-#include <vector>
 
 #include "group_kernel.h"
 #include "parallel.h"

@@ -7,7 +7,7 @@
 namespace llfast {
 
 inline float float_of_bits(std::uint32_t bits) {
-  float value;
+  float value = 0;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -25,7 +25,7 @@ struct Float16 {
     // The exponent's bias differs by 112; the product puts it right for subnormals as well.
     const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
     const float scaled = float_of_bits(magnitude) * 0x1p112f;
-    std::uint32_t result;
+    std::uint32_t result = 0;
     std::memcpy(&result, &scaled, sizeof result);
     if (magnitude >= 0x0f800000u) result |= 0x7f800000u;  // infinity or NaN
     return float_of_bits(result | (bits & 0x8000u) << 16);

@@ -1,6 +1,7 @@
 """Shared by all tests: types checked at run time, no network, a cache of their own."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Set before anything reads it, and inherited by the commands that tests run.
 os.environ["LLFAST_CACHE"] = tempfile.mkdtemp(prefix="llfast-tests-")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where arrays are; `texts` checks its arguments itself, and is tested to.
 TYPED = "batches head importing intervals kernels mapping results scoring search space".split()
