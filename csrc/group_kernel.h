@@ -11,10 +11,6 @@ namespace llfast {
 // Words in a register block of every instruction set; its rows differ.
 constexpr int kWords = 4;
 
-// Products are summed along D in blocks of equal size, of at most so many bytes: four rows of the
-// head stay in L1 while the hidden rows pass them.
-constexpr std::int64_t kDepthBytes = 3072;
-
 // A block of depth ends at a multiple of so many elements: whole vectors of every instruction set,
 // pairs of half-precision numbers included.
 constexpr std::int64_t kDepthStep = 32;
@@ -46,6 +42,9 @@ using GroupKernel = void (*)(const HeadProblem&, const GroupTask&, const Scratch
 using MergePartials = Partial (*)(const Partial& left, const Partial& right);
 
 struct Kernels {
+  // Products are summed along D in blocks of equal size, of at most so many bytes: four rows of the
+  // head stay in L1 while the hidden rows pass them.
+  std::int64_t depth_bytes;
   GroupKernel float32;
   GroupKernel bfloat16;
   GroupKernel float16;
@@ -61,19 +60,17 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-constexpr std::int64_t depth_blocks(std::int64_t width, std::int64_t element_bytes) {
-  return round_up(width * element_bytes, kDepthBytes) / kDepthBytes;
-}
+// How a row of D elements is cut and copied.
+struct Depth {
+  std::int64_t blocks;
+  std::int64_t size;      // elements in every block but the last, which may hold fewer
+  std::int64_t row_size;  // elements from one copied row of a block to the next
+};
 
-// Elements in every block of depth but the last, which may hold fewer.
-constexpr std::int64_t depth_of_block(std::int64_t width, std::int64_t element_bytes) {
-  const std::int64_t blocks = depth_blocks(width, element_bytes);
-  return round_up((width + blocks - 1) / blocks, kDepthStep);
-}
-
-// Elements from one copied row of a block to the next.
-constexpr std::int64_t copied_row_size(std::int64_t width, std::int64_t element_bytes) {
-  return depth_of_block(width, element_bytes) + kRowPaddingBytes / element_bytes;
+constexpr Depth depth_of(std::int64_t width, std::int64_t element_bytes, std::int64_t depth_bytes) {
+  const std::int64_t blocks = (width * element_bytes + depth_bytes - 1) / depth_bytes;
+  const std::int64_t size = round_up((width + blocks - 1) / blocks, kDepthStep);
+  return {blocks, size, size + kRowPaddingBytes / element_bytes};
 }
 
 }  // namespace llfast

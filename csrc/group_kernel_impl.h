@@ -45,9 +45,12 @@ template <class S>
 struct GroupKernelOf {
   using F32 = typename S::F32;
   static constexpr int kLanes = S::kLanes;
+  static constexpr std::int64_t kFewRows = 16;  // so few wait for memory, not for sums
   static constexpr float kInfinity = __builtin_huge_valf();
 
-  static Kernels table() { return {run<float>, run<BFloat16>, run<Float16>, merge}; }
+  static Kernels table() {
+    return {S::kDepthBytes, run<float>, run<BFloat16>, run<Float16>, merge};
+  }
 
   template <class T>
   static void run(const HeadProblem& problem, const GroupTask& task, const Scratch& scratch,
@@ -108,11 +111,10 @@ struct GroupKernelOf {
                           const Scratch& scratch) {
     using Hidden = typename OperandsOf<S, T>::Hidden;
     Hidden* to = static_cast<Hidden*>(scratch.hidden);
-    const std::int64_t depth = depth_of_block(problem.width, sizeof(Hidden));
-    const std::int64_t row_size = copied_row_size(problem.width, sizeof(Hidden));
-    for (std::int64_t begin = 0; begin < problem.width; begin += depth) {
-      const std::int64_t size = smaller(depth, problem.width - begin);
-      for (std::int64_t row = 0; row < task.rows; ++row, to += row_size) {
+    const Depth depth = depth_of(problem.width, sizeof(Hidden), S::kDepthBytes);
+    for (std::int64_t begin = 0; begin < problem.width; begin += depth.size) {
+      const std::int64_t size = smaller(depth.size, problem.width - begin);
+      for (std::int64_t row = 0; row < task.rows; ++row, to += depth.row_size) {
         const T* from = static_cast<const T*>(problem.hidden) +
                         (task.row_begin + row) * problem.hidden_stride + begin;
         copy_row(from, size, to);
@@ -124,9 +126,9 @@ struct GroupKernelOf {
   template <class T>
   static void multiply(const HeadProblem& problem, std::int64_t rows, const Tile& tile,
                        const Scratch& scratch) {
-    const std::int64_t depth = depth_of_block(problem.width, sizeof(Hidden<T>));
-    if (rows <= S::kRows) {
-      // Few rows: a word is read whole, as it lies in memory.
+    const std::int64_t depth = depth_of(problem.width, sizeof(Hidden<T>), S::kDepthBytes).size;
+    if (rows <= kFewRows) {
+      // Few rows: words are read whole, as they lie in memory.
       for (std::int64_t j = 0; j < tile.quarter; ++j) {
         for (std::int64_t begin = 0; begin < problem.width; begin += depth) {
           multiply_words<T, true>(problem, rows, tile, j, begin, scratch);
@@ -144,29 +146,28 @@ struct GroupKernelOf {
   template <class T>
   using Hidden = typename OperandsOf<S, T>::Hidden;
 
-  // One word of each run, one block of depth, all rows. kPrefetch asks for the runs' next words.
+  // One word of each run, one block of depth, all rows. kPrefetch asks for what lies behind them.
   template <class T, bool kPrefetch>
   static void multiply_words(const HeadProblem& problem, std::int64_t rows, const Tile& tile,
                              std::int64_t j, std::int64_t begin, const Scratch& scratch) {
-    const std::int64_t depth = depth_of_block(problem.width, sizeof(Hidden<T>));
-    const std::int64_t size = smaller(depth, problem.width - begin);
-    const std::int64_t row_size = copied_row_size(problem.width, sizeof(Hidden<T>));
+    const Depth depth = depth_of(problem.width, sizeof(Hidden<T>), S::kDepthBytes);
+    const std::int64_t size = smaller(depth.size, problem.width - begin);
     const Hidden<T>* hidden =
-        static_cast<const Hidden<T>*>(scratch.hidden) + begin / depth * rows * row_size;
+        static_cast<const Hidden<T>*>(scratch.hidden) + begin / depth.size * rows * depth.row_size;
     const T* weights[kWords];
     for (int k = 0; k < kWords; ++k) {
       // Past the end the last word is repeated; finish_logits drops what comes of it.
       const std::int64_t word = tile.first + smaller(j + k * tile.quarter, tile.words - 1);
       weights[k] = static_cast<const T*>(problem.lm_head) + word * problem.lm_head_stride + begin;
     }
-    const Block block = {row_size, size, begin > 0, problem.lm_head_stride};
+    const Block block = {depth.row_size, size, begin > 0};
     float* scores = scratch.scores + j * kWords;
     if constexpr (sizeof(T) < sizeof(Hidden<T>)) {
       if (rows > 4 * S::kRows) {
         // Many rows share one conversion, which is exact and changes no bit.
         const float* converted[kWords];
         for (int k = 0; k < kWords; ++k) {
-          float* to = scratch.weights + k * row_size;
+          float* to = scratch.weights + k * depth.row_size;
           copy_row(weights[k], size, to);
           converted[k] = to;
         }
@@ -182,43 +183,57 @@ struct GroupKernelOf {
     std::int64_t row_size;
     std::int64_t size;
     bool add;  // to the sums of earlier blocks of depth
-    std::int64_t next_word;
   };
 
+  // Blocks of about equally many rows. With kPrefetch, what lies behind the words in memory is
+  // asked for, each block of rows asking for its share: so memory is busy while the sums are
+  // computed.
   template <class T, bool kPrefetch>
   static void multiply_rows(std::int64_t rows, const Hidden<T>* hidden, const T* const* weights,
                             const Block& block, float* scores) {
-    for (std::int64_t row = 0; row < rows; row += S::kRows) {
-      multiply_some<T, kPrefetch, S::kRows>(rows - row, hidden + row * block.row_size, weights,
-                                            block, scores + row * kChunk);
+    const std::int64_t blocks = (rows + S::kRows - 1) / S::kRows;
+    const std::int64_t most = (rows + blocks - 1) / blocks;
+    Ahead ahead = {block.size, blocks};
+    for (std::int64_t row = 0; row < rows; row += most) {
+      multiply_some<T, kPrefetch, S::kRows>(smaller(most, rows - row),
+                                            hidden + row * block.row_size, weights, block, ahead,
+                                            scores + row * kChunk);
+      ahead.distance += block.size / blocks;
     }
   }
+
+  // Element i of a word asks for the one at distance + i / blocks.
+  struct Ahead {
+    std::int64_t distance;
+    std::int64_t blocks;
+  };
 
   // multiply_block for min(rows, kRows) rows: the order of the sums is the same for each.
   template <class T, bool kPrefetch, int kRows>
   static void multiply_some(std::int64_t rows, const Hidden<T>* hidden, const T* const* weights,
-                            const Block& block, float* scores) {
+                            const Block& block, const Ahead& ahead, float* scores) {
     if constexpr (kRows > 1) {
       if (rows < kRows) {
-        multiply_some<T, kPrefetch, kRows - 1>(rows, hidden, weights, block, scores);
+        multiply_some<T, kPrefetch, kRows - 1>(rows, hidden, weights, block, ahead, scores);
         return;
       }
     }
-    multiply_block<T, kPrefetch, kRows>(hidden, weights, block, scores);
+    multiply_block<T, kPrefetch, kRows>(hidden, weights, block, ahead, scores);
   }
 
   // The register block: lanes run along D, so neither operand is packed and every product is summed
   // in one order, whatever its neighbours are.
   template <class T, bool kPrefetch, int kRows>
   static void multiply_block(const Hidden<T>* hidden, const T* const* weights, const Block& block,
-                             float* scores) {
+                             const Ahead& ahead, float* scores) {
     constexpr int kStep = OperandsOf<S, T>::kStep;
     using Vector = decltype(S::load(hidden));
     // Copies, or the compiler fears that the stores change them. Without unrolling, GCC keeps
     // `sums` in memory.
     const std::int64_t size = block.size;
     const std::int64_t row_size = block.row_size;
-    const std::int64_t next_word = block.next_word;
+    std::int64_t next = ahead.distance;
+    const std::int64_t step_ahead = kStep / ahead.blocks;
     F32 sums[kRows][kWords] = {};
     std::int64_t i = 0;
     for (; i + kStep <= size; i += kStep) {
@@ -227,11 +242,13 @@ struct GroupKernelOf {
       for (int row = 0; row < kRows; ++row) h[row] = S::load(hidden + row * row_size + i);
       LLFAST_UNROLL
       for (int k = 0; k < kWords; ++k) {
-        if constexpr (kPrefetch) __builtin_prefetch(weights[k] + i + next_word);
+        // Into L2: what is asked for would push out of L1 what is in use.
+        if constexpr (kPrefetch) __builtin_prefetch(weights[k] + next, 0, 2);
         const Vector w = S::load(weights[k] + i);
         LLFAST_UNROLL
         for (int row = 0; row < kRows; ++row) sums[row][k] = S::mul_add(h[row], w, sums[row][k]);
       }
+      if constexpr (kPrefetch) next += step_ahead;
     }
     if (i < size) {
       LLFAST_UNROLL

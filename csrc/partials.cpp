@@ -19,8 +19,9 @@ constexpr std::size_t kAlignment = 64;
 // Bytes on cache lines, all zero, so that padding never holds a stray NaN.
 class AlignedBytes {
  public:
-  explicit AlignedBytes(std::size_t size)
-      : data_(static_cast<char*>(::operator new(size, std::align_val_t{kAlignment}))) {
+  explicit AlignedBytes(std::int64_t size)
+      : data_(static_cast<char*>(
+            ::operator new(static_cast<std::size_t>(size), std::align_val_t{kAlignment}))) {
     std::fill_n(data_, size, '\0');
   }
   AlignedBytes(const AlignedBytes&) = delete;
@@ -36,31 +37,33 @@ class AlignedBytes {
   char* data_;
 };
 
-// What a set multiplies is fp32, or bf16 as it is; copied rows of fp32 are the larger ones.
-std::int64_t copied_bytes(std::int64_t width, std::int64_t element_bytes) {
-  return depth_blocks(width, element_bytes) * copied_row_size(width, element_bytes) * element_bytes;
-}
-
-std::int64_t hidden_row_bytes(std::int64_t width) {
-  return std::max(copied_bytes(width, 4), copied_bytes(width, 2));
-}
-
-// What one thread works in.
+// What one thread works in, for some rows of D elements.
 class Workspace {
  public:
-  Workspace(std::int64_t rows, std::int64_t width)
-      : hidden_(static_cast<std::size_t>(rows * hidden_row_bytes(width))),
-        weights_(static_cast<std::size_t>(kWords * copied_row_size(width, 4) * 4)),
-        scores_(static_cast<std::size_t>(rows * kChunk) * sizeof(float)),
-        bias_(static_cast<std::size_t>(kChunk) * sizeof(float)),
-        partials_(static_cast<std::size_t>(rows) * sizeof(Partial)) {}
+  Workspace(std::int64_t rows, std::int64_t width, std::int64_t depth_bytes)
+      : hidden_(rows * row_bytes(width, depth_bytes)),
+        weights_(kWords * depth_of(width, sizeof(float), depth_bytes).row_size * kFloat),
+        scores_(rows * kChunk * kFloat),
+        bias_(kChunk * kFloat),
+        partials_(rows * static_cast<std::int64_t>(sizeof(Partial))) {}
 
   Scratch scratch() const {
     return {hidden_.as<void>(), weights_.as<float>(), scores_.as<float>(), bias_.as<float>(),
             partials_.as<Partial>()};
   }
 
+  // Of a copied row: it is multiplied in fp32, or in bf16 as it is, which may need more padding.
+  static std::int64_t row_bytes(std::int64_t width, std::int64_t depth_bytes) {
+    const auto bytes = [&](std::int64_t element_bytes) {
+      const Depth depth = depth_of(width, element_bytes, depth_bytes);
+      return depth.blocks * depth.row_size * element_bytes;
+    };
+    return std::max(bytes(sizeof(float)), bytes(sizeof(std::uint16_t)));
+  }
+
  private:
+  static constexpr std::int64_t kFloat = sizeof(float);
+
   AlignedBytes hidden_;
   AlignedBytes weights_;
   AlignedBytes scores_;
@@ -99,7 +102,8 @@ GroupKernel kernel_for(const Kernels& kernels, DType dtype) {
 
 bool head_partials(const HeadProblem& problem, const PartialArrays& parts, InstructionSet set,
                    int threads, const std::function<bool()>& interrupted) {
-  const GroupKernel kernel = kernel_for(kernels_for(set), problem.dtype);
+  const Kernels kernels = kernels_for(set);
+  const GroupKernel kernel = kernel_for(kernels, problem.dtype);
   const std::int64_t groups = groups_of(problem.vocabulary);
 
   // A thread is worth starting for a million products; in floating point, which cannot overflow.
@@ -108,12 +112,13 @@ bool head_partials(const HeadProblem& problem, const PartialArrays& parts, Instr
                           static_cast<double>(problem.width);
   threads = static_cast<int>(std::clamp(products / kProductsPerThread, 1.0, threads * 1.0));
 
-  // Equal blocks, so that the last one is not a narrow one.
+  const std::int64_t row_bytes = Workspace::row_bytes(problem.width, kernels.depth_bytes);
   const std::int64_t most_rows =
-      std::clamp<std::int64_t>(kHiddenBytes / hidden_row_bytes(problem.width), 1, kBlockRows);
+      std::clamp<std::int64_t>(std::min(kHiddenBytes / row_bytes, problem.tokens), 1, kBlockRows);
   const std::int64_t blocks = (problem.tokens + most_rows - 1) / most_rows;
   const auto make_worker = [&]() -> Worker {
-    const auto workspace = std::make_shared<const Workspace>(most_rows, problem.width);
+    const auto workspace =
+        std::make_shared<const Workspace>(most_rows, problem.width, kernels.depth_bytes);
     return [&, workspace](std::int64_t task) {
       // All blocks of rows visit a group before the next group: its weights stay in cache.
       const std::int64_t row = task % blocks * most_rows;

@@ -12,6 +12,7 @@ struct Avx512 {
   using I32 = std::int32_t __attribute__((vector_size(64)));
   static constexpr int kLanes = 16;
   static constexpr int kRows = 6;  // 6 x 4 sums, 6 hidden vectors and 1 of the head: 31 registers
+  static constexpr std::int64_t kDepthBytes = 4096;
 
   static F32 load(const float* from) { return _mm512_loadu_ps(from); }
 

@@ -13,6 +13,7 @@ struct Portable {
   using I32 = std::int32_t __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
   static constexpr int kRows = 2;  // hidden rows of the register block: 2 x 4 sums in 16 registers
+  static constexpr std::int64_t kDepthBytes = 3072;
 
   static F32 load(const float* from) {
     F32 to;

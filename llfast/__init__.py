@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TextSetError,
         UnsupportedModelError,
     )
-    from .kernels import token_logprobs
+    from .kernels import PartialLogprobs, token_logprobs, token_statistics
     from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
     from .scoring import score
     from .search import KLIndex
@@ -41,6 +41,7 @@ __all__ = [
     "LogLikelihoods",
     "MissingDependencyError",
     "ModelSpace",
+    "PartialLogprobs",
     "ScoringError",
     "SearchError",
     "SpaceError",
@@ -52,6 +53,7 @@ __all__ = [
     "build_texts",
     "score",
     "token_logprobs",
+    "token_statistics",
 ]
 
 _HOME = {
@@ -60,11 +62,13 @@ _HOME = {
     "LogLikelihoodMatrix": "results",
     "LogLikelihoods": "results",
     "ModelSpace": "space",
+    "PartialLogprobs": "kernels",
     "Store": "store",
     "TextSet": "texts",
     "build_texts": "texts",
     "score": "scoring",
     "token_logprobs": "kernels",
+    "token_statistics": "kernels",
 }
 
 
