@@ -1,5 +1,7 @@
+from typing import TypeAlias
+
 # The addresses of five arrays: max, sum, weighted sum, target logit, arg max.
-_Addresses = tuple[int, int, int, int, int]
+_Addresses: TypeAlias = tuple[int, int, int, int, int]
 
 GROUP: int
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-from contextlib import suppress
-from pathlib import Path
-
 import torch
 
 from .models import MemorySource, ModelSource
+from .processor import processor_name
 
 _CUDA_TOKEN_BUDGET = 32768
 # On a CPU a batch of 256 tokens runs as fast as one of 2,048 (GPT-2's body, one thread), and small
@@ -49,9 +46,4 @@ def device_name(device: torch.device) -> str:
     """The chip's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux, where `platform.processor()` says little or nothing
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return processor_name()

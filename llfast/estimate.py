@@ -11,6 +11,7 @@ import torch
 
 from .batches import model_max_length, plan_batches, tokenize
 from .devices import default_token_budget, resolve_device
+from .linear import PACKED, linear_path
 from .models import ModelSource
 from .texts import TextSet
 
@@ -28,8 +29,9 @@ class Estimate:
         parameters: stored numbers; of pickles, which are not opened for that, as many as have
             room in the files.
         read_bytes: size of the weight files.
-        memory_bytes: weights in `dtype`, plus a batch's activations (hidden states and one
-            feed-forward layer); a mixture of experts and long attention take more.
+        memory_bytes: weights in `dtype` and packed (see `linear.py`), plus a batch's activations
+            (hidden states and one feed-forward layer); a mixture of experts and long attention
+            take more.
         tokens: scored tokens.
         padded_tokens: tokens that run, padding and dummy rows included.
         truncated_texts: texts that are longer than the model takes.
@@ -85,6 +87,7 @@ def estimate(
     looked_up = 0 if tied else hidden * (getattr(config, "vocab_size", 0) or 0)
     flops = _matmul_flops(body_dtype, place)
     itemsize = body_dtype.itemsize
+    copies = 2 if linear_path(place, body_dtype) == PACKED else 1
     largest = max((b.shape[0] * b.shape[1] for b in batches), default=0)
     return Estimate(
         model=source.name,
@@ -92,7 +95,7 @@ def estimate(
         device=str(place),
         parameters=parameters,
         read_bytes=source.checkpoint.weight_bytes,
-        memory_bytes=parameters * itemsize + largest * (6 * hidden + 3 * feed_forward) * itemsize,
+        memory_bytes=(copies * parameters + largest * (6 * hidden + 3 * feed_forward)) * itemsize,
         tokens=int(tokens.token_counts.sum()),
         padded_tokens=padded,
         truncated_texts=int(tokens.truncated.sum()),

@@ -1,6 +1,7 @@
 """Score texts with a causal language model: the hot path.
 
 score ── open_model (models.py) ── tokenize (batches.py) ── find_head (head.py)
+  ├─ linear_layers (linear.py)   the body's matrix products, by a table of processors
   └─ _score_texts       plan the batches; halve the token budget when memory runs out
        └─ _run_batch    ids (B, S) ─▶ model body ─▶ hidden (B, S, D)
                         ─▶ real positions, packed (T, D) ─▶ token_logprobs (kernels/) ─▶ (T,)
@@ -38,6 +39,7 @@ from .devices import default_token_budget, device_name, resolve_device
 from .errors import LlfastWarning, ScoringError
 from .head import Head, find_head, hidden_states, run_model
 from .kernels import instruction_set
+from .linear import linear_layers, linear_path
 from .models import FolderSource, MemorySource, open_model
 from .partial import PartialScores
 from .progress import progress_bar
@@ -92,7 +94,7 @@ def score(
             keeps the newest such result of a model and text set; the ids' sha256 goes with it.
         convention: which tokens are fed and scored, see `batches.tokenize`.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, except that a CPU
-            runs fp16 (and bf16, without instructions for it) in fp32.
+            runs fp16 (and bf16, where it is slower) in fp32.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": a CUDA device if there is one.
         token_budget: the most tokens in a batch; halved when memory runs out.
         per_token: keep the logprob of every token, too.
@@ -179,10 +181,14 @@ def score(
         check_fit(loaded, tokens, texts.ids)
         head = find_head(loaded, probe_tokens(loaded))
         provenance["head"] = "own logits" if head is None else str(head)
+        output = None if head is None else head.module
+        linear = linear_path(place, body_dtype, model=loaded, leave_out=output)
+        provenance["linear"] = linear
         key = repr((source.revision, texts.digest, convention, body_dtype, provenance))
         with (
             PartialScores.open(tokens, partial, key=key, per_token=per_token) as scores,
             progress_bar(source.name, done=scores.done, total=len(texts), show=progress) as advance,
+            linear_layers(loaded, linear, rows=budget, leave_out=output),
         ):
             run = _Run(loaded, head, tokens, texts.ids)
             for batch_texts in _score_texts(run, scores, budget):

@@ -17,7 +17,9 @@ os.environ["LLFAST_CACHE"] = tempfile.mkdtemp(prefix="llfast-tests-")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where arrays are; `texts` checks its arguments itself, and is tested to.
-TYPED = "batches head importing intervals kernels mapping results scoring search space".split()
+TYPED = (
+    "batches head importing intervals kernels linear mapping results scoring search space".split()
+)
 jaxtyping.install_import_hook([f"llfast.{name}" for name in TYPED], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]

@@ -56,3 +56,13 @@ def test_pickled_weights_are_counted_by_their_size(checkpoints, tmp_path, dtype)
     assert plain.parameters == 43_392
     for name in ("parameters", "read_bytes", "memory_bytes", "seconds"):
         assert getattr(found, name) == pytest.approx(getattr(plain, name), rel=0.1), name
+
+
+@pytest.mark.usefixtures("rate")
+def test_packed_weights_are_counted_where_they_are_used(checkpoints, monkeypatch):
+    source, texts = open_model(checkpoints / "gpt2"), TextSet.from_texts(TEXTS)
+    found = []
+    for path in ("torch", "packed"):
+        monkeypatch.setattr(estimate, "linear_path", lambda *_, path=path: path)
+        found.append(estimate.estimate(source, texts).memory_bytes)
+    assert found[1] - found[0] == 43_392 * 4

@@ -58,6 +58,15 @@ def test_dense_models_of_real_width(kind, dtype):
     check(model, make_tokenizer(adds_bos=True), 40)
 
 
+@pytest.mark.parametrize("kind", WIDE)
+def test_packed_linear_layers_of_real_width(kind, monkeypatch):
+    model = make_model(kind, vocabulary=8003, **WIDE[kind])
+    plain = scored(model, make_tokenizer(adds_bos=True), random_texts(40), token_budget=1024)
+    monkeypatch.setattr(scoring, "linear_path", lambda *_, **__: "packed")
+    packed = check(model, make_tokenizer(adds_bos=True), 40)
+    assert packed == {text: pytest.approx(value, abs=1e-2) for text, value in plain.items()}
+
+
 def test_a_mixture_of_experts_runs_one_text_a_batch():
     model = make_model(
         "mixtral",

@@ -8,17 +8,17 @@ import llfast
 PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
-    "errors files cache texts results batches kernels checkpoint dtypes models head traits partial "
-    "progress devices borrowing scoring shards store importing intervals mixed spacefile space "
-    "search estimate fleet nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about "
-    "cli __main__"
+    "errors files cache texts results batches kernels checkpoint processor dtypes models head "
+    "linear traits partial progress devices borrowing scoring shards store importing intervals "
+    "mixed spacefile space search estimate fleet nearest mapping zoo_corpora zoo_training zoo_plan "
+    "zoo demo output about cli __main__"
 ).split()
 ONLY_IN = {
     "faiss": {"search"},
     "peft": {"models"},
     "matplotlib": {"mapping"},
     "adjustText": {"mapping"},
-    "transformers": {"models", "scoring", "zoo_training"},
+    "transformers": {"linear", "models", "scoring", "zoo_training"},
     "pyarrow": {"shards", "store", "importing"},
     "typer": {"cli"},
 }

@@ -1,0 +1,199 @@
+"""A model's linear layers on a CPU: torch's own, or oneDNN with weights that were packed once.
+
+Which of the two is a table's choice, never a timing's, so that a model gets the same bits in every
+run. torch has no public way to pack weights (`to_mkldnn` only changes who holds them); the two
+operators used here are those that its compiler emits, and they are tried out before they are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from .errors import LlfastWarning
+from .head import replaced_forward
+from .processor import Processor, this_processor
+
+TORCH = "torch"
+PACKED = "packed"
+
+# Where packed weights pay. GFLOP/s on two threads of torch 2.13, packed against torch's own (MKL),
+# at the layers of GPT-2:
+#   Zen 5, AVX-512, fp32   420 against 175
+#   Zen 4, AVX-512, fp32   205 to 225 against 142 to 199; its body takes 505 ms instead of 588
+# Packed fp32 rounds 1.5 to 2.2 times as coarsely (rms), for its sums are one chain. Left out:
+#   Zen 4, AVX-512, bf16   413 to 449 against 355 to 433
+#   Zen 4, AVX2, fp32      165 against 146, which is 2 to 5 % of a model's time
+_PACKED_PAYS = frozenset(
+    (Processor(chip, instructions), torch.float32)
+    for chip in ("AuthenticAMD 25", "AuthenticAMD 26")
+    for instructions in ("avx512", "avx512_bf16")
+)
+_MEMORY_SHARE = 0.5  # of what is free, for packed weights; activations need room, too
+
+
+def linear_path(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    model: nn.Module | None = None,
+    leave_out: nn.Module | None = None,
+    processor: Processor | None = None,
+) -> str:
+    """Which path linear layers take: "torch" or "packed".
+
+    Packed where the table says so, unless torch's operators fail or memory is short: both are
+    warned of.
+
+    Args:
+        device: where the model runs.
+        dtype: the dtype that it runs in.
+        model: whose packed weights have to fit in memory; None asks for the table alone.
+        leave_out: the layer that `linear_layers` will leave out.
+        processor: looked up in the table, instead of this machine's.
+    """
+    processor = this_processor() if processor is None else processor
+    if device.type != "cpu" or (processor, dtype) not in _PACKED_PAYS or not _packing_works():
+        return TORCH
+    weights = set() if model is None else {weight for _, weight in _packable(model, leave_out)}
+    needed = sum(weight.nbytes for weight in weights)
+    available = _available_bytes()
+    if needed > _MEMORY_SHARE * available:
+        warnings.warn(
+            f"linear layers run slower, as memory has no room for their packed weights "
+            f"({needed / 2**20:,.0f} MiB, with {available / 2**20:,.0f} MiB available)",
+            LlfastWarning,
+            stacklevel=3,
+        )
+        return TORCH
+    return PACKED
+
+
+@contextlib.contextmanager
+def linear_layers(
+    model: nn.Module, path: str, *, rows: int, leave_out: nn.Module | None
+) -> Iterator[None]:
+    """Let a model's linear layers take a path for a while, then give them back as they were.
+
+    Packed weights are a copy: a change of a weight in the meantime is not seen. Layers whose weight
+    is anything but a plain fp32 parameter in memory stay with torch, as do calls with gradients.
+
+    Args:
+        model: it may hold `nn.Linear` and transformers' `Conv1D`; all else is left alone.
+        path: what `linear_path` returned.
+        rows: how many rows the layers will mostly be given; for their speed, not their bits.
+        leave_out: a layer that is not packed.
+    """
+    with contextlib.ExitStack() as stack:
+        if path == PACKED:
+            packed: dict[tuple[nn.Parameter, bool], Tensor] = {}  # a shared weight is packed once
+            for layer, weight in _packable(model, leave_out):
+                transposed = isinstance(layer, Conv1D)
+                if (weight, transposed) not in packed:
+                    packed[weight, transposed] = _pack(weight.T if transposed else weight, rows)
+                forward = _packed_forward(layer, packed[weight, transposed])
+                stack.enter_context(replaced_forward(layer, forward))
+        yield
+
+
+def _packable(
+    model: nn.Module, leave_out: nn.Module | None
+) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Layers that compute a plain linear map, with their weights."""
+    for module in model.modules():
+        if (
+            module is leave_out
+            or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+            or "forward" in vars(module)  # somebody stepped in front of it
+            or vars(module)["_forward_pre_hooks"]  # which may bring or change the weight
+        ):
+            continue
+        # Weights that are computed are attributes, but no parameters.
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is None or weight is not module.weight or bias is not module.bias:
+            continue
+        if _is_plain(weight) and weight.ndim == 2 and (bias is None or _is_plain(bias)):
+            yield module, weight
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Numbers in memory: not quantised, sharded, offloaded or not yet there."""
+    return (
+        type(parameter) is nn.Parameter
+        and parameter.layout == torch.strided
+        and parameter.device.type == "cpu"
+        and parameter.dtype == torch.float32
+        and parameter.numel() > 0
+    )
+
+
+def _packed_forward(layer: Any, packed: Tensor) -> Callable[..., Tensor]:
+    """What a layer computes, through its packed weight; unusual calls go to torch's own code."""
+    plain, bias = layer.forward, layer.bias
+    width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+    def forward(*given: Tensor, **named: Tensor) -> Tensor:
+        if len(given) == 1 and not named and not torch.is_grad_enabled():
+            hidden = given[0]
+            if hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[-1:] == (width,):
+                return _packed_linear(hidden, packed, bias)
+        out: Tensor = plain(*given, **named)
+        return out
+
+    return forward
+
+
+def _pack(weight: Float32[Tensor, "out in"], rows: int) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)  # noqa: SLF001
+    return packed
+
+
+def _packed_linear(
+    hidden: Float32[Tensor, "*B in"], packed: Tensor, bias: Float32[Tensor, " out"] | None
+) -> Float32[Tensor, "*B out"]:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")  # noqa: SLF001
+    return out
+
+
+@functools.cache
+def _packing_works() -> bool:
+    """Whether this torch has the operators, and they compute a linear layer; warns if not."""
+    hidden = torch.linspace(-1, 1, 16 * 40).view(16, 40)
+    weight = torch.linspace(1, -1, 56 * 40).view(56, 40)
+    bias = torch.linspace(-2, 2, 56)
+    problem = "they compute something else"
+    with torch.inference_mode():
+        expected = functional.linear(hidden, weight, bias)
+        try:
+            out = _packed_linear(hidden, _pack(weight, len(hidden)), bias)
+            if (out - expected).abs().max().item() < 1e-4:
+                return True
+        except (AttributeError, TypeError, RuntimeError) as error:
+            problem = str(error).partition("\n")[0]
+    warnings.warn(
+        f"linear layers run slower, as the operators of torch {torch.__version__} for packed "
+        f"weights are not usable ({problem})",
+        LlfastWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 0
