@@ -3,6 +3,7 @@ VENV ?= .venv
 DEMO ?= demo
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
+OTHER_CPP := $(wildcard tests/reference/*.cpp benchmarks/*.cpp)
 SOURCES := pyproject.toml setup.py constraints.txt $(CPP)
 # On a machine with a CUDA build of torch: make demo FAISS=gpu
 FAISS ?= cpu
@@ -22,14 +23,14 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(OTHER_CPP)
 	$(BIN)/clang-tidy --quiet $(filter %.cpp,$(CPP)) -- -std=c++17 \
 		$$($(BIN)/python -m pybind11 --includes)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(OTHER_CPP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info llfast/*.so

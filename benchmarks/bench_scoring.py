@@ -24,6 +24,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ import llfast
 from llfast.batches import Batch, TokenizedTexts, plan_batches, tokenize
 from llfast.devices import default_token_budget
 from llfast.head import Head
+from llfast.linear import linear_layers, linear_path
 from llfast.models import quiet
 from llfast.texts import sample_chunks
 from llfast.zoo_corpora import installed_corpora
@@ -111,21 +113,30 @@ PROVIDERS: dict[str, Callable[[Bench], np.ndarray]] = {
 
 
 def run_body(bench: Bench) -> None:
-    """The model without its head, in the batches of `score()`."""
+    """The model without its head, in the batches of `score()` and with its linear layers."""
     tokens, batches = bench.batches()
-    for batch in batches:
-        ids = torch.zeros(batch.shape, dtype=torch.int64)
-        for row, text in enumerate(batch.texts):
-            ids[row, : len(tokens[text])] = torch.from_numpy(tokens[text])
-        bench.model.base_model(input_ids=ids, use_cache=False)
+    with linear_layers_of_score(bench.model):
+        for batch in batches:
+            ids = torch.zeros(batch.shape, dtype=torch.int64)
+            for row, text in enumerate(batch.texts):
+                ids[row, : len(tokens[text])] = torch.from_numpy(tokens[text])
+            bench.model.base_model(input_ids=ids, use_cache=False)
 
 
 def run_body_one_by_one(bench: Bench) -> None:
-    """The model without its head, one text at a time."""
+    """The model without its head, one text at a time, with torch's linear layers."""
     tokens = bench.tokens()
     for text in range(len(tokens)):
         ids = torch.from_numpy(tokens[text].astype(np.int64))
         bench.model.base_model(input_ids=ids[None], use_cache=False)
+
+
+def linear_layers_of_score(model: Any) -> AbstractContextManager[None]:
+    """The path that `score()` lets the model's linear layers take."""
+    output = model.get_output_embeddings()
+    path = linear_path(model.device, model.dtype, model=model, leave_out=output)
+    rows = default_token_budget(model.device)
+    return linear_layers(model, path, rows=rows, leave_out=output)
 
 
 def matmul_flops(bench: Bench) -> float:
@@ -295,6 +306,7 @@ def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str,
         "share_of_matmul": report.spread(
             [work / time / rate for time, rate in zip(times["llfast"], flops, strict=True)]
         ),
+        "linear": linear_path(bench.model.device, bench.model.dtype, model=bench.model),
         "matmul_gflops": report.spread([rate / 1e9 for rate in flops]),
         "peak_memory_mib": {
             what: measured_elsewhere([__file__, "--measure-memory", what, "--folder", str(folder)])

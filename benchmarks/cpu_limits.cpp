@@ -189,7 +189,7 @@ __attribute__((target("avx2"))) Word read_avx2(const unsigned char* data,
   for (std::size_t place = 0; place < stream_bytes; place += 32) {
     for (std::size_t stream = 0; stream < kStreams; ++stream) {
       const unsigned char* from = data + stream * stream_bytes + place;
-      __builtin_prefetch(from + kAhead);
+      if (place % kLine == 0) __builtin_prefetch(from + kAhead);
       sums[stream] = _mm256_add_epi64(sums[stream],
                                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }

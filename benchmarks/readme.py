@@ -106,7 +106,77 @@ def demo(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES = {"scoring": scoring, "intervals": intervals, "demo": demo}
+def cpu_kernel(found: dict[str, Any]) -> list[str]:
+    """The fused head beside torch's ways, and with few tokens beside a read of the head."""
+    peers = {
+        "matmul": "time over torch's matmul",
+        "matmul into a tensor that is there": "into a tensor that is there",
+        "matmul + log_softmax + gather": "with log_softmax + gather",
+        "cross_entropy": "`cross_entropy`",
+        "linear_cross_entropy": "`linear_cross_entropy`",
+        "linear_cross_entropy, chunked": "the same in chunks",
+    }
+    many, few = found["many_tokens"], found["few_tokens"]
+    peers = {name: title for name, title in peers.items() if name in many[0]["llfast_over"]}
+    lines = [
+        "| T, V, D | dtype | GFLOP/s (share of peak) | " + " | ".join(peers.values()) + " |",
+        "|---|---|---|" + "---|" * len(peers),
+    ]
+    for case in many:
+        rate, share = case["llfast_gflops"]["median"], case["share_of_peak"]["median"]
+        over = case["llfast_over"]
+        ratios = [f"{over[name]['median']:.2f}" for name in peers]
+        ratios[0] += f" ({over['matmul']['min']:.2f} to {over['matmul']['max']:.2f})"
+        cells = [
+            f"{case['T']}, {case['V']}, {case['D']}",
+            case["dtype"],
+            f"{rate:,.0f} ({100 * share:.0f} %)",
+            *ratios,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    counts = sorted({case["T"] for case in few})
+    lines += [
+        "",
+        "| V, D | dtype | read, GB/s | share of it at "
+        + " | ".join(f"T = {count}" for count in counts)
+        + " |",
+        "|---|---|---|" + "---|" * len(counts),
+    ]
+    heads: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for case in few:
+        heads.setdefault((case["V"], case["D"], case["dtype"]), []).append(case)
+    for (words, width, dtype), cases in heads.items():
+        reads = [case["read_gb_a_second"]["median"] for case in cases]
+        shares = {case["T"]: 100 * case["share_of_read"]["median"] for case in cases}
+        cells = [f"{words}, {width}", dtype, f"{min(reads):.0f} to {max(reads):.0f}"]
+        cells += [f"{shares[count]:.0f} %" for count in counts]
+        lines.append("| " + " | ".join(cells) + " |")
+    chip, versions, limited = found["hardware"], found["versions"], found["limited_to"]
+    held = "" if limited is None else f", torch held to {limited} too"
+    lines.append("")
+    lines.append(
+        f"{chip['threads']} threads of {chip['processor']} ({chip['instruction_set']}{held}), "
+        f"torch {versions['torch']}; medians of {found['repetitions']} interleaved repetitions "
+        f"({few[0]['pairs']} with few tokens), least to most in brackets; the peak is that of a "
+        "loop of multiply-adds, and the read that of the same head by as many threads, both "
+        "measured in between; smaller heads lie partly in L3. torch's threads stop spinning before "
+        "every call. Memory beyond inputs and output: at most "
+        f"{max(case['mib_a_thread'] for case in found['memory']):.1f} MiB a thread. Largest error "
+        f"against fp64: {max(case['errors']['llfast'] for case in many):.1e} nats, at most "
+        f"{max(case['error_ratio'] for case in many):.1f} times that of a product in fp32. "
+        f"Command: `{found['command']}`."
+    )
+    return lines
+
+
+TABLES = {
+    "scoring": scoring,
+    "scoring_bfloat16": scoring,
+    "cpu_kernel_avx512_bf16": cpu_kernel,
+    "cpu_kernel_avx2": cpu_kernel,
+    "intervals": intervals,
+    "demo": demo,
+}
 
 
 def load(name: str) -> dict[str, Any]:

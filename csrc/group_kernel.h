@@ -73,4 +73,17 @@ constexpr Depth depth_of(std::int64_t width, std::int64_t element_bytes, std::in
   return {blocks, size, size + kRowPaddingBytes / element_bytes};
 }
 
+// Some words of a chunk. They lie in four runs of `quarter` words, and one register block takes a
+// word of each: four streams of memory are read at the speed of memory, one is not. A word's place
+// among the scores is its slot.
+struct Tile {
+  std::int64_t first;  // counted from the head's first row here
+  std::int64_t words;
+  std::int64_t quarter;
+
+  std::int64_t slots() const { return kWords * quarter; }
+  std::int64_t slot(std::int64_t word) const { return word % quarter * kWords + word / quarter; }
+  std::int64_t word(std::int64_t slot) const { return slot / kWords + slot % kWords * quarter; }
+};
+
 }  // namespace llfast

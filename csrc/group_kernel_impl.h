@@ -28,19 +28,6 @@ struct OperandsOf {
   static constexpr int kStep = S::kLanes;  // elements of a vector of operands
 };
 
-// Some words of a chunk. They lie in four runs of `quarter` words, and one register block takes a
-// word of each: four streams of memory are read at the speed of memory, one is not. A word's place
-// among the scores is its slot.
-struct Tile {
-  std::int64_t first;  // counted from the head's first row here
-  std::int64_t words;
-  std::int64_t quarter;
-
-  std::int64_t slots() const { return kWords * quarter; }
-  std::int64_t slot(std::int64_t word) const { return word % quarter * kWords + word / quarter; }
-  std::int64_t word(std::int64_t slot) const { return slot / kWords + slot % kWords * quarter; }
-};
-
 template <class S>
 struct GroupKernelOf {
   using F32 = typename S::F32;
@@ -55,7 +42,8 @@ struct GroupKernelOf {
   template <class T>
   static void run(const HeadProblem& problem, const GroupTask& task, const Scratch& scratch,
                   const PartialArrays& parts) {
-    copy_hidden<T>(problem, task, scratch);
+    const Cut cut = cut_of<T>(problem, task.rows);
+    copy_hidden<T>(problem, task, cut.depth, scratch);
     const std::int64_t begin = task.group * kGroup;
     const std::int64_t end = smaller(begin + kGroup, problem.vocabulary);
     const std::int64_t id = problem.first_word;
@@ -66,7 +54,7 @@ struct GroupKernelOf {
     for (std::int64_t first = begin; first < end; first += kChunk) {
       const std::int64_t words = smaller(kChunk, end - first);
       const Tile tile = {first, words, (words + kWords - 1) / kWords};
-      multiply<T>(problem, task.rows, tile, scratch);
+      multiply<T>(problem, cut, tile, scratch);
       copy_bias(problem, tile, scratch.bias);
       for (std::int64_t row = 0; row < task.rows; ++row) {
         float* scores = scratch.scores + row * kChunk;
@@ -107,11 +95,10 @@ struct GroupKernelOf {
 
   // The task's hidden rows, padded with zeros, one block of depth after the other.
   template <class T>
-  static void copy_hidden(const HeadProblem& problem, const GroupTask& task,
+  static void copy_hidden(const HeadProblem& problem, const GroupTask& task, const Depth& depth,
                           const Scratch& scratch) {
     using Hidden = typename OperandsOf<S, T>::Hidden;
     Hidden* to = static_cast<Hidden*>(scratch.hidden);
-    const Depth depth = depth_of(problem.width, sizeof(Hidden), S::kDepthBytes);
     for (std::int64_t begin = 0; begin < problem.width; begin += depth.size) {
       const std::int64_t size = smaller(depth.size, problem.width - begin);
       for (std::int64_t row = 0; row < task.rows; ++row, to += depth.row_size) {
@@ -122,118 +109,127 @@ struct GroupKernelOf {
     }
   }
 
-  // scores[row][slot] = h . w over all of D, for every word of the tile.
-  template <class T>
-  static void multiply(const HeadProblem& problem, std::int64_t rows, const Tile& tile,
-                       const Scratch& scratch) {
-    const std::int64_t depth = depth_of(problem.width, sizeof(Hidden<T>), S::kDepthBytes).size;
-    if (rows <= kFewRows) {
-      // Few rows: words are read whole, as they lie in memory.
-      for (std::int64_t j = 0; j < tile.quarter; ++j) {
-        for (std::int64_t begin = 0; begin < problem.width; begin += depth) {
-          multiply_words<T, true>(problem, rows, tile, j, begin, scratch);
-        }
-      }
-    } else {
-      for (std::int64_t begin = 0; begin < problem.width; begin += depth) {
-        for (std::int64_t j = 0; j < tile.quarter; ++j) {
-          multiply_words<T, false>(problem, rows, tile, j, begin, scratch);
-        }
-      }
-    }
-  }
+  // How a task is cut; found once, for a division takes as long as dozens of products.
+  struct Cut {
+    Depth depth;
+    std::int64_t rows;        // of the task
+    std::int64_t block_rows;  // of every register block but the last
+    std::int64_t step_ahead;  // elements from one prefetch to the next
+  };
 
   template <class T>
   using Hidden = typename OperandsOf<S, T>::Hidden;
 
+  template <class T>
+  static Cut cut_of(const HeadProblem& problem, std::int64_t rows) {
+    const std::int64_t blocks = (rows + S::kRows - 1) / S::kRows;
+    return {depth_of(problem.width, sizeof(Hidden<T>), S::kDepthBytes), rows,
+            (rows + blocks - 1) / blocks, OperandsOf<S, T>::kStep / blocks};
+  }
+
+  // A block of depth.
+  struct DepthBlock {
+    std::int64_t index;
+    std::int64_t begin;
+    std::int64_t size;
+  };
+
+  // scores[row][slot] = h . w over all of D, for every word of the tile.
+  template <class T>
+  static void multiply(const HeadProblem& problem, const Cut& cut, const Tile& tile,
+                       const Scratch& scratch) {
+    const auto block = [&](std::int64_t index) -> DepthBlock {
+      const std::int64_t begin = index * cut.depth.size;
+      return {index, begin, smaller(cut.depth.size, problem.width - begin)};
+    };
+    if (cut.rows <= kFewRows) {
+      // Few rows: words are read whole, as they lie in memory.
+      for (std::int64_t j = 0; j < tile.quarter; ++j) {
+        for (std::int64_t index = 0; index < cut.depth.blocks; ++index) {
+          multiply_words<T, true>(problem, cut, tile, j, block(index), scratch);
+        }
+      }
+    } else {
+      for (std::int64_t index = 0; index < cut.depth.blocks; ++index) {
+        for (std::int64_t j = 0; j < tile.quarter; ++j) {
+          multiply_words<T, false>(problem, cut, tile, j, block(index), scratch);
+        }
+      }
+    }
+  }
+
   // One word of each run, one block of depth, all rows. kPrefetch asks for what lies behind them.
   template <class T, bool kPrefetch>
-  static void multiply_words(const HeadProblem& problem, std::int64_t rows, const Tile& tile,
-                             std::int64_t j, std::int64_t begin, const Scratch& scratch) {
-    const Depth depth = depth_of(problem.width, sizeof(Hidden<T>), S::kDepthBytes);
-    const std::int64_t size = smaller(depth.size, problem.width - begin);
+  static void multiply_words(const HeadProblem& problem, const Cut& cut, const Tile& tile,
+                             std::int64_t j, const DepthBlock& block, const Scratch& scratch) {
     const Hidden<T>* hidden =
-        static_cast<const Hidden<T>*>(scratch.hidden) + begin / depth.size * rows * depth.row_size;
+        static_cast<const Hidden<T>*>(scratch.hidden) + block.index * cut.rows * cut.depth.row_size;
     const T* weights[kWords];
     for (int k = 0; k < kWords; ++k) {
       // Past the end the last word is repeated; finish_logits drops what comes of it.
       const std::int64_t word = tile.first + smaller(j + k * tile.quarter, tile.words - 1);
-      weights[k] = static_cast<const T*>(problem.lm_head) + word * problem.lm_head_stride + begin;
+      weights[k] =
+          static_cast<const T*>(problem.lm_head) + word * problem.lm_head_stride + block.begin;
     }
-    const Block block = {depth.row_size, size, begin > 0};
     float* scores = scratch.scores + j * kWords;
     if constexpr (sizeof(T) < sizeof(Hidden<T>)) {
-      if (rows > 4 * S::kRows) {
+      if (cut.rows > 4 * S::kRows) {
         // Many rows share one conversion, which is exact and changes no bit.
         const float* converted[kWords];
         for (int k = 0; k < kWords; ++k) {
-          float* to = scratch.weights + k * depth.row_size;
-          copy_row(weights[k], size, to);
+          float* to = scratch.weights + k * cut.depth.row_size;
+          copy_row(weights[k], block.size, to);
           converted[k] = to;
         }
-        multiply_rows<float, kPrefetch>(rows, hidden, converted, block, scores);
+        multiply_rows<float, kPrefetch>(cut, hidden, converted, block, scores);
         return;
       }
     }
-    multiply_rows<T, kPrefetch>(rows, hidden, weights, block, scores);
+    multiply_rows<T, kPrefetch>(cut, hidden, weights, block, scores);
   }
-
-  // What the register blocks of one block of depth have in common.
-  struct Block {
-    std::int64_t row_size;
-    std::int64_t size;
-    bool add;  // to the sums of earlier blocks of depth
-  };
 
   // Blocks of about equally many rows. With kPrefetch, what lies behind the words in memory is
   // asked for, each block of rows asking for its share: so memory is busy while the sums are
   // computed.
   template <class T, bool kPrefetch>
-  static void multiply_rows(std::int64_t rows, const Hidden<T>* hidden, const T* const* weights,
-                            const Block& block, float* scores) {
-    const std::int64_t blocks = (rows + S::kRows - 1) / S::kRows;
-    const std::int64_t most = (rows + blocks - 1) / blocks;
-    Ahead ahead = {block.size, blocks};
-    for (std::int64_t row = 0; row < rows; row += most) {
-      multiply_some<T, kPrefetch, S::kRows>(smaller(most, rows - row),
-                                            hidden + row * block.row_size, weights, block, ahead,
-                                            scores + row * kChunk);
-      ahead.distance += block.size / blocks;
+  static void multiply_rows(const Cut& cut, const Hidden<T>* hidden, const T* const* weights,
+                            const DepthBlock& block, float* scores) {
+    std::int64_t ahead = block.size;
+    for (std::int64_t row = 0; row < cut.rows; row += cut.block_rows) {
+      multiply_some<T, kPrefetch, S::kRows>(smaller(cut.block_rows, cut.rows - row), cut,
+                                            hidden + row * cut.depth.row_size, weights, block,
+                                            ahead, scores + row * kChunk);
+      ahead += block.size / OperandsOf<S, T>::kStep * cut.step_ahead;
     }
   }
-
-  // Element i of a word asks for the one at distance + i / blocks.
-  struct Ahead {
-    std::int64_t distance;
-    std::int64_t blocks;
-  };
 
   // multiply_block for min(rows, kRows) rows: the order of the sums is the same for each.
   template <class T, bool kPrefetch, int kRows>
-  static void multiply_some(std::int64_t rows, const Hidden<T>* hidden, const T* const* weights,
-                            const Block& block, const Ahead& ahead, float* scores) {
+  static void multiply_some(std::int64_t rows, const Cut& cut, const Hidden<T>* hidden,
+                            const T* const* weights, const DepthBlock& block, std::int64_t ahead,
+                            float* scores) {
     if constexpr (kRows > 1) {
       if (rows < kRows) {
-        multiply_some<T, kPrefetch, kRows - 1>(rows, hidden, weights, block, ahead, scores);
+        multiply_some<T, kPrefetch, kRows - 1>(rows, cut, hidden, weights, block, ahead, scores);
         return;
       }
     }
-    multiply_block<T, kPrefetch, kRows>(hidden, weights, block, ahead, scores);
+    multiply_block<T, kPrefetch, kRows>(cut, hidden, weights, block, ahead, scores);
   }
 
   // The register block: lanes run along D, so neither operand is packed and every product is summed
-  // in one order, whatever its neighbours are.
+  // in one order, whatever its neighbours are. The first prefetch is `ahead` elements away.
   template <class T, bool kPrefetch, int kRows>
-  static void multiply_block(const Hidden<T>* hidden, const T* const* weights, const Block& block,
-                             const Ahead& ahead, float* scores) {
+  static void multiply_block(const Cut& cut, const Hidden<T>* hidden, const T* const* weights,
+                             const DepthBlock& block, std::int64_t ahead, float* scores) {
     constexpr int kStep = OperandsOf<S, T>::kStep;
     using Vector = decltype(S::load(hidden));
     // Copies, or the compiler fears that the stores change them. Without unrolling, GCC keeps
     // `sums` in memory.
     const std::int64_t size = block.size;
-    const std::int64_t row_size = block.row_size;
-    std::int64_t next = ahead.distance;
-    const std::int64_t step_ahead = kStep / ahead.blocks;
+    const std::int64_t row_size = cut.depth.row_size;
+    const std::int64_t step_ahead = cut.step_ahead;
+    const bool add = block.index > 0;
     F32 sums[kRows][kWords] = {};
     std::int64_t i = 0;
     for (; i + kStep <= size; i += kStep) {
@@ -243,12 +239,12 @@ struct GroupKernelOf {
       LLFAST_UNROLL
       for (int k = 0; k < kWords; ++k) {
         // Into L2: what is asked for would push out of L1 what is in use.
-        if constexpr (kPrefetch) __builtin_prefetch(weights[k] + next, 0, 2);
+        if constexpr (kPrefetch) __builtin_prefetch(weights[k] + ahead, 0, 2);
         const Vector w = S::load(weights[k] + i);
         LLFAST_UNROLL
         for (int row = 0; row < kRows; ++row) sums[row][k] = S::mul_add(h[row], w, sums[row][k]);
       }
-      if constexpr (kPrefetch) next += step_ahead;
+      if constexpr (kPrefetch) ahead += step_ahead;
     }
     if (i < size) {
       LLFAST_UNROLL
@@ -265,7 +261,7 @@ struct GroupKernelOf {
       float found[kWords];
       S::store_sums(sums[row][0], sums[row][1], sums[row][2], sums[row][3], found);
       float* to = scores + row * kChunk;
-      for (int k = 0; k < kWords; ++k) to[k] = block.add ? to[k] + found[k] : found[k];
+      for (int k = 0; k < kWords; ++k) to[k] = add ? to[k] + found[k] : found[k];
     }
   }
 

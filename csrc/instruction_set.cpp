@@ -29,6 +29,20 @@ bool has_avx512() {
 bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+std::vector<InstructionSet> detect() {
+  std::vector<InstructionSet> sets = {InstructionSet::kPortable};
+#if defined(__x86_64__)
+  if (has_avx2()) {
+    sets.push_back(InstructionSet::kAvx2);
+    if (has_avx512()) {
+      sets.push_back(InstructionSet::kAvx512);
+      if (has_avx512_bf16()) sets.push_back(InstructionSet::kAvx512BFloat16);
+    }
+  }
+#endif
+  return sets;
+}
+
 }  // namespace
 
 const char* name_of(InstructionSet set) {
@@ -45,22 +59,14 @@ const char* name_of(InstructionSet set) {
   return "portable";
 }
 
-std::vector<InstructionSet> available_instruction_sets() {
-  std::vector<InstructionSet> sets = {InstructionSet::kPortable};
-#if defined(__x86_64__)
-  if (has_avx2()) {
-    sets.push_back(InstructionSet::kAvx2);
-    if (has_avx512()) {
-      sets.push_back(InstructionSet::kAvx512);
-      if (has_avx512_bf16()) sets.push_back(InstructionSet::kAvx512BFloat16);
-    }
-  }
-#endif
+const std::vector<InstructionSet>& available_instruction_sets() {
+  // Asked once: CPUID leaves a virtual machine, which takes tens of microseconds.
+  static const std::vector<InstructionSet> sets = detect();
   return sets;
 }
 
 InstructionSet choose_instruction_set(const std::string& name) {
-  const std::vector<InstructionSet> sets = available_instruction_sets();
+  const std::vector<InstructionSet>& sets = available_instruction_sets();
   if (name.empty()) return sets.back();
   std::string names;
   for (const InstructionSet set : sets) {

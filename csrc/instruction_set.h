@@ -11,7 +11,7 @@ enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512BFloat16 };
 const char* name_of(InstructionSet set);
 
 // From the slowest, which is always there, to the fastest.
-std::vector<InstructionSet> available_instruction_sets();
+const std::vector<InstructionSet>& available_instruction_sets();
 
 // The available set of that name; "" means the fastest. Throws std::invalid_argument otherwise.
 InstructionSet choose_instruction_set(const std::string& name);

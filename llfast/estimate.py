@@ -11,7 +11,7 @@ import torch
 
 from .batches import model_max_length, plan_batches, tokenize
 from .devices import default_token_budget, resolve_device
-from .linear import PACKED, linear_path
+from .linear import PACKED, linear_layers, linear_path
 from .models import ModelSource
 from .texts import TextSet
 
@@ -84,10 +84,12 @@ def estimate(
         feed_forward = max(feed_forward)
     parameters = source.checkpoint.parameters or _room(source)
     tied = getattr(config, "tie_word_embeddings", False)
-    looked_up = 0 if tied else hidden * (getattr(config, "vocab_size", 0) or 0)
+    embedding = hidden * (getattr(config, "vocab_size", 0) or 0)
+    looked_up = 0 if tied else embedding
     flops = _matmul_flops(body_dtype, place)
     itemsize = body_dtype.itemsize
-    copies = 2 if linear_path(place, body_dtype) == PACKED else 1
+    body = max(parameters - embedding - looked_up, 0)
+    stored = parameters + (body if linear_path(place, body_dtype) == PACKED else 0)
     largest = max((b.shape[0] * b.shape[1] for b in batches), default=0)
     return Estimate(
         model=source.name,
@@ -95,7 +97,7 @@ def estimate(
         device=str(place),
         parameters=parameters,
         read_bytes=source.checkpoint.weight_bytes,
-        memory_bytes=(copies * parameters + largest * (6 * hidden + 3 * feed_forward)) * itemsize,
+        memory_bytes=(stored + largest * (6 * hidden + 3 * feed_forward)) * itemsize,
         tokens=int(tokens.token_counts.sum()),
         padded_tokens=padded,
         truncated_texts=int(tokens.truncated.sum()),
@@ -112,15 +114,17 @@ def _room(source: ModelSource) -> int:
     return source.checkpoint.weight_bytes // itemsize
 
 
+@torch.inference_mode()
 def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Of a linear layer, on the path that a model's would take."""
     rows, inner, columns = 512, 1024, 2048
-    left = torch.randn(rows, inner, device=device).to(dtype)
-    right = torch.randn(columns, inner, device=device).to(dtype)
+    layer = torch.nn.Linear(inner, columns, bias=False, device=device, dtype=dtype)
+    given = torch.randn(rows, inner, device=device).to(dtype)
     times: list[float] = []
-    stop = time.perf_counter() + _MEASURE_SECONDS
-    while len(times) < 3 or time.perf_counter() < stop:
-        start = time.perf_counter()
-        product = torch.nn.functional.linear(left, right)
-        product[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
+    with linear_layers(layer, linear_path(device, dtype), rows=rows, leave_out=None):
+        stop = time.perf_counter() + _MEASURE_SECONDS
+        while len(times) < 3 or time.perf_counter() < stop:
+            start = time.perf_counter()
+            layer(given)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
     return 2.0 * rows * inner * columns / median(times)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from .errors import LlfastWarning
+from .errors import LlfastWarning, ScoringError
 from .head import replaced_forward
 from .processor import Processor, this_processor
 
@@ -39,7 +39,10 @@ _PACKED_PAYS = frozenset(
     for chip in ("AuthenticAMD 25", "AuthenticAMD 26")
     for instructions in ("avx512", "avx512_bf16")
 )
-_MEMORY_SHARE = 0.5  # of what is free, for packed weights; activations need room, too
+# Packed weights may take so much of the machine's memory: all of it, not what is free, or a restart
+# could find another path, and other bits.
+_MEMORY_SHARE = 0.25
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def linear_path(
@@ -52,8 +55,8 @@ def linear_path(
 ) -> str:
     """Which path linear layers take: "torch" or "packed".
 
-    Packed where the table says so, unless torch's operators fail or memory is short: both are
-    warned of.
+    Packed where the table says so, if the machine has four times the memory that packed weights
+    take. Plain, with a warning, where torch's operators fail.
 
     Args:
         device: where the model runs.
@@ -66,15 +69,7 @@ def linear_path(
     if device.type != "cpu" or (processor, dtype) not in _PACKED_PAYS or not _packing_works():
         return TORCH
     weights = set() if model is None else {weight for _, weight in _packable(model, leave_out)}
-    needed = sum(weight.nbytes for weight in weights)
-    available = _available_bytes()
-    if needed > _MEMORY_SHARE * available:
-        warnings.warn(
-            f"linear layers run slower, as memory has no room for their packed weights "
-            f"({needed / 2**20:,.0f} MiB, with {available / 2**20:,.0f} MiB available)",
-            LlfastWarning,
-            stacklevel=3,
-        )
+    if sum(weight.nbytes for weight in weights) > _MEMORY_SHARE * _memory_bytes():
         return TORCH
     return PACKED
 
@@ -93,6 +88,8 @@ def linear_layers(
         path: what `linear_path` returned.
         rows: how many rows the layers will mostly be given; for their speed, not their bits.
         leave_out: a layer that is not packed.
+
+    Raises: ScoringError if oneDNN cannot pack a weight, for want of memory.
     """
     with contextlib.ExitStack() as stack:
         if path == PACKED:
@@ -155,7 +152,12 @@ def _packed_forward(layer: Any, packed: Tensor) -> Callable[..., Tensor]:
 
 
 def _pack(weight: Float32[Tensor, "out in"], rows: int) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)  # noqa: SLF001
+    try:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)  # noqa: SLF001
+    except RuntimeError as error:
+        raise ScoringError(
+            f"memory must hold the packed weights of linear layers, got {error}; free some of it"
+        ) from error
     return packed
 
 
@@ -169,9 +171,9 @@ def _packed_linear(
 @functools.cache
 def _packing_works() -> bool:
     """Whether this torch has the operators, and they compute a linear layer; warns if not."""
-    hidden = torch.linspace(-1, 1, 16 * 40).view(16, 40)
-    weight = torch.linspace(1, -1, 56 * 40).view(56, 40)
-    bias = torch.linspace(-2, 2, 56)
+    # Neither dtype nor device may follow torch's defaults.
+    numbers = torch.linspace(-1, 1, 56 * 40, dtype=torch.float32, device="cpu")
+    hidden, weight, bias = numbers[: 16 * 40].view(16, 40), numbers.view(56, 40), numbers[:56]
     problem = "they compute something else"
     with torch.inference_mode():
         expected = functional.linear(hidden, weight, bias)
@@ -179,7 +181,7 @@ def _packing_works() -> bool:
             out = _packed_linear(hidden, _pack(weight, len(hidden)), bias)
             if (out - expected).abs().max().item() < 1e-4:
                 return True
-        except (AttributeError, TypeError, RuntimeError) as error:
+        except (AttributeError, TypeError, RuntimeError, ScoringError) as error:
             problem = str(error).partition("\n")[0]
     warnings.warn(
         f"linear layers run slower, as the operators of torch {torch.__version__} for packed "
@@ -190,10 +192,14 @@ def _packing_works() -> bool:
     return False
 
 
-def _available_bytes() -> int:
-    """Memory that can be had without swapping; 0 where the system does not say."""
+@functools.cache
+def _memory_bytes() -> int:
+    """Memory of this machine, or of a container that has less; 0 where Linux does not say."""
+    found = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 0
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemTotal:")]
+    for path in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # a limit may be the word "max"
+            found.append(int(Path(path).read_text()))
+    return min(found, default=0)

@@ -36,6 +36,14 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a CUDA device; the GPU script runs it with LLFAST_REQUIRE_GPU=1")
 
 
+@pytest.fixture
+def untyped():
+    """Without the run-time types of tests, which would refuse first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """A folder of real data that a checkout may have beside it."""

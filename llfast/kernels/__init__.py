@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from .dispatch import all_statistics, kernels_of
+from .dispatch import folded_sums, kernels_of, statistics
 from .inputs import HeadInputs
 from .partial import PartialLogprobs
 from .sums import PartialSums, TokenStatistics
@@ -54,7 +54,8 @@ def token_logprobs(
         hidden: fp32, bf16 or fp16. Rows may have any stride; so may those of `lm_head`.
         lm_head: of the same dtype as `hidden`.
         targets: int64 or int32.
-        bias: in any floating dtype; `-inf` takes a word out of the softmax.
+        bias: in any floating dtype; `-inf` takes a word out of the softmax, if `scale` is positive
+            and there is no softcap.
         scale: a factor on the logits, finite in fp32.
         softcap: positive and finite in fp32; None for no cap.
 
@@ -72,7 +73,8 @@ def token_logprobs(
     inputs = HeadInputs(
         hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
     )
-    return all_statistics(kernels_of(hidden.device), inputs).logprobs
+    kernels = kernels_of(hidden.device)
+    return statistics(kernels, folded_sums(kernels, inputs)).logprobs
 
 
 def token_statistics(
@@ -92,4 +94,5 @@ def token_statistics(
     inputs = HeadInputs(
         hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
     )
-    return all_statistics(kernels_of(hidden.device), inputs)
+    kernels = kernels_of(hidden.device)
+    return statistics(kernels, folded_sums(kernels, inputs))

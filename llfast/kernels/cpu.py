@@ -17,7 +17,6 @@ from .inputs import GROUP, HeadInputs
 from .sums import PARTIAL_BYTES, PartialSums, TokenStatistics
 
 _PARTIALS_PER_THREAD_BYTES = 1 << 20
-_LEAST_ROWS = 96  # of a slice of T: a block of the C++ kernel
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def rows_of_a_slice(inputs: HeadInputs) -> int:
     """Tokens whose partial sums take about 1 MiB a thread."""
     groups = -(-len(inputs.lm_head) // GROUP)
     room = torch.get_num_threads() * _PARTIALS_PER_THREAD_BYTES
-    return max(room // (PARTIAL_BYTES * groups), _LEAST_ROWS)
+    return max(room // (PARTIAL_BYTES * groups), 1)
 
 
 def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
@@ -62,7 +61,7 @@ def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
     hidden, lm_head = _row_major(inputs.hidden[rows]), _row_major(inputs.lm_head)
     targets = inputs.targets[rows].to(torch.int64).contiguous()
     bias = None if inputs.bias is None else inputs.bias.detach().to(torch.float32).contiguous()
-    parts = PartialSums.neutral(-(-len(lm_head) // GROUP), len(hidden), hidden.device)
+    parts = PartialSums.empty(-(-len(lm_head) // GROUP), len(hidden), hidden.device)
     _module().head_partials(
         hidden=hidden.data_ptr(),
         hidden_stride=hidden.stride(0),

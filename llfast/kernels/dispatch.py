@@ -36,14 +36,21 @@ def kernels_of(device: torch.device) -> Kernels:
     return cpu if device.type == "cpu" and cpu.native() is not None else reference
 
 
-def all_statistics(kernels: Kernels, inputs: HeadInputs) -> TokenStatistics:
-    """The statistics of all tokens, a slice of them at a time; slices change no bit."""
+def folded_sums(kernels: Kernels, inputs: HeadInputs) -> PartialSums:
+    """The sums of all tokens over all words given, (1, T), made a slice of the tokens at a time."""
     tokens, device = len(inputs.hidden), inputs.hidden.device
-    found = TokenStatistics.empty(tokens, device)
     step = kernels.rows_of_a_slice(inputs)
-    for begin in range(0, tokens, step):
+    slices = []
+    for begin in range(0, tokens, step) or [0]:
         rows = slice(begin, min(begin + step, tokens))
         parts = kernels.partial_sums(inputs, rows)
-        total = kernels.fold(PartialSums.neutral(1, rows.stop - begin, device), parts)
-        kernels.write_statistics(total, found.rows(rows))
+        none = PartialSums.neutral(1, rows.stop - begin, device)
+        slices.append(kernels.fold(none, parts))
+    return slices[0] if len(slices) == 1 else PartialSums.joined(*slices, dim=1)
+
+
+def statistics(kernels: Kernels, total: PartialSums) -> TokenStatistics:
+    """The statistics (T,) of sums (1, T)."""
+    found = TokenStatistics.empty(total.shape[1], total.max.device)
+    kernels.write_statistics(total, found)
     return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from .dispatch import kernels_of
+from .dispatch import Kernels, folded_sums, kernels_of, statistics
 from .inputs import GROUP, HeadInputs
 from .sums import PartialSums, TokenStatistics
 
@@ -16,15 +17,25 @@ from .sums import PartialSums, TokenStatistics
 class PartialLogprobs:
     """What the words [first_word, end_word) add to the softmax of T tokens.
 
-    However a head is cut, and in whatever order the slices are merged, the whole has the bits of
-    one call for the whole head: groups of 1,024 words are folded from left to right only, and kept
-    apart (20 bytes a token and group) until all that lies to their left is there.
+    However a head is cut, and in whatever order the slices are merged, the whole has the bits that
+    the C++ kernels give in one call for the whole head: groups of 1,024 words are folded from left
+    to right only, and kept apart (20 bytes a token and group) until all that lies to their left is
+    there. The plain-torch twin promises no bits: its products depend on how much it is given.
     """
 
     first_word: int
     end_word: int
     kernel: str  # what computed it
     sums: PartialSums  # (1, T), folded, if first_word is 0; else (groups, T)
+
+    def __post_init__(self) -> None:
+        groups = -(-(self.end_word - self.first_word) // GROUP)
+        parts = 1 if self.first_word == 0 else groups
+        if self.first_word % GROUP or groups < 1 or self.sums.shape[0] != parts:
+            raise ValueError(
+                f"sums must have {parts} parts for the words [{self.first_word}, {self.end_word}), "
+                f"got {self.sums.shape[0]}; take them as of_slice or merge gave them"
+            )
 
     @staticmethod
     def of_slice(
@@ -49,9 +60,10 @@ class PartialLogprobs:
             softcap: as for `token_logprobs`.
 
         Raises:
-            TypeError: as `token_logprobs`.
+            TypeError: as `token_logprobs`, or if `first_word` is no whole number.
             ValueError: as `token_logprobs`, or if `first_word` is not a multiple of 1,024.
         """
+        first_word = operator.index(first_word)
         inputs = HeadInputs(
             hidden=hidden,
             lm_head=lm_head,
@@ -62,10 +74,10 @@ class PartialLogprobs:
             first_word=first_word,
         )
         kernels = kernels_of(hidden.device)
-        tokens = len(hidden)
-        sums = kernels.partial_sums(inputs, slice(0, tokens))
         if first_word == 0:
-            sums = kernels.fold(PartialSums.neutral(1, tokens, hidden.device), sums)
+            sums = folded_sums(kernels, inputs)
+        else:
+            sums = kernels.partial_sums(inputs, slice(0, len(hidden)))
         end = first_word + len(lm_head)
         return PartialLogprobs(
             first_word=first_word, end_word=end, kernel=kernels.name(), sums=sums
@@ -94,7 +106,7 @@ class PartialLogprobs:
                 f"{right.sums.shape[1]}; use the same hidden states for both"
             )
         if left.first_word == 0:
-            sums = kernels_of(left.sums.max.device).fold(left.sums, right.sums)
+            sums = self._kernels().fold(left.sums, right.sums)
         else:
             sums = PartialSums.joined(left.sums, right.sums)
         return PartialLogprobs(
@@ -104,14 +116,12 @@ class PartialLogprobs:
     def statistics(self) -> TokenStatistics:
         """The statistics of a softmax over the words of this slice alone.
 
-        They are those of the model once all slices are merged. A token whose target lies elsewhere
-        has a logprob of -inf.
+        They are those of the model once all slices are merged. A token whose target lies in none of
+        them has a logprob of -inf.
+
+        Raises: ValueError if other kernels run now than those that computed this.
         """
-        device, (_, tokens) = self.sums.max.device, self.sums.shape
-        kernels = kernels_of(device)
-        found = TokenStatistics.empty(tokens, device)
-        kernels.write_statistics(self.folded(), found)
-        return found
+        return statistics(self._kernels(), self.folded())
 
     def logprobs(self) -> Float32[Tensor, " T"]:
         """Of the targets, in nats; see `statistics`."""
@@ -121,5 +131,14 @@ class PartialLogprobs:
         """The slice's own sums as one part, (1, T)."""
         if self.first_word == 0:
             return self.sums
-        device, (_, tokens) = self.sums.max.device, self.sums.shape
-        return kernels_of(device).fold(PartialSums.neutral(1, tokens, device), self.sums)
+        none = PartialSums.neutral(1, self.sums.shape[1], self.sums.max.device)
+        return self._kernels().fold(none, self.sums)
+
+    def _kernels(self) -> Kernels:
+        kernels = kernels_of(self.sums.max.device)
+        if kernels.name() != self.kernel:
+            raise ValueError(
+                f"sums must be folded by the kernels that computed them, {self.kernel}, got "
+                f"{kernels.name()}; LLFAST_ISA chooses an instruction set"
+            )
+        return kernels

@@ -25,17 +25,44 @@ class PartialSums:
     target_logits: Float32[Tensor, "parts T"]  # -inf where the target is in another part
     argmax: Int32[Tensor, "parts T"]  # the id of the first of the largest
 
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            array = getattr(self, name)
+            dtype = torch.int32 if name == "argmax" else torch.float32
+            if (
+                array.dtype != dtype
+                or array.ndim != 2
+                or array.shape != self.max.shape
+                or array.device != self.max.device
+            ):
+                raise ValueError(
+                    f"{name} must be {dtype} of shape (parts, T) and lie with the others, got "
+                    f"{array.dtype} {tuple(array.shape)} on {array.device} beside "
+                    f"{tuple(self.max.shape)} on {self.max.device}; take sums as kernels gave them"
+                )
+
+    @staticmethod
+    def empty(parts: int, tokens: int, device: torch.device) -> PartialSums:
+        """Room for sums."""
+        # Neither dtype nor device may follow torch's defaults.
+        largest, total, weighted, target = torch.empty(
+            (4, parts, tokens), dtype=torch.float32, device=device
+        ).unbind()
+        argmax = torch.empty((parts, tokens), dtype=torch.int32, device=device)
+        return PartialSums(
+            max=largest, sum=total, weighted_sum=weighted, target_logits=target, argmax=argmax
+        )
+
     @staticmethod
     def neutral(parts: int, tokens: int, device: torch.device) -> PartialSums:
         """Parts without words: folding them into others changes no bit."""
-        shape = (parts, tokens)
-        return PartialSums(
-            max=torch.full(shape, -math.inf, device=device),
-            sum=torch.zeros(shape, device=device),
-            weighted_sum=torch.zeros(shape, device=device),
-            target_logits=torch.full(shape, -math.inf, device=device),
-            argmax=torch.zeros(shape, dtype=torch.int32, device=device),
-        )
+        sums = PartialSums.empty(parts, tokens, device)
+        sums.max.fill_(-math.inf)
+        sums.sum.zero_()
+        sums.weighted_sum.zero_()
+        sums.target_logits.fill_(-math.inf)
+        sums.argmax.zero_()
+        return sums
 
     @staticmethod
     def joined(*several: PartialSums, dim: int = 0) -> PartialSums:
@@ -70,14 +97,13 @@ class TokenStatistics:
     @staticmethod
     def empty(tokens: int, device: torch.device) -> TokenStatistics:
         """Room for the statistics of T tokens."""
-        names = ("logprobs", "lse", "target_logits", "entropy")
+        logprobs, lse, target_logits, entropy = torch.empty(
+            (4, tokens), dtype=torch.float32, device=device
+        ).unbind()
         return TokenStatistics(
-            **{name: torch.empty(tokens, device=device) for name in names},
+            logprobs=logprobs,
+            lse=lse,
+            target_logits=target_logits,
+            entropy=entropy,
             argmax=torch.empty(tokens, dtype=torch.int64, device=device),
-        )
-
-    def rows(self, rows: slice) -> TokenStatistics:
-        """Views of some tokens' statistics."""
-        return TokenStatistics(
-            **{field.name: getattr(self, field.name)[rows] for field in fields(TokenStatistics)}
         )

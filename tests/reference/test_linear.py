@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import llfast
 from llfast import linear, partial, scoring
-from llfast.errors import LlfastWarning
+from llfast.errors import LlfastWarning, ScoringError
 from llfast.linear import linear_layers, linear_path
 from llfast.processor import Processor
 from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood
@@ -168,6 +168,15 @@ def test_everything_is_given_back_on_every_way_out(calls):
     assert not calls
 
 
+def test_memory_that_does_not_hold_packed_weights_is_named(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("could not create a memory object")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fail)
+    with pytest.raises(ScoringError, match="memory must hold the packed weights .* memory object"):
+        run(make_layer((131, 1000)), torch.ones(2, 131))
+
+
 def test_everything_is_given_back_if_packing_fails(monkeypatch):
     model = make_model("llama")
     pack, packed = linear._pack, []
@@ -268,11 +277,10 @@ def test_a_shared_weight_is_packed_and_counted_once(monkeypatch):
     assert packed == [(48, 32)]
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    monkeypatch.setattr(linear, "_available_bytes", lambda: 2 * 48 * 32 * 4)
+    monkeypatch.setattr(linear, "_memory_bytes", lambda: 4 * 48 * 32 * 4)
     options = {"model": model, "processor": ZEN5}
     assert linear_path(CPU, torch.float32, leave_out=third, **options) == "packed"
-    with pytest.warns(LlfastWarning, match="memory has no room"):
-        assert linear_path(CPU, torch.float32, **options) == "torch"
+    assert linear_path(CPU, torch.float32, **options) == "torch"
 
 
 def test_unusual_calls_do_what_they_always_did(calls):
@@ -361,23 +369,25 @@ def test_little_memory_leaves_the_layers_with_torch(monkeypatch):
     monkeypatch.setattr(linear, "this_processor", lambda: ZEN5)
     pair = model, make_tokenizer(adds_bos=True)
     assert llfast.score(pair, TEXTS).provenance["linear"] == "packed"
-    monkeypatch.setattr(linear, "_available_bytes", lambda: 10_000)
-    with pytest.warns(LlfastWarning, match=r"memory has no room .*0 MiB available") as caught:
-        result = llfast.score(pair, TEXTS)
-    assert result.provenance["linear"] == "torch"
-    assert len(caught) == 1
+    monkeypatch.setattr(linear, "_memory_bytes", lambda: 10_000)
+    assert llfast.score(pair, TEXTS).provenance["linear"] == "torch"
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
-    [("MemFree:       7 kB\nMemAvailable:       5 kB\nCached: 9 kB\n", 5120), ("", 0), (None, 0)],
+    ("files", "expected"),
+    [
+        ({"/proc/meminfo": "MemTotal:       7 kB\nMemFree:  5 kB\n"}, 7168),
+        ({"/proc/meminfo": "MemTotal: 7 kB\n", linear._MEMORY_LIMITS[0]: "max\n"}, 7168),
+        ({"/proc/meminfo": "MemTotal: 7 kB\n", linear._MEMORY_LIMITS[0]: "5000\n"}, 5000),
+        ({"/proc/meminfo": "MemTotal: 7 kB\n", linear._MEMORY_LIMITS[1]: "9000000\n"}, 7168),
+        ({}, 0),
+    ],
 )
-def test_available_memory_is_what_linux_says(monkeypatch, said, expected):
+def test_memory_is_what_linux_says(monkeypatch, files, expected):
     def read(path):
-        assert path == Path("/proc/meminfo")
-        if said is None:
+        if str(path) not in files:
             raise FileNotFoundError(path)
-        return said
+        return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert linear._available_bytes() == expected
+    assert linear._memory_bytes.__wrapped__() == expected

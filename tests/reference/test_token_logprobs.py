@@ -16,7 +16,7 @@ import torch
 from llfast import _native
 from llfast.kernels import instruction_set, token_logprobs
 from llfast.kernels import reference as twin
-from llfast.kernels.dispatch import all_statistics
+from llfast.kernels.dispatch import folded_sums, statistics
 from llfast.kernels.inputs import HeadInputs
 
 # Added to twice the error of same-dtype torch: so many fp32 roundings (2**-24, relative) of the
@@ -104,7 +104,7 @@ def twin_logprobs(hidden, lm_head, targets, *, bias=None, scale=1.0, softcap=Non
     inputs = HeadInputs(
         hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
     )
-    return all_statistics(twin, inputs).logprobs
+    return statistics(twin, folded_sums(twin, inputs)).logprobs
 
 
 # ----------------------------------------------------------------------------------- the numbers
@@ -218,8 +218,8 @@ def test_bits_depend_neither_on_other_rows_nor_on_threads(dtype, forced_set):
         assert torch.equal(part, expected[begin:end])
 
 
-@pytest.mark.parametrize("width", [768, 1100])
-def test_bits_at_real_width(width, dtype):
+@pytest.mark.parametrize("width", [768, 1100, 2100])
+def test_bits_at_real_width(width, dtype, forced_set):
     hidden, lm_head, targets = make_case((60, 5003, width), dtype)
     expected = token_logprobs(hidden, lm_head, targets)
     for row in (0, 31, 59):
@@ -234,6 +234,21 @@ def test_slices_of_t_change_no_bit():
     found = token_logprobs(hidden, lm_head, targets)
     parts = zip(hidden.split(9000), targets.split(9000), strict=True)
     assert torch.equal(found, torch.cat([token_logprobs(h, lm_head, t) for h, t in parts]))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torch_defaults_change_nothing(default):
+    """from_pretrained sets the default dtype while it loads, for all threads."""
+    case = make_case((7, 2100, 33), torch.float32)
+    expected = token_logprobs(*case)
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            found = token_logprobs(*case)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 # -------------------------------------------------------------------------------------- layouts
@@ -348,14 +363,14 @@ def test_other_python_threads_run_meanwhile():
 MEMORY = """
 import torch
 from llfast.kernels import reference, token_logprobs
-from llfast.kernels.dispatch import all_statistics
+from llfast.kernels.dispatch import folded_sums, statistics
 from llfast.kernels.inputs import HeadInputs
 
 def twin(hidden, lm_head, targets):
     inputs = HeadInputs(
         hidden=hidden, lm_head=lm_head, targets=targets, bias=None, scale=1.0, softcap=None
     )
-    all_statistics(reference, inputs)
+    statistics(reference, folded_sums(reference, inputs))
 
 def peak_mib():
     status = open("/proc/self/status").read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -64,10 +64,8 @@ def fp64_statistics(logits, targets):
 
 
 def same_bytes(found, expected):
-    return all(
-        torch.equal(getattr(found, name).nan_to_num(), getattr(expected, name).nan_to_num())
-        for name in NAMES
-    )
+    pairs = [(getattr(found, name), getattr(expected, name)) for name in NAMES]
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -225,6 +223,35 @@ def test_no_tokens(forced_set):
     assert second.merge(first).logprobs().shape == (0,)
 
 
+@pytest.mark.usefixtures("untyped")
+def test_sums_that_no_kernel_made(forced_set):
+    hidden, lm_head, targets = make_case((3, 3000, 8), torch.float32)
+    first, second = slices(hidden, lm_head, targets, (1024,))
+    for name, value in {
+        "argmax": second.sums.argmax.long(),
+        "sum": second.sums.sum.double(),
+        "weighted_sum": second.sums.weighted_sum[:, :2],
+        "target_logits": second.sums.target_logits.to("meta"),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be torch"):
+            replace(second.sums, **{name: value})
+    with pytest.raises(ValueError, match="1 parts for the words"):
+        replace(first, sums=second.sums)
+    with pytest.raises(ValueError, match="2 parts for the words"):
+        replace(second, sums=first.sums)
+
+
+def test_sums_are_folded_by_what_computed_them(monkeypatch):
+    hidden, lm_head, targets = make_case((3, 3000, 8), torch.float32)
+    monkeypatch.setenv("LLFAST_ISA", "portable")
+    first, second = slices(hidden, lm_head, targets, (1024,))
+    monkeypatch.setattr(dispatch.cpu, "native", lambda: None)
+    with pytest.raises(ValueError, match="computed them, portable, got torch"):
+        first.merge(second)
+    with pytest.raises(ValueError, match="computed them, portable, got torch"):
+        second.statistics()
+
+
 def test_what_cannot_be_merged(monkeypatch):
     hidden, lm_head, targets = make_case((3, 3000, 8), torch.float32)
     first, second, third = slices(hidden, lm_head, targets, (1024, 2048))
@@ -245,10 +272,14 @@ def test_what_cannot_be_merged(monkeypatch):
     assert twin.name() == by_torch.kernel != second.kernel
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("first_word", [-1024, 1, 1000, 2**31])
 def test_where_a_slice_may_begin(first_word):
     hidden, lm_head, targets = make_case((3, 30, 8), torch.float32)
     with pytest.raises(ValueError, match="first_word must be a multiple of 1024"):
         PartialLogprobs.of_slice(hidden, lm_head, targets, first_word=first_word)
+    for no_number in (None, 1024.0):
+        with pytest.raises(TypeError, match="integer"):
+            PartialLogprobs.of_slice(hidden, lm_head, targets, first_word=no_number)
     with pytest.raises(ValueError, match="targets must lie in"):
         PartialLogprobs.of_slice(hidden, lm_head, targets - 100, first_word=1024)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 
-import jaxtyping
 import pytest
 import torch
 
@@ -58,14 +57,6 @@ def refused_arguments(name):
         "device": {"lm_head": lm_head.to("meta")},
     }
     return {"hidden": hidden, "lm_head": lm_head, "targets": targets} | changes[name]
-
-
-@pytest.fixture
-def untyped():
-    """Without the run-time types of tests, which would refuse first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", REFUSED)
