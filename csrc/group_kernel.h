@@ -70,7 +70,7 @@ struct Depth {
 constexpr Depth depth_of(std::int64_t width, std::int64_t element_bytes, std::int64_t depth_bytes) {
   const std::int64_t blocks = (width * element_bytes + depth_bytes - 1) / depth_bytes;
   const std::int64_t size = round_up((width + blocks - 1) / blocks, kDepthStep);
-  return {blocks, size, size + kRowPaddingBytes / element_bytes};
+  return {(width + size - 1) / size, size, size + kRowPaddingBytes / element_bytes};
 }
 
 // Some words of a chunk. They lie in four runs of `quarter` words, and one register block takes a

@@ -117,10 +117,13 @@ def _module() -> ModuleType:
 
 
 def _addresses(sums: PartialSums) -> tuple[int, int, int, int, int]:
-    arrays = (sums.max, sums.sum, sums.weighted_sum, sums.target_logits, sums.argmax)
-    assert all(array.is_contiguous() for array in arrays)
-    a, b, c, d, e = (array.data_ptr() for array in arrays)
-    return a, b, c, d, e
+    return (
+        sums.max.data_ptr(),
+        sums.sum.data_ptr(),
+        sums.weighted_sum.data_ptr(),
+        sums.target_logits.data_ptr(),
+        sums.argmax.data_ptr(),
+    )
 
 
 def _row_major(matrix: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:

@@ -34,10 +34,11 @@ class PartialSums:
                 or array.ndim != 2
                 or array.shape != self.max.shape
                 or array.device != self.max.device
+                or not array.is_contiguous()
             ):
                 raise ValueError(
-                    f"{name} must be {dtype} of shape (parts, T) and lie with the others, got "
-                    f"{array.dtype} {tuple(array.shape)} on {array.device} beside "
+                    f"{name} must be {dtype} of shape (parts, T), contiguous and with the others, "
+                    f"got {array.dtype} {tuple(array.shape)} on {array.device} beside "
                     f"{tuple(self.max.shape)} on {self.max.device}; take sums as kernels gave them"
                 )
 

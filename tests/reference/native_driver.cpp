@@ -218,6 +218,7 @@ int main() {
       check_head(set, dtype, 8, 130, 1029, true);
       check_head(set, dtype, 3, 2100, 65, false, true);
       check_head(set, dtype, 100, 70, 1601, true, true);  // blocks of rows and of depth
+      check_head(set, dtype, 2, 5, 40000, true);  // blocks of depth that do not come out even
     }
   }
   return failures == 0 ? 0 : 1;

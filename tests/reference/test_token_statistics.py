@@ -232,6 +232,7 @@ def test_sums_that_no_kernel_made(forced_set):
         "sum": second.sums.sum.double(),
         "weighted_sum": second.sums.weighted_sum[:, :2],
         "target_logits": second.sums.target_logits.to("meta"),
+        "max": second.sums.max.T.contiguous().T,
     }.items():
         with pytest.raises(ValueError, match=f"{name} must be torch"):
             replace(second.sums, **{name: value})
