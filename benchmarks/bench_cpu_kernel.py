@@ -322,7 +322,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.instruction_set is not None:
         limit_to(options.instruction_set)
-    elif "LLFAST_ISA" in os.environ:
+    elif "LLFAST_ISA" in os.environ and options.measure_memory is None:
         raise SystemExit("LLFAST_ISA must not be set, for it holds llfast alone; use the option")
     with torch.inference_mode():
         if options.measure_memory is not None:
