@@ -151,6 +151,7 @@ def _packed_forward(layer: Any, packed: Tensor) -> Callable[..., Tensor]:
     return forward
 
 
+# The two operators have no public names.
 def _pack(weight: Float32[Tensor, "out in"], rows: int) -> Tensor:
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)  # noqa: SLF001

@@ -95,7 +95,7 @@ def test_newer_instructions_stay_where_they_are_asked_for():
     """A module that is built for everybody may run newer instructions in dispatched code only."""
     objdump = shutil.which("objdump")
     if objdump is None or platform.machine() != "x86_64":
-        pytest.skip("needs objdump of binutils, and code of x86-64")
+        pytest.skip("needs code of x86-64 and objdump, which comes with every GCC")
     text = run(objdump, "--disassemble", "--demangle", "--no-show-raw-insn", _native.__file__)
     newer, functions = set(), 0
     for block in re.split(r"\n\n", text):
