@@ -95,11 +95,6 @@ def seconds(run: Callable[[Problem], object], problem: Problem) -> float:
     return time.perf_counter() - start
 
 
-def paired(numerators: list[float], denominators: list[float]) -> dict[str, float]:
-    """The spread of the ratios within each repetition."""
-    return report.spread([a / b for a, b in zip(numerators, denominators, strict=True)])
-
-
 def measure_many_tokens(problem: Problem, limits: Limits, repetitions: int) -> dict[str, Any]:
     """All providers and the peak, interleaved."""
     errors = check(problem)
@@ -123,13 +118,15 @@ def measure_many_tokens(problem: Problem, limits: Limits, repetitions: int) -> d
         "error_ratio": float(f"{errors['llfast'] / errors['product in fp32']:.3g}"),
         "seconds": {name: report.spread(each) for name, each in times.items()},
         "llfast_over": {
-            name: paired(times["llfast"], each) for name, each in times.items() if name != "llfast"
+            name: report.paired(times["llfast"], each)
+            for name, each in times.items()
+            if name != "llfast"
         },
         "llfast_gflops": report.spread(rates),
         "matmul_gflops": report.spread([problem.gflop / each for each in times["matmul"]]),
         "peak": multiply_add,
         "peak_gflops": report.spread(peaks),
-        "share_of_peak": paired(rates, peaks),
+        "share_of_peak": report.paired(rates, peaks),
     }
 
 
@@ -151,7 +148,7 @@ def measure_few_tokens(problem: Problem, limits: Limits, repetitions: int) -> di
         "llfast_gb_a_second": report.spread([size_gb / each for each in calls]),
         "matmul_gb_a_second": report.spread([size_gb / each for each in products]),
         "read_gb_a_second": report.spread([size_gb / each for each in reads]),
-        "share_of_read": paired(reads, calls),
+        "share_of_read": report.paired(reads, calls),
     }
 
 

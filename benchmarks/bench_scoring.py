@@ -298,8 +298,8 @@ def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str,
         },
         "llfast_over": {
             peer: {
-                "ratio": paired(times[peer], times["llfast"]),
-                "ceiling": paired(times[peer], times["body alone"]),
+                "ratio": report.paired(times[peer], times["llfast"]),
+                "ceiling": report.paired(times[peer], times["body alone"]),
             }
             for peer in ("papers", "padded loop")
         },
@@ -318,11 +318,6 @@ def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str,
     }
     show(found)
     return found
-
-
-def paired(numerators: list[float], denominators: list[float]) -> dict[str, float]:
-    """The spread of the ratios within each repetition."""
-    return report.spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def show(found: dict[str, Any]) -> None:

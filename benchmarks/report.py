@@ -51,6 +51,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
+def paired(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """The spread of the ratios within each repetition."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
 def write(report: dict[str, Any], path: Path) -> None:
     """Write a report as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dispatch import folded_sums, kernels_of, statistics
 from .inputs import HeadInputs
-from .partial import PartialLogprobs
+from .partial_logprobs import PartialLogprobs
 from .sums import PartialSums, TokenStatistics
 
 __all__ = [
@@ -70,11 +70,9 @@ def token_logprobs(
 
     Source: online softmax (Milakov & Gimelshein, arXiv 1805.02867).
     """
-    inputs = HeadInputs(
-        hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
-    )
-    kernels = kernels_of(hidden.device)
-    return statistics(kernels, folded_sums(kernels, inputs)).logprobs
+    return token_statistics(
+        hidden, lm_head, targets, bias=bias, scale=scale, softcap=softcap
+    ).logprobs
 
 
 def token_statistics(
