@@ -27,25 +27,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import report
 import torch
-from cpu_heads import (
-    CHECKED_ROWS,
-    MATMUL_INTO,
-    Problem,
-    check,
-    make_problem,
-    providers_for,
-    run_llfast,
-    run_matmul,
-    skipped_providers,
-)
 from cpu_limits import Limits, fastest_multiply_add
+from cpu_peers import CHECKED_ROWS, MATMUL_INTO, check, providers_for, skipped_providers
 from memory import highest_growth_mib, measured_elsewhere
 
+from llfast.bench import report
+from llfast.bench.heads import run_llfast, run_matmul
+from llfast.bench.problems import Problem, make_problem
 from llfast.kernels import instruction_set
 
 Shape = tuple[int, int, int]  # T, V, D
+
+RESULTS = Path(__file__).parent / "results"
 
 SHAPES: tuple[Shape, ...] = ((1024, 50304, 768), (256, 128256, 1024), (2048, 32000, 4096))
 QUICK_SHAPES: tuple[Shape, ...] = ((96, 5000, 128), (64, 4100, 256))
@@ -155,8 +149,7 @@ def measure_few_tokens(problem: Problem, limits: Limits, repetitions: int) -> di
 def described(problem: Problem) -> dict[str, Any]:
     """Shape and dtype."""
     tokens, words, width = problem.shape
-    dtype = str(problem.hidden.dtype).removeprefix("torch.")
-    return {"T": tokens, "V": words, "D": width, "dtype": dtype}
+    return {"T": tokens, "V": words, "D": width, "dtype": problem.dtype_name}
 
 
 # ---------------------------------------------------------------------------------------- memory
@@ -333,9 +326,10 @@ def main() -> None:
     show(found)
     out = options.out
     if out is None and not options.quick:
-        out = report.RESULTS / f"cpu_kernel_{instruction_set()}.json"
+        out = RESULTS / f"cpu_kernel_{instruction_set()}.json"
     if out is not None:
         report.write(found, out)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

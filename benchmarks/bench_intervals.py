@@ -29,10 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import report
 
+from llfast.bench import report
 from llfast.intervals import kl_estimate, student_t_quantile
 
+RESULTS = Path(__file__).parent / "results"
 SIZES = (265, 10_000)
 FEW_DOCUMENTS = (5, 10, 20)
 CHUNKS = 5  # texts a document in the grouped layout
@@ -276,7 +277,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=4000)
     parser.add_argument("--pairs", type=Path, help="table of bits per byte, one row a text")
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "intervals.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "intervals.json")
     options = parser.parse_args()
     started, cells = time.perf_counter(), []
     print(f"{'coverage, %':38s} {'texts':>6s} {'a doc':>5s}  " + "  ".join(METHODS))
@@ -305,6 +306,7 @@ def main() -> int:
     }
     print(f"{outside} cells outside the claim")
     report.write(found, options.out)
+    print(f"wrote {options.out}")
     return 1 if outside else 0
 
 

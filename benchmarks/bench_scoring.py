@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
 import torch
 from memory import highest_growth_mib, measured_elsewhere
 from torch.nn import functional
@@ -38,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import llfast
 from llfast.batches import Batch, TokenizedTexts, plan_batches, tokenize
+from llfast.bench import report
 from llfast.devices import default_token_budget
 from llfast.head import Head
 from llfast.linear import linear_layers, linear_path
@@ -46,6 +46,7 @@ from llfast.texts import sample_chunks
 from llfast.zoo_corpora import installed_corpora
 from llfast.zoo_training import train_tokenizer
 
+RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 50_257
 MAX_LENGTH = 1024
 PADDED_ROWS = 8  # texts in a batch of the plain padded loop
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "scoring.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scoring.json")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -255,6 +256,7 @@ def main() -> None:
             return
         make_bench(folder, options.texts, options.layers, options.dtype)
         report.write(run_all(options, folder, cache), options.out)
+    print(f"wrote {options.out}")
 
 
 def run_all(options: argparse.Namespace, folder: Path, cache: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write the tables and the map of README.md from the JSON under benchmarks/results.
+"""Write the tables of README.md and kernel.md, and the map, from the JSON under benchmarks/results.
 
     python benchmarks/readme.py
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
 
 from llfast.mapping import draw_map
 
 ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", RESULTS / "kernel.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -170,6 +171,113 @@ def cpu_kernel(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def kernel(found: dict[str, Any]) -> list[str]:
+    """The fused head on a GPU: many tokens beside other ways, few beside a copy's rate."""
+    cases = [case for case in found["cases"] if case["ms"]]
+    peers = {
+        "matmul": "`torch.mm`",
+        "matmul + one fused read of the logits": "with a fused read of the logits",
+        "matmul + log_softmax + gather": "with log_softmax + gather",
+        "cross_entropy": "`cross_entropy`",
+        "linear_cross_entropy": "`linear_cross_entropy`",
+        "linear_cross_entropy, chunked": "the same in chunks",
+        "Liger-Kernel": "Liger-Kernel",
+        "cut-cross-entropy": "cut-cross-entropy",
+    }
+    peers = {
+        name: title
+        for name, title in peers.items()
+        if any(name in case["llfast_over"] for case in cases)
+    }
+    many = [case for case in cases if case["share_of_copy"] is None]
+    lines = [
+        "| head | T, V, D | TFLOP/s | " + " | ".join(peers.values()) + " |",
+        "|---|---|---|" + "---|" * len(peers),
+    ]
+    for case in many:
+        ratios = {name: f"{ratio['median']:.2f}" for name, ratio in case["llfast_over"].items()}
+        if "matmul" in ratios:
+            ratios["matmul"] += " ({min:.2f} to {max:.2f})".format(**case["llfast_over"]["matmul"])
+        cells = [
+            case["head"],
+            f"{case['T']}, {case['V']}, {case['D']}",
+            f"{case['tflops']['median']:,.0f}",
+            *(ratios.get(name, "") for name in peers),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| head | T | ms | GB/s of the head | share of a copy's rate | time over `torch.mm` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        if case["share_of_copy"] is not None:
+            over = case["llfast_over"].get("matmul")
+            cells = [
+                case["head"],
+                str(case["T"]),
+                f"{case['ms']['llfast']['median']:.3f}",
+                f"{case['head_gb_a_second']['median']:,.0f}",
+                f"{100 * case['share_of_copy']['median']:.0f} %",
+                "" if over is None else f"{over['median']:.2f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", _kernel_notes(found, cases)]
+
+
+def _kernel_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
+    chip, versions = found["hardware"], found["versions"]
+    memory = [case["extra_mib"].get("llfast") for case in cases]
+    extra = max((each for each in memory if each is not None), default=None)
+    peers = [name for name in ("liger-kernel", "cut-cross-entropy") if name in versions]
+    same = [each.get("all_same") for each in found["same_bits"]]
+    ran = [f"{name} {versions[name]}" for name in ("torch", "triton", *peers)]
+    off, off_in_fp32 = (
+        max(case["errors"][name]["max"] for case in cases) for name in ("llfast", "product in fp32")
+    )
+    text = (
+        f"{chip['gpu'] or chip['processor']} ({found['kernel']}), {found['dtype']}, "
+        f"{', '.join(ran)}; medians of at least three interleaved repetitions, of ratios within "
+        "one. Up to 256 tokens are timed as CUDA graphs, where a way can be captured. The copy "
+        f"counts bytes read and bytes written. Largest error against fp64: {off:.1e} nats; of a "
+        f"product in fp32 {off_in_fp32:.1e}."
+    )
+    if extra is not None:
+        text += f" Memory beyond inputs and output: at most {extra:.1f} MiB."
+    if same and all(same):
+        text += " A row's bits were the same beside any other rows, in any order."
+    return f"{text} Command: `{found['command']}`."
+
+
+def kernel_resources(found: dict[str, Any]) -> list[str]:
+    """What each compiled kernel takes of a multiprocessor."""
+    columns = "dtype, tokens, tile, loads, with, warps, stages, registers, stack bytes, shared KiB"
+    lines = ["| | " + columns.replace(", ", " | ") + " |", "|---|" + "---|" * 10]
+    for row in found["kernels"]:
+        cells = [
+            f"sm_{row['architecture']} `{row['kernel'].removesuffix('_kernel')}`",
+            row.get("dtype", ""),
+            row.get("schedule", ""),
+            " x ".join(map(str, row.get("tile", ()))),
+            row.get("loads", ""),
+            row.get("options", ""),
+            str(row["warps"]),
+            str(row["stages"]),
+            str(row["registers"]),
+            str(row["stack_bytes"]),
+            f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit_bytes'] / 1024:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    command = "python benchmarks/compile_kernels.py"
+    return [*lines, "", f"Triton {found['triton']}. Command: `{command}`."]
+
+
+def load(name: str) -> dict[str, Any]:
+    """A report that was committed."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
 TABLES = {
     "scoring": scoring,
     "scoring_bfloat16": scoring,
@@ -177,13 +285,14 @@ TABLES = {
     "cpu_kernel_avx2": cpu_kernel,
     "intervals": intervals,
     "demo": demo,
+    "kernel_resources": kernel_resources,
+    # A GPU's table is in the README once its JSON is here.
+    **{
+        path.stem: kernel
+        for path in sorted(RESULTS.glob("kernel_*.json"))
+        if load(path.stem).get("benchmark") == "kernel"
+    },
 }
-
-
-def load(name: str) -> dict[str, Any]:
-    """A report that was committed."""
-    found: dict[str, Any] = json.loads((report.RESULTS / f"{name}.json").read_text())
-    return found
 
 
 def with_tables(text: str) -> str:
@@ -194,9 +303,9 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    """Write README.md and the map."""
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    """Write the pages and the map."""
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text()))
     found = load("demo")
     draw_map(
         found["models"],

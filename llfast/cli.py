@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_bench import bench_app
 from .output import (
     human_bytes,
     print_estimates,
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 texts_app = typer.Typer(help="Make and look at text sets.", no_args_is_help=True)
 app.add_typer(texts_app, name="texts")
+app.add_typer(bench_app, name="bench")
 # What all misuse raises; typer has no public name for it.
 UsageError: Any = typer.BadParameter.__mro__[1]
 

@@ -168,7 +168,7 @@ def score(
         source.checkpoint.refuse_changes()  # before a text is kept on disk
     provenance = {
         "device": device_name(place),
-        "instruction_set": instruction_set() if place.type == "cpu" else "",
+        "instruction_set": instruction_set(place),
         "threads": torch.get_num_threads() if place.type == "cpu" else 0,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -7,19 +7,25 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Set before anything reads it, and inherited by the commands that tests run.
+# Set before anything reads them, and inherited by the commands that tests run.
+if not torch.cuda.is_available():  # its kernels then run on the CPU, tile by tile, in numpy
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ["LLFAST_CACHE"] = tempfile.mkdtemp(prefix="llfast-tests-")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where arrays are; `texts` checks its arguments itself, and is tested to.
-TYPED = (
-    "batches head importing intervals kernels linear mapping results scoring search space".split()
-)
+TYPED = "batches head importing intervals linear mapping results scoring search space".split()
+# All of the kernels but those that Triton reads as source.
+TYPED += [
+    f"kernels.{name}"
+    for name in "cpu cuda dispatch inputs partial_logprobs reference sums torch_op".split()
+]
 jaxtyping.install_import_hook([f"llfast.{name}" for name in TYPED], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
@@ -27,13 +33,10 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu"):
-        import torch
-
-        if not torch.cuda.is_available():
-            if os.environ.get("LLFAST_REQUIRE_GPU"):
-                pytest.fail("LLFAST_REQUIRE_GPU is set, and torch sees no CUDA device")
-            pytest.skip("needs a CUDA device; the GPU script runs it with LLFAST_REQUIRE_GPU=1")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if os.environ.get("LLFAST_REQUIRE_GPU"):
+            pytest.fail("LLFAST_REQUIRE_GPU is set, and torch sees no CUDA device")
+        pytest.skip("needs a CUDA device; benchmarks/on_gpu.py runs it with LLFAST_REQUIRE_GPU=1")
 
 
 @pytest.fixture

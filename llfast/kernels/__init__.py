@@ -1,6 +1,7 @@
 """Fused output heads: log-probabilities from hidden states, without the (T, V) logits.
 
-`cpu` runs C++ from `csrc/`; tensors on other devices take `reference`, the plain-torch twin.
+`cpu` runs C++ from `csrc/`, `cuda` the Triton kernels of `triton_head`; tensors on other devices
+take `reference`, the plain-torch twin.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from .dispatch import folded_sums, kernels_of, statistics
-from .inputs import HeadInputs
+from .dispatch import kernels_of
 from .partial_logprobs import PartialLogprobs
 from .sums import PartialSums, TokenStatistics
+from .torch_op import run_token_statistics
 
 __all__ = [
     "PartialLogprobs",
@@ -24,15 +25,17 @@ __all__ = [
 ]
 
 
-def instruction_set() -> str:
-    """What the CPU path computes with: "avx512_bf16", "avx512", "avx2", "portable", or "torch".
+def instruction_set(device: torch.device | str = "cpu") -> str:
+    """What computes on a device.
 
-    "torch" stands for a package without its C++ module. The environment variable `LLFAST_ISA`
-    forces a slower set than the processor has.
+    On a CPU "avx512_bf16", "avx512", "avx2", "portable", or "torch", which stands for a package
+    without its C++ module; the environment variable `LLFAST_ISA` forces a slower set than the
+    processor has. On CUDA "triton sm_90" and the like, or "torch" where Triton cannot run.
 
     Raises: ValueError if `LLFAST_ISA` names none of this processor's.
     """
-    return kernels_of(torch.device("cpu")).name()
+    device = torch.device(device)
+    return kernels_of(device).name(device)
 
 
 def token_logprobs(
@@ -59,14 +62,16 @@ def token_logprobs(
         scale: a factor on the logits, finite in fp32.
         softcap: positive and finite in fp32; None for no cap.
 
-    Returns: nats, in fp32. On a CPU the bits of a row depend on that row, the head, the dtype and
-        `instruction_set()`, but neither on the other rows nor on the number of threads. A row with
-        a NaN is NaN and harms no other. "avx512_bf16" takes subnormal bf16 numbers for zeros.
+    Returns: nats, in fp32. The bits of a row depend on that row, the head, the dtype and
+        `instruction_set()` of the device, but neither on the other rows nor on the number of
+        threads (the plain-torch twin promises no bits). A row with a NaN is NaN and harms no other.
+        "avx512_bf16" takes subnormal bf16 numbers for zeros. On CUDA, where a look at the targets
+        would wait for the device, one outside [0, V) gives NaN.
 
     Raises:
         TypeError: if a dtype is not one of those above.
-        ValueError: if shapes or devices disagree, a target is outside [0, V), the head is empty,
-            or `scale` or `softcap` is out of range.
+        ValueError: if shapes or devices disagree, a target is outside [0, V) (but see above), the
+            head is empty, or `scale` or `softcap` is out of range.
 
     Source: online softmax (Milakov & Gimelshein, arXiv 1805.02867).
     """
@@ -89,8 +94,4 @@ def token_statistics(
     Arguments, bits and errors are those of `token_logprobs`, and so is every log-probability.
     The entropy is `log S - U / S` for `S = sum e^(z - m)` and `U = sum e^(z - m) (z - m)`.
     """
-    inputs = HeadInputs(
-        hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
-    )
-    kernels = kernels_of(hidden.device)
-    return statistics(kernels, folded_sums(kernels, inputs))
+    return run_token_statistics(hidden, lm_head, targets, bias=bias, scale=scale, softcap=softcap)

@@ -36,7 +36,7 @@ def native() -> ModuleType | None:
     return _native
 
 
-def name() -> str:
+def name(_: torch.device) -> str:
     """The instruction set in use."""
     chosen: str = _module().choose_instruction_set(os.environ.get("LLFAST_ISA", ""))
     return chosen
@@ -78,21 +78,25 @@ def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
         scale=inputs.scale,
         softcap=inputs.softcap,
         threads=torch.get_num_threads(),
-        instruction_set=name(),
+        instruction_set=name(hidden.device),
     )
     return parts
 
 
-def fold(total: PartialSums, parts: PartialSums) -> PartialSums:
-    """`total` (1, T) with the parts to its right folded in, left to right."""
-    folded = PartialSums.joined(total)  # a copy
+def fold(parts: PartialSums, total: PartialSums | None = None) -> PartialSums:
+    """The parts folded left to right, (1, T), into a copy of what lies to their left, if given."""
     count, tokens = parts.shape
+    folded = (
+        PartialSums.neutral(1, tokens, parts.max.device)
+        if total is None
+        else PartialSums.joined(total)
+    )
     _module().fold_partials(
         parts=_addresses(parts),
         count=count,
         tokens=tokens,
         total=_addresses(folded),
-        instruction_set=name(),
+        instruction_set=name(parts.max.device),
     )
     return folded
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from . import cpu, reference
+from llfast.errors import LlfastWarning
+
+from . import cpu, cuda, reference
 from .inputs import HeadInputs
 from .sums import PartialSums, TokenStatistics
 
 
 @runtime_checkable
 class Kernels(Protocol):
-    """What `cpu.py` and `reference.py` offer."""
+    """What `cpu.py`, `cuda.py` and `reference.py` offer."""
 
-    def name(self) -> str:
-        """What computes: an instruction set, or "torch"."""
+    def name(self, device: torch.device, /) -> str:
+        """What computes on a device: an instruction set, "triton sm_90", or "torch"."""
 
     def rows_of_a_slice(self, inputs: HeadInputs) -> int:
         """How many tokens' partial sums to hold at once."""
@@ -24,28 +28,42 @@ class Kernels(Protocol):
     def partial_sums(self, inputs: HeadInputs, rows: slice) -> PartialSums:
         """The partial sums of each group of words, (groups, rows)."""
 
-    def fold(self, total: PartialSums, parts: PartialSums) -> PartialSums:
-        """Sums (1, T) with the parts to their right folded in, left to right."""
+    def fold(self, parts: PartialSums, total: PartialSums | None = None) -> PartialSums:
+        """The parts folded left to right, (1, T), onto the sums (1, T) of all to their left."""
 
     def write_statistics(self, total: PartialSums, found: TokenStatistics) -> None:
         """Fill `found` (T,) with the statistics of sums (1, T)."""
 
 
 def kernels_of(device: torch.device) -> Kernels:
-    """C++ on a CPU where it was built, the plain-torch twin elsewhere."""
-    return cpu if device.type == "cpu" and cpu.native() is not None else reference
+    """C++ on a CPU, Triton on CUDA, and the plain-torch twin, with a warning, for all others."""
+    if device.type == "cpu":
+        return reference if cpu.native() is None else cpu
+    reason = cuda.why_unusable(device)
+    if reason is None:
+        return cuda
+    _warn_of_the_twin(device.type, reason)
+    return reference
+
+
+@functools.cache
+def _warn_of_the_twin(device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"llfast's fused kernels do not run on {device_type} here ({reason}), so a slow torch "
+        "version runs in their place",
+        LlfastWarning,
+        stacklevel=2,
+    )
 
 
 def folded_sums(kernels: Kernels, inputs: HeadInputs) -> PartialSums:
     """The sums of all tokens over all words given, (1, T), made a slice of the tokens at a time."""
-    tokens, device = len(inputs.hidden), inputs.hidden.device
+    tokens = len(inputs.hidden)
     step = kernels.rows_of_a_slice(inputs)
     slices = []
     for begin in range(0, tokens, step) or [0]:
         rows = slice(begin, min(begin + step, tokens))
-        parts = kernels.partial_sums(inputs, rows)
-        none = PartialSums.neutral(1, rows.stop - begin, device)
-        slices.append(kernels.fold(none, parts))
+        slices.append(kernels.fold(kernels.partial_sums(inputs, rows)))
     return slices[0] if len(slices) == 1 else PartialSums.joined(*slices, dim=1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 # The vocabulary is cut at multiples of this, and nowhere else, so that partial sums can be folded
 # in one order.
 GROUP = 1024
+LAST_WORD = 2**31 - 1  # ids are int32
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FP32 = torch.finfo(torch.float32)
@@ -38,7 +39,7 @@ class HeadInputs:
         self._check_shapes()
         self._check_devices()
         self._check_numbers()
-        self._check_words()
+        self._check_slice()
 
     def _check_dtypes(self) -> None:
         if self.hidden.dtype not in _DTYPES:
@@ -102,14 +103,20 @@ class HeadInputs:
                 "no cap"
             )
 
-    def _check_words(self) -> None:
+    def _check_slice(self) -> None:
         first = self.first_word or 0
-        if first < 0 or first % GROUP or first + len(self.lm_head) > 2**31:
+        if first < 0 or first % GROUP or first + len(self.lm_head) - 1 > LAST_WORD:
             raise ValueError(
                 f"first_word must be a multiple of {GROUP}, and word ids below 2**31, got {first} "
                 f"for {len(self.lm_head)} rows; cut the head at multiples of {GROUP}"
             )
-        if len(self.targets) == 0:
+
+    def check_targets(self) -> None:
+        """Refuse targets outside the vocabulary, where that is known without waiting for a device.
+
+        On CUDA the kernels answer such targets with NaN.
+        """
+        if len(self.targets) == 0 or self.targets.device.type == "cuda":
             return
         lowest, highest = (int(bound) for bound in self.targets.aminmax())
         if lowest < 0 or (self.first_word is None and highest >= len(self.lm_head)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
@@ -18,9 +19,10 @@ class PartialLogprobs:
     """What the words [first_word, end_word) add to the softmax of T tokens.
 
     However a head is cut, and in whatever order the slices are merged, the whole has the bits that
-    the C++ kernels give in one call for the whole head: groups of 1,024 words are folded from left
-    to right only, and kept apart (20 bytes a token and group) until all that lies to their left is
-    there. The plain-torch twin promises no bits: its products depend on how much it is given.
+    the C++ and the Triton kernels give in one call for the whole head: groups of 1,024 words are
+    folded from left to right only, and kept apart (20 bytes a token and group) until all that lies
+    to their left is there. The plain-torch twin promises no bits: its products depend on how much
+    it is given.
     """
 
     first_word: int
@@ -73,6 +75,7 @@ class PartialLogprobs:
             softcap=softcap,
             first_word=first_word,
         )
+        inputs.check_targets()
         kernels = kernels_of(hidden.device)
         if first_word == 0:
             sums = folded_sums(kernels, inputs)
@@ -80,7 +83,7 @@ class PartialLogprobs:
             sums = kernels.partial_sums(inputs, slice(0, len(hidden)))
         end = first_word + len(lm_head)
         return PartialLogprobs(
-            first_word=first_word, end_word=end, kernel=kernels.name(), sums=sums
+            first_word=first_word, end_word=end, kernel=kernels.name(hidden.device), sums=sums
         )
 
     def merge(self, other: PartialLogprobs) -> PartialLogprobs:
@@ -106,12 +109,16 @@ class PartialLogprobs:
                 f"{right.sums.shape[1]}; use the same hidden states for both"
             )
         if left.first_word == 0:
-            sums = self._kernels().fold(left.sums, right.sums)
+            sums = self._kernels().fold(right.sums, left.sums)
         else:
             sums = PartialSums.joined(left.sums, right.sums)
         return PartialLogprobs(
             first_word=left.first_word, end_word=right.end_word, kernel=left.kernel, sums=sums
         )
+
+    def to(self, device: torch.device | str) -> PartialLogprobs:
+        """The same on another device, for slices that were computed on several."""
+        return replace(self, sums=self.sums.to(torch.device(device)))
 
     def statistics(self) -> TokenStatistics:
         """The statistics of a softmax over the words of this slice alone.
@@ -131,14 +138,14 @@ class PartialLogprobs:
         """The slice's own sums as one part, (1, T)."""
         if self.first_word == 0:
             return self.sums
-        none = PartialSums.neutral(1, self.sums.shape[1], self.sums.max.device)
-        return self._kernels().fold(none, self.sums)
+        return self._kernels().fold(self.sums)
 
     def _kernels(self) -> Kernels:
-        kernels = kernels_of(self.sums.max.device)
-        if kernels.name() != self.kernel:
+        device = self.sums.max.device
+        kernels = kernels_of(device)
+        if kernels.name(device) != self.kernel:
             raise ValueError(
                 f"sums must be folded by the kernels that computed them, {self.kernel}, got "
-                f"{kernels.name()}; LLFAST_ISA chooses an instruction set"
+                f"{kernels.name(device)}; LLFAST_ISA chooses a CPU's instruction set"
             )
         return kernels

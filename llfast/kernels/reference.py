@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from .inputs import GROUP, HeadInputs
+from .inputs import GROUP, LAST_WORD, HeadInputs
 from .sums import PARTIAL_BYTES, PartialSums, TokenStatistics
 
 # Of one chunk of logits, of their exponentials, and of one converted slice of the head: under
@@ -16,7 +16,7 @@ _PARTIALS_BYTES = 8 << 20
 _LOWEST_EXPONENT = -104.0  # e^-104 rounds to 0 in fp32
 
 
-def name() -> str:
+def name(_: torch.device) -> str:
     """What computes."""
     return "torch"
 
@@ -40,8 +40,10 @@ def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
     return PartialSums.joined(*chunks, dim=1)
 
 
-def fold(total: PartialSums, parts: PartialSums) -> PartialSums:
-    """`total` (1, T) with the parts to its right folded in, left to right."""
+def fold(parts: PartialSums, total: PartialSums | None = None) -> PartialSums:
+    """The parts folded left to right, (1, T), onto what lies to their left, if given."""
+    if total is None:
+        total = PartialSums.neutral(1, parts.shape[1], parts.max.device)
     for part in range(parts.shape[0]):
         total = _merge(total, _row(parts, part))
     return total
@@ -62,12 +64,16 @@ def write_statistics(total: PartialSums, found: TokenStatistics) -> None:
 def _sums_of_chunk(inputs: HeadInputs, rows: slice) -> PartialSums:
     logits = _logits(inputs, rows)
     first = inputs.first_word or 0
+    last = len(inputs.lm_head) - 1 if inputs.first_word is None else LAST_WORD
     column = inputs.targets[rows].long()[:, None] - first
     inside = (column >= 0) & (column < len(inputs.lm_head))
     found = logits.gather(1, column.clamp(0, len(inputs.lm_head) - 1))
     parts = logits.view(len(logits), logits.shape[1] // GROUP, GROUP)
     group = torch.arange(parts.shape[1], device=logits.device)
     here = inside & (column // GROUP == group)
+    target_logits = torch.where(here, found, -torch.inf)
+    # Refused before the call, except on CUDA, where nobody looks; the first part tells.
+    target_logits[:, :1].masked_fill_((column + first < 0) | (column + first > last), torch.nan)
     largest, place = parts.max(-1)
     # -inf - (-inf) would be NaN where every word of a group is ruled out.
     shift = torch.where(largest == -torch.inf, 0.0, largest)
@@ -79,7 +85,7 @@ def _sums_of_chunk(inputs: HeadInputs, rows: slice) -> PartialSums:
         max=largest.T.contiguous(),
         sum=total.T.contiguous(),
         weighted_sum=weighted.T.contiguous(),
-        target_logits=torch.where(here, found, -torch.inf).T.contiguous(),
+        target_logits=target_logits.T.contiguous(),
         argmax=(place + first + GROUP * group).to(torch.int32).T.contiguous(),
     )
 

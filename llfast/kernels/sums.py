@@ -75,6 +75,12 @@ class PartialSums:
             }
         )
 
+    def to(self, device: torch.device) -> PartialSums:
+        """The same sums on another device."""
+        return PartialSums(
+            **{field.name: getattr(self, field.name).to(device) for field in fields(PartialSums)}
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(parts, T)."""
@@ -97,14 +103,15 @@ class TokenStatistics:
 
     @staticmethod
     def empty(tokens: int, device: torch.device) -> TokenStatistics:
-        """Room for the statistics of T tokens."""
-        logprobs, lse, target_logits, entropy = torch.empty(
-            (4, tokens), dtype=torch.float32, device=device
-        ).unbind()
+        """Room for the statistics of T tokens, each in memory of its own."""
+
+        def room(dtype: torch.dtype) -> Tensor:
+            return torch.empty(tokens, dtype=dtype, device=device)
+
         return TokenStatistics(
-            logprobs=logprobs,
-            lse=lse,
-            target_logits=target_logits,
-            entropy=entropy,
-            argmax=torch.empty(tokens, dtype=torch.int64, device=device),
+            logprobs=room(torch.float32),
+            lse=room(torch.float32),
+            target_logits=room(torch.float32),
+            entropy=room(torch.float32),
+            argmax=room(torch.int64),
         )

@@ -30,7 +30,7 @@ def leaves(group=None, path=()):
 COMMANDS = {" ".join(path): each for path, each in leaves()}
 
 
-@pytest.mark.parametrize("path", ["", "texts", *COMMANDS])
+@pytest.mark.parametrize("path", ["", "texts", "bench", *COMMANDS])
 def test_every_command_has_help_and_so_has_every_parameter(command, path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run = command(*path.split(), "--help")
@@ -73,6 +73,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "info": f"info {filled}",
         "compact": f"compact --store {tmp_path / 'empty'}",
         "demo": f"demo --out {tmp_path / 'demo'}",
+        "bench kernel": "bench kernel --device cpu --dtype float32 --tokens 2",
     }
 
 
@@ -124,7 +125,7 @@ def test_a_store_is_asked_for_where_one_is_needed(command, checkpoints, texts_fi
     assert "--name goes with one MODEL" in run.error
 
 
-@pytest.mark.parametrize("words", [[], ["texts"]])
+@pytest.mark.parametrize("words", [[], ["texts"], ["bench"]])
 def test_no_words_print_the_help(command, words):
     run = command(*words)
     assert "Usage:" in run.out

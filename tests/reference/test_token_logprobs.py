@@ -13,17 +13,12 @@ import time
 import pytest
 import torch
 
-from llfast import _native
-from llfast.kernels import instruction_set, token_logprobs
 from llfast.kernels import reference as twin
+from llfast.kernels import token_logprobs
 from llfast.kernels.dispatch import folded_sums, statistics
 from llfast.kernels.inputs import HeadInputs
+from tests.heads import check_logprobs, make_case
 
-# Added to twice the error of same-dtype torch: so many fp32 roundings (2**-24, relative) of the
-# largest logit or result, which no fp32 arithmetic avoids.
-FLOOR_ROUNDINGS = {"plain": 2, "softcap": 4}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SETS = _native.available_instruction_sets()
 SHAPES = (  # (T, V, D): aligned, ragged, odd, tiny; around each block of the kernel
     (1, 1, 1),
     (1, 5, 3),
@@ -39,19 +34,6 @@ SHAPES = (  # (T, V, D): aligned, ragged, odd, tiny; around each block of the ke
     (9, 300, 1025),
     (4, 131, 2100),
 )
-NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
-
-
-@pytest.fixture(params=SETS)
-def forced_set(request, monkeypatch):
-    monkeypatch.setenv("LLFAST_ISA", request.param)
-    assert instruction_set() == request.param
-    return request.param
-
-
-@pytest.fixture(params=DTYPES, ids=NAMES.get)
-def dtype(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -59,45 +41,6 @@ def _restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def make_case(shape, dtype, seed=0, spread=3.0):
-    """Hidden states, head and targets whose logits have a standard deviation of `spread`."""
-    tokens, vocabulary, width = shape
-    random = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, width, generator=random) * spread
-    lm_head = torch.randn(vocabulary, width, generator=random) / math.sqrt(width)
-    targets = torch.randint(vocabulary, (tokens,), generator=random)
-    return hidden.to(dtype), lm_head.to(dtype), targets
-
-
-def fp64_logits(products, bias=None, scale=1.0, softcap=None):
-    logits = products.double()
-    if bias is not None:
-        logits = logits + bias.double()
-    logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def check(function, hidden, lm_head, targets, **options):
-    """`function` errs at most twice as much as torch's product in fp32 and fp64 from there on."""
-    logits = fp64_logits(hidden.double() @ lm_head.double().T, **options)
-    rounded = fp64_logits(hidden.float() @ lm_head.float().T, **options)
-    columns = targets.long()[:, None]
-    truth = logits.log_softmax(-1).gather(1, columns)[:, 0]
-    oracle = rounded.log_softmax(-1).gather(1, columns)[:, 0]
-    found = function(hidden, lm_head, targets, **options)
-    assert found.dtype == torch.float32
-    assert found.shape == targets.shape
-    finite = truth.isfinite()
-    assert torch.equal(found[~finite].nan_to_num(), truth[~finite].float().nan_to_num())
-    assert torch.equal(found.isnan(), truth.isnan())
-    numbers = torch.cat([logits.flatten(), truth]).abs()
-    largest = numbers[numbers.isfinite()].amax().item()
-    floor = FLOOR_ROUNDINGS["softcap" if options.get("softcap") else "plain"] * largest * 2**-24
-    error = (found - truth)[finite].abs()
-    limit = 2 * (oracle - truth)[finite].abs().max() + floor if finite.any() else 0
-    assert (error <= limit).all(), f"off by {error.max():.2e}, limit {limit:.2e}"
 
 
 def twin_logprobs(hidden, lm_head, targets, *, bias=None, scale=1.0, softcap=None):
@@ -111,8 +54,8 @@ def twin_logprobs(hidden, lm_head, targets, *, bias=None, scale=1.0, softcap=Non
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape_is_as_near_to_fp64_as_torch(shape, dtype, forced_set):
-    check(token_logprobs, *make_case(shape, dtype))
+def test_every_shape_is_as_near_to_fp64_as_torch(shape, dtype, exact_kernels):
+    check_logprobs(token_logprobs, *make_case(shape, dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -120,8 +63,8 @@ def test_the_twin_is_as_near_to_fp64_as_torch(shape, dtype, monkeypatch):
     monkeypatch.setattr(twin, "_CHUNK_BYTES", 60_000)  # several chunks of T and of V
     monkeypatch.setattr(twin, "_PARTIALS_BYTES", 200)  # several slices of T
     bias = torch.linspace(-1, 1, shape[1])
-    check(twin_logprobs, *make_case(shape, dtype))
-    check(twin_logprobs, *make_case(shape, dtype), bias=bias, scale=0.7, softcap=6.0)
+    check_logprobs(twin_logprobs, *make_case(shape, dtype))
+    check_logprobs(twin_logprobs, *make_case(shape, dtype), bias=bias, scale=0.7, softcap=6.0)
 
 
 OPTIONS = {
@@ -135,11 +78,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("shape", [(7, 129, 33), (50, 1100, 20), (1, 3, 1)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bias_scale_and_softcap(shape, name, dtype, forced_set):
+def test_bias_scale_and_softcap(shape, name, dtype, exact_kernels):
     options = dict(OPTIONS[name])
     if options.pop("bias", False):
         options["bias"] = torch.randn(shape[1], generator=torch.Generator().manual_seed(5)) * 2
-    check(token_logprobs, *make_case(shape, dtype), **options)
+    check_logprobs(token_logprobs, *make_case(shape, dtype), **options)
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -150,35 +93,35 @@ def test_bias_of_another_dtype(bias_dtype):
     assert torch.equal(token_logprobs(*case, bias=bias), expected)
 
 
-def test_peaked_flat_and_negative_rows(dtype, forced_set):
+def test_peaked_flat_and_negative_rows(dtype, exact_kernels):
     hidden, lm_head, _ = make_case((6, 1500, 24), dtype, spread=60.0)
     best = (hidden.double() @ lm_head.double().T).argmax(1)
-    check(token_logprobs, hidden, lm_head, best)
+    check_logprobs(token_logprobs, hidden, lm_head, best)
     assert (token_logprobs(hidden, lm_head, best) <= 0).all()
-    check(token_logprobs, hidden, lm_head, torch.full((6,), 1499))
+    check_logprobs(token_logprobs, hidden, lm_head, torch.full((6,), 1499))
     flat = token_logprobs(torch.zeros_like(hidden), lm_head, best)
     torch.testing.assert_close(flat, torch.full((6,), -math.log(1500)), rtol=2e-7, atol=0)
-    check(token_logprobs, -hidden.abs(), lm_head.abs(), best)
+    check_logprobs(token_logprobs, -hidden.abs(), lm_head.abs(), best)
 
 
-def test_one_word_is_certain(dtype, forced_set):
+def test_one_word_is_certain(dtype, exact_kernels):
     hidden, lm_head, targets = make_case((3, 1, 5), dtype)
     assert token_logprobs(hidden, lm_head, targets).tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("ruled_out", [(0, 1), (0, 128), (0, 1024), (100, 1300), (1, 1400)])
-def test_words_ruled_out_by_the_bias(ruled_out, forced_set):
+def test_words_ruled_out_by_the_bias(ruled_out, exact_kernels):
     hidden, lm_head, targets = make_case((8, 1400, 20), torch.float32)
     targets[0], targets[1] = 0, 1399
     bias = torch.zeros(1400)
     bias[slice(*ruled_out)] = -math.inf
-    check(token_logprobs, hidden, lm_head, targets, bias=bias)
-    check(token_logprobs, hidden, lm_head, targets, bias=bias, softcap=5.0)
+    check_logprobs(token_logprobs, hidden, lm_head, targets, bias=bias)
+    check_logprobs(token_logprobs, hidden, lm_head, targets, bias=bias, softcap=5.0)
     targets[:] = ruled_out[0]
     assert (token_logprobs(hidden, lm_head, targets, bias=bias) == -math.inf).all()
 
 
-def test_all_words_but_one_or_all_ruled_out(forced_set):
+def test_all_words_but_one_or_all_ruled_out(exact_kernels):
     hidden, lm_head, targets = make_case((3, 1400, 20), torch.float32)
     bias = torch.full((1400,), -math.inf)
     assert token_logprobs(hidden, lm_head, targets, bias=bias).isnan().all()
@@ -188,7 +131,7 @@ def test_all_words_but_one_or_all_ruled_out(forced_set):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_bad_row_is_nan_and_harms_no_other(value, dtype, forced_set):
+def test_a_bad_row_is_nan_and_harms_no_other(value, dtype, exact_kernels):
     hidden, lm_head, targets = make_case((20, 300, 37), dtype)
     good = token_logprobs(hidden, lm_head, targets)
     hidden[7, 3] = value
@@ -272,7 +215,7 @@ def layouts(matrix):
 
 
 @pytest.mark.parametrize("width", [1, 16, 37])
-def test_layouts_change_no_bit(width, dtype, forced_set):
+def test_layouts_change_no_bit(width, dtype, exact_kernels):
     hidden, lm_head, targets = make_case((11, 150, width), dtype)
     expected = token_logprobs(hidden, lm_head, targets)
     for name, other in layouts(hidden):

@@ -1,16 +1,27 @@
-"""What `llfast.kernels` refuses, and what it does without its C++ module."""
+"""What `llfast.kernels` refuses, which kernels run where, and the operator of torch's library."""
 
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llfast
 from llfast import LlfastWarning
-from llfast.kernels import cpu, instruction_set, token_logprobs, token_statistics
+from llfast.kernels import (
+    cpu,
+    cuda,
+    dispatch,
+    instruction_set,
+    reference,
+    token_logprobs,
+    token_statistics,
+)
+from llfast.kernels.tuning import schedules_of
 
 REFUSED = {
     "float64": (TypeError, "hidden must be float32, bfloat16 or float16, got torch.float64"),
@@ -93,3 +104,111 @@ def test_without_the_extension_torch_runs_after_one_warning(monkeypatch):
         torch.testing.assert_close(found, truth.float(), rtol=0, atol=1e-5)
     finally:
         cpu.native.cache_clear()
+
+
+# ------------------------------------------------------------------------ which kernels run where
+
+
+@pytest.fixture
+def _forgotten():
+    """What was asked and said before is asked and said again."""
+    for cached in (cuda.why_unusable, dispatch._warn_of_the_twin):
+        cached.cache_clear()
+    yield
+    for cached in (cuda.why_unusable, dispatch._warn_of_the_twin):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_other_devices_take_the_twin_after_one_warning():
+    device = torch.device("meta")
+    with pytest.warns(LlfastWarning, match="do not run on meta here .no kernels are written") as it:
+        assert dispatch.kernels_of(device) is reference
+    assert dispatch.kernels_of(device) is reference
+    assert instruction_set("meta") == "torch"
+    assert len(it) == 1
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("old", "compute capability 8.0"), ("amd", "for AMD"), ("no triton", "triton_head")],
+)
+def test_cuda_devices_that_triton_cannot_serve(name, reason, monkeypatch):
+    capability = (7, 5) if name == "old" else (9, 0)
+    chip = cuda.Chip(capability=capability, multiprocessors=4)
+    monkeypatch.setattr(cuda, "chip_of", lambda _: chip)
+    if name == "amd":
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+    if name == "no triton":
+        monkeypatch.setitem(sys.modules, "llfast.kernels.triton_head", None)
+        monkeypatch.delattr(llfast.kernels, "triton_head", raising=False)
+    assert reason in cuda.why_unusable(torch.device("cuda", 1))
+    with pytest.warns(LlfastWarning, match="do not run on cuda here"):
+        assert dispatch.kernels_of(torch.device("cuda", 1)) is reference
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 3), (12, 1), (13, 0)])
+def test_every_newer_device_has_a_row_in_the_tuning_table(capability, monkeypatch):
+    chip = cuda.Chip(capability=capability, multiprocessors=4)
+    monkeypatch.setattr(cuda, "chip_of", lambda _: chip)
+    device = torch.device("cuda")
+    assert dispatch.kernels_of(device) is cuda
+    assert instruction_set(device) == "triton sm_{}{}".format(*capability)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        row = schedules_of(capability, dtype)
+        for tile in (row.many, row.few):
+            assert 1024 % tile.block_v == 0
+            assert tile.block_v == row.many.block_v
+            assert tile.block_t <= cuda.ROWS
+
+
+# ----------------------------------------------------------------------------- as torch's operator
+
+
+def operator_case():
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 9, generator=random)
+    return hidden, torch.randn(70, 9, generator=random), torch.arange(5)
+
+
+OPERATOR = """
+import torch
+from llfast.kernels import token_statistics
+
+hidden, lm_head, targets = case = torch.randn(5, 9), torch.randn(70, 9), torch.arange(5)
+operator = torch.ops.llfast.token_statistics
+torch.library.opcheck(operator, (*case, None, 1.0, None))
+torch.library.opcheck(operator, (*case, torch.linspace(0, 1, 70), 0.5, 3.0))
+
+def function(hidden, lm_head, targets):
+    found = token_statistics(hidden * 2, lm_head, targets, softcap=3.0)
+    return found.logprobs + found.entropy, found.argmax
+
+compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+for case in (case, (torch.randn(8, 9), lm_head, torch.arange(8))):
+    for found, expected in zip(compiled(*case), function(*case), strict=True):
+        assert torch.equal(found, expected)
+"""
+
+
+def test_the_operator_is_what_torch_wants_of_one_and_compiles():
+    """Without the run-time types of tests, which torch cannot trace."""
+    subprocess.run([sys.executable, "-c", OPERATOR], check=True, timeout=120)
+
+
+def test_fake_tensors_have_shapes_and_refusals():
+    with FakeTensorMode() as mode:
+        hidden, lm_head, targets = map(mode.from_tensor, operator_case())
+        found = token_statistics(hidden, lm_head, targets)
+        assert found.entropy.shape == found.argmax.shape == (5,)
+        assert (found.lse.dtype, found.argmax.dtype) == (torch.float32, torch.int64)
+        with pytest.raises(TypeError, match="lm_head must have the dtype of hidden"):
+            token_statistics(hidden, lm_head.half(), targets)
+
+
+def test_in_inference_mode():
+    expected = token_logprobs(*operator_case())
+    with torch.inference_mode():
+        assert torch.equal(token_logprobs(*operator_case()), expected)

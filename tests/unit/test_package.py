@@ -11,7 +11,7 @@ ORDER = (
     "errors files cache texts results batches kernels checkpoint processor dtypes models head "
     "linear traits partial progress devices borrowing scoring shards store importing intervals "
     "mixed spacefile space search estimate fleet nearest mapping zoo_corpora zoo_training zoo_plan "
-    "zoo demo output about cli __main__"
+    "zoo demo output about bench cli_bench cli __main__"
 ).split()
 ONLY_IN = {
     "faiss": {"search"},
@@ -20,7 +20,7 @@ ONLY_IN = {
     "adjustText": {"mapping"},
     "transformers": {"linear", "models", "scoring", "zoo_training"},
     "pyarrow": {"shards", "store", "importing"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_bench"},
 }
 
 

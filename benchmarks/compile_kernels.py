@@ -1,0 +1,193 @@
+"""Compile every row of the Triton kernels' tuning table ahead of time; no GPU is needed.
+
+    python benchmarks/compile_kernels.py [--out FILE]
+
+Writes the registers, the stack (where registers did not suffice) and the shared memory of each
+kernel, as `cuobjdump` of the Triton package reads them from the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from llfast.bench import report
+from llfast.kernels import triton_head
+from llfast.kernels.cuda import FOLD_ROWS, ROWS
+from llfast.kernels.tuning import SCHEDULES, Tile
+
+RESULT = Path(__file__).parent / "results" / "kernel_resources.json"
+TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Bytes that a block may have: NVIDIA's CUDA programming guide, "technical specifications".
+SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+DIVISIBLE = ("hidden_stride_t", "lm_head_stride_v")  # by 16, in real models
+TENSOR_CORES = ("wgmma", "tcgen05.mma", "mma.sync")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One kernel for one architecture."""
+
+    kernel: str
+    architecture: int
+    constants: dict[str, Any]
+    signature: dict[str, str]
+    warps: int
+    stages: int
+    labels: dict[str, Any]
+
+
+def head_jobs() -> Iterator[Job]:
+    """Both schedules of every row, plain and with everything, as they load with and without TMA."""
+    for (architecture, dtype), row in SCHEDULES.items():
+        named = {"many": row.many} | ({} if row.few == row.many else {"few": row.few})
+        for schedule, tile in named.items():
+            for tma in sorted({row.tma, False}):
+                for everything in (False, True):
+                    # Half-precision dtypes differ in one letter of one instruction.
+                    if dtype == torch.bfloat16 or (tma == row.tma and not everything):
+                        yield head_job(architecture, dtype, schedule, tile, tma, everything)
+
+
+def head_job(
+    architecture: int,
+    dtype: torch.dtype,
+    schedule: str,
+    tile: Tile,
+    tma: bool,
+    everything: bool,
+) -> Job:
+    """The launcher's call, for a wide head whose rows are contiguous."""
+    name = TRITON_NAMES[dtype]
+    constants = {
+        "hidden_stride_d": 1,
+        "lm_head_stride_d": 1,
+        "HAS_TMA": tma,
+        "HAS_BIAS": everything,
+        "HAS_SCALE": everything,
+        "HAS_SOFTCAP": everything,
+        "EVEN_D": True,
+        "PANEL": tile.panel,
+        "BLOCK_T": tile.block_t,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+    }
+    if not everything:
+        constants["bias_ptr"] = None
+    types = {"targets_ptr": "*i64", "argmax_ptr": "*i32", "scale": "fp32", "softcap": "fp32"}
+    for matrix, rows in (("hidden", tile.block_t), ("lm_head", tile.block_v)):
+        types[matrix] = f"tensordesc<{name}[{rows}, {tile.block_d}]>" if tma else f"*{name}"
+    return Job(
+        kernel="head_partials_kernel",
+        architecture=architecture,
+        constants=constants,
+        signature=types,
+        warps=tile.warps,
+        stages=tile.stages,
+        labels={
+            "dtype": name,
+            "schedule": schedule,
+            "tile": [tile.block_t, tile.block_v, tile.block_d],
+            "loads": "descriptors" if tma else "pointers",
+            "options": "bias, scale, softcap" if everything else "",
+        },
+    )
+
+
+def small_jobs() -> Iterator[Job]:
+    """The kernels that fold sums and read statistics from them."""
+    fold_types = {"argmax_ptr": "*i32", "total_argmax_ptr": "*i32"}
+    for architecture in SHARED_LIMIT_BYTES:
+        for has_total in (False, True):
+            yield Job(
+                kernel="fold_kernel",
+                architecture=architecture,
+                constants={"HAS_TOTAL": has_total, "BLOCK_T": FOLD_ROWS},
+                signature=fold_types,
+                warps=1,
+                stages=3,
+                labels={"options": "onto a total" if has_total else ""},
+            )
+        yield Job(
+            kernel="statistics_kernel",
+            architecture=architecture,
+            constants={"BLOCK_T": ROWS},
+            signature={"sums_argmax_ptr": "*i32", "argmax_ptr": "*i64"},
+            warps=4,
+            stages=3,
+            labels={},
+        )
+
+
+def compiled(job: Job) -> dict[str, Any]:
+    """Compile a kernel, and read what it takes."""
+    function = getattr(triton_head, job.kernel)
+    signature = {
+        name: "constexpr" if name in job.constants else job.signature.get(name, _type_of(name))
+        for name in function.arg_names
+    }
+    divisible = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name in DIVISIBLE and kind != "constexpr")
+    }
+    source = ASTSource(function, signature, constexprs=job.constants, attrs=divisible)
+    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
+    found = triton.compile(source, target=GPUTarget("cuda", job.architecture, 32), options=options)
+    resources = _resources(found.asm["cubin"])
+    ptx, ttgir = found.asm["ptx"], found.asm["ttgir"]
+    layout = re.search(r"nvidia_mma<\{(.*?)\}>", ttgir)
+    return {
+        "kernel": job.kernel,
+        "architecture": job.architecture,
+        **job.labels,
+        "warps": job.warps,
+        "stages": job.stages,
+        "registers": resources["REG"],
+        "stack_bytes": resources["STACK"],
+        "shared_bytes": found.metadata.shared,
+        "shared_limit_bytes": SHARED_LIMIT_BYTES[job.architecture],
+        "tensor_cores": next((each for each in TENSOR_CORES if each in ptx), ""),
+        "tf32": "tf32" in ptx,
+        "product_layout": "" if layout is None else layout[1],
+    }
+
+
+def _type_of(name: str) -> str:
+    return "*fp32" if name.endswith("_ptr") else "i32"
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", printed)}
+
+
+def main() -> None:
+    """Compile all, and write what they take."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    out = parser.parse_args().out
+    rows = [compiled(job) for job in (*head_jobs(), *small_jobs())]
+    for row in rows:
+        print(row)
+    report.write({"triton": triton.__version__, "kernels": rows}, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""All that needs a GPU: the tests of the kernels, then their benchmark.
+
+    python3 benchmarks/on_gpu.py --out DIR [--commit "$(git describe --always --dirty)"]
+
+It takes at most eight minutes, needs neither an installed llfast nor its C++ module, and writes
+`tests.json` and `kernel.json` into the folder as it goes: a run that is killed keeps what it had.
+`--device cpu --quick` shows that all of it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_SECONDS = 470.0
+TESTS_SECONDS = 150.0
+KERNEL_SECONDS = 330.0
+SPARE_SECONDS = 35.0  # to start, compile and finish the last case
+TAIL = 10_000  # characters of what a part printed
+
+
+def run(command: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
+    """Run a command for so long at most; afterwards nothing that it started is left.
+
+    Returns: its status (None if it was stopped), how long it took, and the end of what it printed.
+    """
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code: int | None = None
+        try:
+            code = child.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        output.seek(0)
+        text = output.read()
+    took = round(time.monotonic() - start, 1)
+    return {"code": code, "seconds": took, "limit": seconds, "tail": text[-TAIL:]}
+
+
+def run_tests(device: str, seconds: float) -> dict[str, Any]:
+    """The tests that are marked `gpu`, counted; on CUDA, none may be skipped for want of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "tests.xml")
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "--tb=short"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={results}"]
+        required = {"LLFAST_REQUIRE_GPU": "1"} if device == "cuda" else {}
+        found = run(command, seconds, **required)
+        counts, failures = _counted(results) if results.exists() else ({}, [])
+    return {"part": "tests", **counts, "failures": failures, **found}
+
+
+def _counted(results: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    failures = []
+    for case in ET.parse(results).iter("testcase"):
+        trouble = next((each for each in case if each.tag in ("failure", "error", "skipped")), None)
+        if trouble is None:
+            counts["passed"] += 1
+        elif trouble.tag == "skipped":
+            counts["skipped"] += 1
+        else:
+            counts["failed"] += 1
+            name = f"{case.get('classname')}::{case.get('name')}"
+            text = (trouble.text or "")[-1500:]
+            failures.append({"name": name, "message": trouble.get("message", ""), "text": text})
+    return counts, failures
+
+
+def run_kernel(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """`bench_kernel.py`, which writes its own JSON after every case."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_kernel.py")]
+    command += ["--device", options.device, "--out", str(options.out.resolve() / "kernel.json")]
+    command += ["--most-seconds", f"{max(seconds - SPARE_SECONDS, 10):.0f}"]
+    if options.commit:
+        command += ["--commit", options.commit]
+    if options.quick:
+        command += ["--quick", "--case-seconds", "0.1"]
+    return {"part": "kernel", **run(command, seconds)}
+
+
+def write(found: dict[str, Any], path: Path) -> None:
+    """As JSON."""
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def summary(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """What each part came to, the benchmark's own table last."""
+    lines = []
+    for part in parts:
+        state = "stopped at its limit" if part["code"] is None else f"status {part['code']}"
+        lines.append(f"== {part['part']}: {state}, {part['seconds']} of {part['limit']:.0f} s")
+        if part["part"] == "tests":
+            counted = [
+                f"{part[name]} {name}" for name in ("passed", "failed", "skipped") if name in part
+            ]
+            lines.append(", ".join(counted) or part["tail"][-1500:])
+            lines += [
+                f"  {each['name']}: {each['message'][:160]}" for each in part["failures"][:20]
+            ]
+        else:
+            lines.append(part["tail"])
+    return lines
+
+
+def main() -> int:
+    """Run the parts, write their JSON, and print a summary last."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the JSON")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--only", choices=("tests", "kernel"))
+    parser.add_argument("--quick", action="store_true", help="small heads")
+    parser.add_argument("--commit", help="which is measured, where there is no repository")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + MOST_SECONDS
+    parts = []
+    if options.only != "kernel":
+        parts.append(run_tests(options.device, TESTS_SECONDS))
+        write(parts[-1], options.out / "tests.json")
+        print(f"tests: {parts[-1]['seconds']} s", flush=True)
+    if options.only != "tests":
+        parts.append(run_kernel(options, min(KERNEL_SECONDS, end - time.monotonic())))
+        write(parts[-1], options.out / "kernel_run.json")
+    print("\n".join(summary(parts)))
+    return 0 if all(part["code"] == 0 for part in parts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""`llfast bench`: benchmarks of this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .output import print_json, print_note
+
+bench_app = typer.Typer(help="Measure llfast on this machine.", no_args_is_help=True)
+
+
+@bench_app.command("kernel")
+def bench_kernel(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many tokens; may be given again.")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="GPT-2, Llama-3-8B, ...; may be given again.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small heads: that it runs, not how fast.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The fused output head beside torch and other packages: errors, time and memory.
+
+    On a CPU it runs with small heads unless some are named; the aims are for GPUs.
+    """
+    import torch
+
+    from .bench.kernel import measure
+    from .bench.table import show
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_small = quick or (device == "cpu" and not heads)
+    if device == "cpu":
+        print_note("llfast: the aims are for GPUs; on a CPU this shows that the benchmark runs")
+    found = measure(
+        device=device,
+        dtype=dtype,
+        tokens=tokens,
+        heads=heads,
+        quick=is_small,
+        case_seconds=0.1 if is_small else 1.0,
+    )
+    print_json(found) if as_json else show(found)

@@ -1,0 +1,73 @@
+"""The operator `llfast::token_statistics`, which torch.compile and fake tensors can see."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from .dispatch import folded_sums, kernels_of, statistics
+from .inputs import HeadInputs
+from .sums import TokenStatistics
+
+_LIBRARY = torch.library.Library("llfast", "DEF")
+_LIBRARY.define(
+    "token_statistics(Tensor hidden, Tensor lm_head, Tensor targets, Tensor? bias, float scale, "
+    "float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_NAMES = [field.name for field in fields(TokenStatistics)]
+_Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.impl(_LIBRARY, "token_statistics", "CompositeExplicitAutograd")
+def _compute(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> _Five:
+    inputs = HeadInputs(
+        hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
+    )
+    inputs.check_targets()
+    kernels = kernels_of(hidden.device)
+    return _as_tuple(statistics(kernels, folded_sums(kernels, inputs)))
+
+
+@torch.library.register_fake("llfast::token_statistics", lib=_LIBRARY)
+def _describe(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> _Five:
+    HeadInputs(
+        hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
+    )
+    return _as_tuple(TokenStatistics.empty(hidden.shape[0], hidden.device))
+
+
+def run_token_statistics(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> TokenStatistics:
+    """Call the operator, without a gradient."""
+    bias = None if bias is None else bias.detach()
+    found = torch.ops.llfast.token_statistics(
+        hidden.detach(), lm_head.detach(), targets, bias, scale, softcap
+    )
+    return TokenStatistics(**dict(zip(_NAMES, found, strict=True)))
+
+
+def _as_tuple(found: TokenStatistics) -> _Five:
+    return found.logprobs, found.lse, found.target_logits, found.entropy, found.argmax

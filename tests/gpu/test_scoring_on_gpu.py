@@ -1,0 +1,45 @@
+"""`score` on a GPU, through the Triton kernels, against plain forwards on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import llfast
+from llfast import TextSet
+from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood, save
+
+pytestmark = pytest.mark.gpu
+KINDS = {
+    "llama": "fused",
+    "gemma2": "fused softcap=3",
+    "granite": "fused scale=0.25",
+    "phi": "fused bias",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_checkpoint_scores_as_a_plain_forward(tmp_path, kind):
+    model, tokenizer = make_model(kind), make_tokenizer(adds_bos=True)
+    folder = save(model, tokenizer, tmp_path / kind)
+    texts = TextSet.from_texts(TEXTS)
+    expected = [plain_loglikelihood(model, tokenizer(text)["input_ids"]) for text in TEXTS]
+    result = llfast.score(folder, texts, device="cuda", dtype="float32")
+    np.testing.assert_allclose(result.values, np.array(expected), rtol=0, atol=2e-3)
+    assert result.provenance["head"] == KINDS[kind]
+    assert result.provenance["instruction_set"].startswith("triton sm_")
+    half = llfast.score(folder, texts, device="cuda", dtype="bfloat16")
+    np.testing.assert_allclose(half.values, np.array(expected), rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_has_the_same_bits_in_every_company(tmp_path, dtype):
+    model, tokenizer = make_model("llama", hidden_size=256), make_tokenizer(adds_bos=True)
+    folder = save(model, tokenizer, tmp_path / "llama")
+    texts = [f"{text} {extra}" for extra in range(8) for text in TEXTS]
+    expected = llfast.score(folder, texts, device="cuda", dtype=dtype).values
+    order = np.random.default_rng(0).permutation(len(texts))
+    shuffled = llfast.score(folder, [texts[i] for i in order], device="cuda", dtype=dtype).values
+    assert np.array_equal(shuffled, expected[order])
+    some = llfast.score(folder, texts[5:40], device="cuda", dtype=dtype).values
+    assert np.array_equal(some, expected[5:40])
