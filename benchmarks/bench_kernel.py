@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from llfast.bench import report
-from llfast.bench.kernel import HEADS, measure
+from llfast.bench.kernel import HEADS, measure, wrong_cases
 from llfast.bench.problems import DTYPES
 from llfast.bench.table import show
 
@@ -35,8 +36,8 @@ def default_path(found: dict[str, Any]) -> Path | None:
     return RESULTS / f"kernel_{re.sub(r'[^a-z0-9]+', '_', gpu)}{dtype}.json"
 
 
-def main() -> None:
-    """Measure, print, and write the JSON."""
+def main() -> int:
+    """Measure, print, and write the JSON; 1 if llfast is wrong anywhere."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
@@ -79,6 +80,7 @@ def main() -> None:
             show(latest)
         if written is not None:
             print(f"wrote {written}")
+    return 1 if wrong_cases(latest) else 0
 
 
 def command_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
@@ -95,4 +97,4 @@ def command_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

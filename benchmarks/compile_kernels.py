@@ -31,7 +31,8 @@ RESULT = Path(__file__).parent / "results" / "kernel_resources.json"
 TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Bytes that a block may have: NVIDIA's CUDA programming guide, "technical specifications".
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-DIVISIBLE = ("hidden_stride_t", "lm_head_stride_v")  # by 16, in real models
+# By 16: what the launcher lets Triton look at, as it is in real models.
+DIVISIBLE = ("hidden", "lm_head", "hidden_stride_t", "lm_head_stride_v")
 TENSOR_CORES = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -78,14 +79,14 @@ def head_job(
         "HAS_SCALE": everything,
         "HAS_SOFTCAP": everything,
         "EVEN_D": True,
-        "PANEL": tile.panel,
         "BLOCK_T": tile.block_t,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
     }
     if not everything:
         constants["bias_ptr"] = None
-    types = {"targets_ptr": "*i64", "argmax_ptr": "*i32", "scale": "fp32", "softcap": "fp32"}
+    types = {"targets_ptr": "*i64", "argmax_ptr": "*i32"}
+    types |= dict.fromkeys(("scale", "softcap", "inverse_softcap"), "fp32")
     for matrix, rows in (("hidden", tile.block_t), ("lm_head", tile.block_v)):
         types[matrix] = f"tensordesc<{name}[{rows}, {tile.block_d}]>" if tma else f"*{name}"
     return Job(
@@ -140,12 +141,18 @@ def compiled(job: Job) -> dict[str, Any]:
     divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name in DIVISIBLE and kind != "constexpr")
+        if name in DIVISIBLE and not kind.startswith(("constexpr", "tensordesc"))
     }
     source = ASTSource(function, signature, constexprs=job.constants, attrs=divisible)
     options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
     found = triton.compile(source, target=GPUTarget("cuda", job.architecture, 32), options=options)
-    resources = _resources(found.asm["cubin"])
+    resources = {
+        name: int(value)
+        for name, value in re.findall(
+            r"([A-Z]+):(\d+)", _dumped(found.asm["cubin"], "--dump-resource-usage")
+        )
+    }
+    sass = _dumped(found.asm["cubin"], "--dump-sass")
     ptx, ttgir = found.asm["ptx"], found.asm["ttgir"]
     layout = re.search(r"nvidia_mma<\{(.*?)\}>", ttgir)
     return {
@@ -160,6 +167,9 @@ def compiled(job: Job) -> dict[str, Any]:
         "shared_limit_bytes": SHARED_LIMIT_BYTES[job.architecture],
         "tensor_cores": next((each for each in TENSOR_CORES if each in ptx), ""),
         "tf32": "tf32" in ptx,
+        # wgmma runs several products at a time, unless ptxas has to wait for each.
+        "wgmma_products": sass.count("HGMMA"),
+        "wgmma_groups": sass.count("WARPGROUP.ARRIVE"),
         "product_layout": "" if layout is None else layout[1],
     }
 
@@ -168,14 +178,13 @@ def _type_of(name: str) -> str:
     return "*fp32" if name.endswith("_ptr") else "i32"
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def _dumped(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", printed)}
+        command = [tool, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:

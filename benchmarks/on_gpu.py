@@ -4,7 +4,8 @@
 
 It takes at most eight minutes, needs neither an installed llfast nor its C++ module, and writes
 `tests.json` and `kernel.json` into the folder as it goes: a run that is killed keeps what it had.
-`--device cpu --quick` shows that all of it runs.
+`--device cpu --quick` shows that all of it runs. Peers are measured if liger-kernel and
+cut-cross-entropy can be imported, and run-time types are checked if beartype can be.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def run_tests(device: str, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "tests.xml")
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "--tb=short"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={results}"]
+        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        command += [f"--junitxml={results}"]
         required = {"LLFAST_REQUIRE_GPU": "1"} if device == "cuda" else {}
         found = run(command, seconds, **required)
         counts, failures = _counted(results) if results.exists() else ({}, [])

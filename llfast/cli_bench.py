@@ -32,7 +32,7 @@ def bench_kernel(
     """
     import torch
 
-    from .bench.kernel import measure
+    from .bench.kernel import measure, wrong_cases
     from .bench.table import show
 
     if device == "auto":
@@ -49,3 +49,5 @@ def bench_kernel(
         case_seconds=0.1 if is_small else 1.0,
     )
     print_json(found) if as_json else show(found)
+    if wrong_cases(found):
+        raise typer.Exit(1)

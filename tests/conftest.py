@@ -1,5 +1,6 @@
 """Shared by all tests: types checked at run time, no network, a cache of their own."""
 
+import importlib.util
 import os
 import signal
 import tempfile
@@ -12,7 +13,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Set before anything reads them, and inherited by the commands that tests run.
-if not torch.cuda.is_available():  # its kernels then run on the CPU, tile by tile, in numpy
+if "LLFAST_REQUIRE_GPU" not in os.environ:
+    # Triton's kernels then run on the CPU, tile by tile, in numpy.
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["LLFAST_CACHE"] = tempfile.mkdtemp(prefix="llfast-tests-")
 
@@ -26,17 +28,20 @@ TYPED += [
     f"kernels.{name}"
     for name in "cpu cuda dispatch inputs partial_logprobs reference sums torch_op".split()
 ]
-jaxtyping.install_import_hook([f"llfast.{name}" for name in TYPED], "beartype.beartype")
+if importlib.util.find_spec("beartype"):  # a GPU machine may lack it
+    jaxtyping.install_import_hook([f"llfast.{name}" for name in TYPED], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        if os.environ.get("LLFAST_REQUIRE_GPU"):
-            pytest.fail("LLFAST_REQUIRE_GPU is set, and torch sees no CUDA device")
+    if not item.get_closest_marker("gpu"):
+        return
+    if "LLFAST_REQUIRE_GPU" not in os.environ:
         pytest.skip("needs a CUDA device; benchmarks/on_gpu.py runs it with LLFAST_REQUIRE_GPU=1")
+    if not torch.cuda.is_available():
+        pytest.fail("LLFAST_REQUIRE_GPU is set, and torch sees no CUDA device")
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def measure_case(problem: Problem, copy: Copy, case_seconds: float) -> dict[str,
     """All columns of a case; None for what does not apply.
 
     A provider that cannot run is listed under "skipped" with its reason, one that raises under
-    "failed" with its error. Where llfast is wrong, "wrong" says how, and nothing is timed.
+    "failed" with its error. Where llfast is wrong, "wrong" says how.
     """
     skipped = why_skipped(problem, most_logits_bytes=MOST_LOGITS_BYTES)
     failed: dict[str, str] = {}
@@ -73,13 +73,13 @@ def measure_case(problem: Problem, copy: Copy, case_seconds: float) -> dict[str,
         "skipped": skipped,
         "failed": failed,
     }
-    if case["wrong"] or LLFAST not in ready:
+    if LLFAST not in ready:
         return case
     timed, timed_by = _to_time(ready, problem, failed)
     if len(problem.hidden) <= FEW_TOKENS:
         timed[_COPY] = copy
     times = interleaved(timed, problem.device, case_seconds)
-    return case | {"timed_by": timed_by} | _columns(problem, times, copy)
+    return case | {"timed_by": timed_by} | _columns(problem, times, timed_by, copy)
 
 
 def is_lost(device: torch.device) -> bool:
@@ -117,8 +117,10 @@ def _to_time(
     return timed, timed_by
 
 
-def _columns(problem: Problem, times: Times, copy: Copy) -> dict[str, Any]:
-    """Rates and ratios, each within a repetition."""
+def _columns(
+    problem: Problem, times: Times, timed_by: dict[str, str], copy: Copy
+) -> dict[str, Any]:
+    """Rates and ratios, each within a repetition; graphs are compared with graphs alone."""
     seconds = dict(times.seconds)
     eager, copies = seconds.pop(EAGER, None), seconds.pop(_COPY, None)
     llfast = seconds[LLFAST]
@@ -135,7 +137,11 @@ def _columns(problem: Problem, times: Times, copy: Copy) -> dict[str, Any]:
         "calls": times.calls,
         "ms": {name: ms(each) for name, each in seconds.items()},
         "llfast_over": {
-            name: report.paired(llfast, each) for name, each in seconds.items() if name != LLFAST
+            name: report.paired(
+                llfast if eager is None or timed_by[name] == "graph" else eager, each
+            )
+            for name, each in seconds.items()
+            if name != LLFAST
         },
         "tflops": rates(tflop, llfast),
         "eager_ms": None if eager is None else ms(eager),

@@ -22,8 +22,9 @@ _PIECE = 4096  # rows of lm_head that are converted at once
 class Truth:
     """Log-probabilities in fp64 of some rows of a problem.
 
-    "product in fp32" is what llfast's error is held against: the product of the same numbers with
-    sums and result in fp32, and all that follows in fp64.
+    "product in fp32" is what llfast's error is held against: torch's product of the same numbers
+    with sums and result in fp32 (on CUDA by tensor cores in half precision, which do not round
+    sums to nearest), and all that follows in fp64.
     """
 
     rows: Int64[Tensor, " n"]
@@ -75,13 +76,13 @@ def _logprobs(
     problem: Problem, rows: Int64[Tensor, " n"], product_dtype: torch.dtype
 ) -> tuple[Float64[Tensor, " n"], float]:
     """In fp64, from a product in `product_dtype`; and the largest logit's magnitude."""
-    hidden, targets = problem.hidden[rows].to(product_dtype), problem.targets[rows]
+    hidden, targets = problem.hidden[rows], problem.targets[rows]
     lse = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=problem.device)
     target_logits = torch.empty_like(lse)
     largest = torch.zeros((), dtype=torch.float64, device=problem.device)
     for start in range(0, len(problem.lm_head), _PIECE):
         words = slice(start, start + _PIECE)
-        logits = (hidden @ problem.lm_head[words].to(product_dtype).T).to(torch.float64)
+        logits = _product(hidden, problem.lm_head[words], product_dtype).to(torch.float64)
         if problem.bias is not None:
             logits += problem.bias[words].to(torch.float64)
         logits *= problem.scale
@@ -92,6 +93,13 @@ def _logprobs(
         here = (targets >= start) & (targets < start + logits.shape[1])
         target_logits[here] = logits[here, targets[here] - start]
     return target_logits - lse, float(largest)
+
+
+def _product(hidden: Tensor, lm_head: Tensor, dtype: torch.dtype) -> Tensor:
+    is_half = hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.device.type == "cuda" and is_half and dtype == torch.float32:
+        return torch.mm(hidden, lm_head.T, out_dtype=dtype)
+    return hidden.to(dtype) @ lm_head.to(dtype).T
 
 
 def _spread(errors: Float64[Tensor, " n"]) -> dict[str, float]:

@@ -45,12 +45,16 @@ class Chip:
     multiprocessors: int
 
 
-@functools.cache
 def chip_of(device: torch.device) -> Chip:
     """Ask the driver, once a device."""
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _chip(index: int) -> Chip:
     return Chip(
-        capability=torch.cuda.get_device_capability(device),
-        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
+        capability=torch.cuda.get_device_capability(index),
+        multiprocessors=torch.cuda.get_device_properties(index).multi_processor_count,
     )
 
 
@@ -66,10 +70,12 @@ def name(device: torch.device) -> str:
 
 
 def rows_of_a_slice(inputs: HeadInputs) -> int:
-    """Tokens whose sums of chunks and of groups take about 56 MiB, rounded down to whole tiles."""
+    """Tokens whose sums of chunks and of groups take about 56 MiB; whole tiles, evenly many."""
     vocabulary = len(inputs.lm_head)
     parts = -(-vocabulary // _schedules(inputs).many.block_v) - (-vocabulary // GROUP)
-    return max(_WORKSPACE_BYTES // (PARTIAL_BYTES * parts) // ROWS, 1) * ROWS
+    most = max(_WORKSPACE_BYTES // (PARTIAL_BYTES * parts) // ROWS, 1) * ROWS
+    slices = max(-(-len(inputs.hidden) // most), 1)
+    return max(-(-len(inputs.hidden) // slices // ROWS), 1) * ROWS
 
 
 def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
@@ -106,14 +112,15 @@ def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
             *lm_head.stride(),
             inputs.first_word or 0,
             vocabulary - 1 if inputs.first_word is None else LAST_WORD,
+            _panel_tiles(-(-tokens // tile.block_t), tile.panel),
             inputs.scale,
             inputs.softcap or 1.0,
+            1.0 / (inputs.softcap or 1.0),
             HAS_TMA=has_tma,
             HAS_BIAS=bias is not None,
             HAS_SCALE=inputs.scale != 1.0,
             HAS_SOFTCAP=inputs.softcap is not None,
             EVEN_D=width % tile.block_d == 0,
-            PANEL=tile.panel,
             BLOCK_T=tile.block_t,
             BLOCK_V=tile.block_v,
             BLOCK_D=tile.block_d,
@@ -161,7 +168,7 @@ def _folded(parts: PartialSums, *, run: int, total: PartialSums | None = None) -
     if tokens == 0:
         return folded
     with on_device(parts.max.device):
-        _kernels().fold_kernel[(-(-tokens // FOLD_ROWS), runs)](
+        _kernels().fold_kernel[(-(-tokens // FOLD_ROWS) * runs,)](
             *_pointers(parts),
             *_pointers(folded),
             count,
@@ -183,6 +190,11 @@ def _kernels() -> ModuleType:
 
 def _schedules(inputs: HeadInputs) -> Schedules:
     return schedules_of(chip_of(inputs.hidden.device).capability, inputs.hidden.dtype)
+
+
+def _panel_tiles(tiles: int, most: int) -> int:
+    """So many that all panels are about equally full."""
+    return -(-tiles // -(-tiles // most))
 
 
 def _takes_tma(matrix: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -58,13 +59,14 @@ def _warn_of_the_twin(device_type: str, reason: str) -> None:
 
 def folded_sums(kernels: Kernels, inputs: HeadInputs) -> PartialSums:
     """The sums of all tokens over all words given, (1, T), made a slice of the tokens at a time."""
-    tokens = len(inputs.hidden)
-    step = kernels.rows_of_a_slice(inputs)
-    slices = []
-    for begin in range(0, tokens, step) or [0]:
-        rows = slice(begin, min(begin + step, tokens))
-        slices.append(kernels.fold(kernels.partial_sums(inputs, rows)))
-    return slices[0] if len(slices) == 1 else PartialSums.joined(*slices, dim=1)
+    return _side_by_side(
+        kernels.fold(kernels.partial_sums(inputs, rows)) for rows in _slices(kernels, inputs)
+    )
+
+
+def group_sums(kernels: Kernels, inputs: HeadInputs) -> PartialSums:
+    """The sums of all tokens over each group of words, (groups, T), made in such slices, too."""
+    return _side_by_side(kernels.partial_sums(inputs, rows) for rows in _slices(kernels, inputs))
 
 
 def statistics(kernels: Kernels, total: PartialSums) -> TokenStatistics:
@@ -72,3 +74,15 @@ def statistics(kernels: Kernels, total: PartialSums) -> TokenStatistics:
     found = TokenStatistics.empty(total.shape[1], total.max.device)
     kernels.write_statistics(total, found)
     return found
+
+
+def _slices(kernels: Kernels, inputs: HeadInputs) -> Iterator[slice]:
+    tokens = inputs.hidden.shape[0]
+    step = kernels.rows_of_a_slice(inputs)
+    for begin in range(0, tokens, step) or [0]:
+        yield slice(begin, min(begin + step, tokens))
+
+
+def _side_by_side(sums: Iterator[PartialSums]) -> PartialSums:
+    found = list(sums)
+    return found[0] if len(found) == 1 else PartialSums.joined(*found, dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 # The vocabulary is cut at multiples of this, and nowhere else, so that partial sums can be folded
 # in one order.
 GROUP = 1024
-LAST_WORD = 2**31 - 1  # ids are int32
+LAST_WORD = 2**31 - GROUP - 1  # ids are int32, those of padding to a group included
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FP32 = torch.finfo(torch.float32)
@@ -72,12 +72,12 @@ class HeadInputs:
             )
         if targets.shape != hidden.shape[:1]:
             raise ValueError(
-                f"targets must be of shape (T,) with T = {len(hidden)}, got "
+                f"targets must be of shape (T,) with T = {hidden.shape[0]}, got "
                 f"{tuple(targets.shape)}; give one for each row of hidden"
             )
         if bias is not None and bias.shape != lm_head.shape[:1]:
             raise ValueError(
-                f"bias must be of shape (V,) with V = {len(lm_head)}, got {tuple(bias.shape)}; "
+                f"bias must be of shape (V,) with V = {lm_head.shape[0]}, got {tuple(bias.shape)}; "
                 "give one for each row of lm_head"
             )
 
@@ -105,10 +105,10 @@ class HeadInputs:
 
     def _check_slice(self) -> None:
         first = self.first_word or 0
-        if first < 0 or first % GROUP or first + len(self.lm_head) - 1 > LAST_WORD:
+        if first < 0 or first % GROUP or first + self.lm_head.shape[0] - 1 > LAST_WORD:
             raise ValueError(
-                f"first_word must be a multiple of {GROUP}, and word ids below 2**31, got {first} "
-                f"for {len(self.lm_head)} rows; cut the head at multiples of {GROUP}"
+                f"first_word must be a multiple of {GROUP}, and word ids at most {LAST_WORD}, got "
+                f"{first} for {self.lm_head.shape[0]} rows; cut the head at multiples of {GROUP}"
             )
 
     def check_targets(self) -> None:
@@ -116,12 +116,12 @@ class HeadInputs:
 
         On CUDA the kernels answer such targets with NaN.
         """
-        if len(self.targets) == 0 or self.targets.device.type == "cuda":
+        if self.targets.shape[0] == 0 or self.targets.device.type == "cuda":
             return
         lowest, highest = (int(bound) for bound in self.targets.aminmax())
-        if lowest < 0 or (self.first_word is None and highest >= len(self.lm_head)):
+        if lowest < 0 or (self.first_word is None and highest >= self.lm_head.shape[0]):
             raise ValueError(
-                f"targets must lie in [0, V) with V = {len(self.lm_head)}, got values from "
+                f"targets must lie in [0, V) with V = {self.lm_head.shape[0]}, got values from "
                 f"{lowest} to {highest}; leave out padding and check that the tokenizer belongs "
                 "to the model"
             )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from .dispatch import Kernels, folded_sums, kernels_of, statistics
+from .dispatch import Kernels, folded_sums, group_sums, kernels_of, statistics
 from .inputs import GROUP, HeadInputs
 from .sums import PartialSums, TokenStatistics
 
@@ -67,20 +67,17 @@ class PartialLogprobs:
         """
         first_word = operator.index(first_word)
         inputs = HeadInputs(
-            hidden=hidden,
-            lm_head=lm_head,
+            hidden=hidden.resolve_neg(),
+            lm_head=lm_head.resolve_neg(),
             targets=targets,
-            bias=bias,
-            scale=scale,
-            softcap=softcap,
+            bias=None if bias is None else bias.resolve_neg(),
+            scale=float(scale),
+            softcap=None if softcap is None else float(softcap),
             first_word=first_word,
         )
         inputs.check_targets()
         kernels = kernels_of(hidden.device)
-        if first_word == 0:
-            sums = folded_sums(kernels, inputs)
-        else:
-            sums = kernels.partial_sums(inputs, slice(0, len(hidden)))
+        sums = (folded_sums if first_word == 0 else group_sums)(kernels, inputs)
         end = first_word + len(lm_head)
         return PartialLogprobs(
             first_word=first_word, end_word=end, kernel=kernels.name(hidden.device), sums=sums

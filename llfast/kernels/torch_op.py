@@ -64,7 +64,7 @@ def run_token_statistics(
     """Call the operator, without a gradient."""
     bias = None if bias is None else bias.detach()
     found = torch.ops.llfast.token_statistics(
-        hidden.detach(), lm_head.detach(), targets, bias, scale, softcap
+        hidden.detach(), lm_head.detach(), targets, bias, float(scale), softcap
     )
     return TokenStatistics(**dict(zip(_NAMES, found, strict=True)))
 

@@ -18,8 +18,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["TensorDescriptor", "fold_kernel", "head_partials_kernel", "statistics_kernel"]
 
-# One compilation serves all of them.
-_SIZES = ["tokens", "vocabulary", "width", "first_word", "last_target", "parts", "run"]
+# One compilation serves all sizes, and all addresses of what is no matrix.
+_SIZES = "tokens vocabulary width first_word last_target panel_tiles parts run".split()
+_ADDRESSES = (
+    "bias_ptr targets_ptr max_ptr sum_ptr weighted_sum_ptr target_logits_ptr argmax_ptr "
+    "total_max_ptr total_sum_ptr total_weighted_sum_ptr total_target_logits_ptr total_argmax_ptr "
+    "sums_target_logits_ptr sums_argmax_ptr logprobs_ptr lse_ptr entropy_ptr"
+).split()
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # e^-104 rounds to 0 in fp32, and a finite exponent keeps 0 * -inf from making a NaN.
 _LOWEST_EXPONENT = tl.constexpr(-104.0)
@@ -46,7 +51,7 @@ def tanh(x):
     return tl.where(size < 0.55, near, tl.where(x < 0.0, -far, far))
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ADDRESSES)
 def head_partials_kernel(
     hidden,  # (T, D): a descriptor of (BLOCK_T, BLOCK_D) with HAS_TMA, else a pointer
     lm_head,  # (V, D): a descriptor of (BLOCK_V, BLOCK_D) with HAS_TMA, else a pointer
@@ -66,33 +71,34 @@ def head_partials_kernel(
     lm_head_stride_d,
     first_word,
     last_target,  # targets beyond it, and negative ones, get a logit of NaN
+    panel_tiles,  # so many tiles of tokens pass over the head together
     scale,
     softcap,
+    inverse_softcap,
     HAS_TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EVEN_D: tl.constexpr,  # the width is a multiple of BLOCK_D
-    PANEL: tl.constexpr,  # how many tiles of tokens pass over the head together
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The partial sums of each chunk of BLOCK_V words; programs take tiles in turn.
 
-    Tiles are ordered so that a panel of PANEL * BLOCK_T tokens stays in L2 while the head streams
-    past it once.
+    Tiles are ordered so that a panel of tokens stays in L2 while the head streams past it once.
     """
     tl.assume(width > 0)
     t_tiles = tl.cdiv(tokens, BLOCK_T)
     chunks = tl.cdiv(vocabulary, BLOCK_V)
     # Flattened, the loads of the next tile run ahead while this one is reduced.
     for tile in tl.range(tl.program_id(0), t_tiles * chunks, tl.num_programs(0), flatten=HAS_TMA):
-        panel = tile // (PANEL * chunks)
-        panel_tiles = tl.minimum(t_tiles - panel * PANEL, PANEL)
-        place = tile - panel * (PANEL * chunks)
-        chunk = place // panel_tiles
-        first_row = (panel * PANEL + place % panel_tiles) * BLOCK_T
+        panel = tile // (panel_tiles * chunks)
+        place = tile - panel * (panel_tiles * chunks)
+        first_tile = panel * panel_tiles
+        tiles_here = tl.minimum(t_tiles - first_tile, panel_tiles)
+        chunk = place // tiles_here
+        first_row = (first_tile + place % tiles_here) * BLOCK_T
         first_column = chunk * BLOCK_V
         rows = first_row + tl.arange(0, BLOCK_T)
         columns = first_column + tl.arange(0, BLOCK_V)
@@ -104,13 +110,15 @@ def head_partials_kernel(
                 w = lm_head.load([first_column, d])
                 logits = tl.dot(h, w.T, logits, input_precision="ieee")
         else:
-            offs_d = tl.arange(0, BLOCK_D)
+            offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
             # What lies past the end is the last row again, and is dropped below.
             offs_t = tl.minimum(rows, tokens - 1).to(tl.int64)
             offs_v = tl.minimum(columns, vocabulary - 1).to(tl.int64)
             h_ptrs = hidden + offs_t[:, None] * hidden_stride_t + offs_d[None, :] * hidden_stride_d
             w_ptrs = lm_head + offs_v[None, :] * lm_head_stride_v
             w_ptrs += offs_d[:, None] * lm_head_stride_d
+            h_step = tl.cast(hidden_stride_d, tl.int64) * BLOCK_D
+            w_step = tl.cast(lm_head_stride_d, tl.int64) * BLOCK_D
             for d in range(0, width, BLOCK_D):
                 if EVEN_D:
                     h = tl.load(h_ptrs)
@@ -120,8 +128,8 @@ def head_partials_kernel(
                     h = tl.load(h_ptrs, mask=mask_d[None, :], other=0.0)
                     w = tl.load(w_ptrs, mask=mask_d[:, None], other=0.0)
                 logits = tl.dot(h, w, logits, input_precision="ieee")
-                h_ptrs += BLOCK_D * hidden_stride_d
-                w_ptrs += BLOCK_D * lm_head_stride_d
+                h_ptrs += h_step
+                w_ptrs += w_step
 
         if HAS_BIAS:
             bias = tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)
@@ -129,9 +137,10 @@ def head_partials_kernel(
         if HAS_SCALE:
             logits *= scale
         if HAS_SOFTCAP:
-            logits = softcap * tanh(logits * (1.0 / softcap))
-        if first_column + BLOCK_V > vocabulary:
-            logits = tl.where((columns < vocabulary)[None, :], logits, float("-inf"))
+            logits = softcap * tanh(logits * inverse_softcap)
+        # Everywhere: under a condition, the product would only be waited for where it holds, and
+        # ptxas would have to run its instructions one by one.
+        logits += tl.where(columns < vocabulary, 0.0, float("-inf"))[None, :]
 
         mask_t = rows < tokens
         target = tl.load(targets_ptr + rows, mask=mask_t, other=0)
@@ -166,7 +175,7 @@ def head_partials_kernel(
         tl.store(argmax_ptr + offs, argmax + (first_word + first_column), mask=mask_t)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ADDRESSES)
 def fold_kernel(
     max_ptr,  # (parts, T), as are the next four
     sum_ptr,
@@ -185,9 +194,11 @@ def fold_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """Each run of parts folded into one, from left to right."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t_blocks = tl.cdiv(tokens, BLOCK_T)
+    index = tl.program_id(0) // t_blocks  # of the run
+    rows = tl.program_id(0) % t_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = rows < tokens
-    place = tl.program_id(1).to(tl.int64) * tokens + rows
+    place = index.to(tl.int64) * tokens + rows
     if HAS_TOTAL:
         largest = tl.load(total_max_ptr + place, mask=mask_t, other=0.0)
         total = tl.load(total_sum_ptr + place, mask=mask_t, other=0.0)
@@ -200,7 +211,7 @@ def fold_kernel(
         weighted_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
         target_logit = tl.full((BLOCK_T,), float("-inf"), dtype=tl.float32)
         argmax = tl.zeros((BLOCK_T,), dtype=tl.int32)
-    first = tl.program_id(1) * run
+    first = index * run
     offs = first.to(tl.int64) * tokens + rows
     # Unrolled, so that loads run ahead of the chain of sums.
     for _ in tl.range(tl.minimum(parts - first, run), loop_unroll_factor=4):
@@ -229,7 +240,7 @@ def fold_kernel(
     tl.store(total_argmax_ptr + place, argmax, mask=mask_t)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ADDRESSES)
 def statistics_kernel(
     max_ptr,  # (T,), as are all others
     sum_ptr,

@@ -47,7 +47,7 @@ _HOPPER = Schedules(
 )
 _BLACKWELL = Tile(block_t=128, block_v=128, block_d=64, warps=8, stages=4)
 # fp32 runs without tensor cores, which would round to tf32.
-_FP32 = Tile(block_t=64, block_v=128, block_d=32, warps=8, stages=3, programs=2)
+_FP32 = Tile(block_t=64, block_v=128, block_d=16, warps=8, stages=3, programs=2)
 
 SCHEDULES = {
     (80, torch.bfloat16): _one(_AMPERE),

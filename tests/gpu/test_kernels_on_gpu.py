@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.heads import (
     STATISTICS,
     check_logprobs,
     check_statistics,
+    fp32_products,
     fp64_logits,
     make_case,
     same_bytes,
@@ -84,7 +87,7 @@ def test_every_shape_is_as_near_to_fp64_as_torch(shape, dtype):
     check_logprobs(token_logprobs, *case)
     hidden, lm_head, targets = case
     logits = hidden.double() @ lm_head.double().T
-    rounded = hidden.float() @ lm_head.float().T
+    rounded = fp32_products(hidden, lm_head)
     check_statistics(token_statistics(*case), logits, rounded, targets)
 
 
@@ -261,7 +264,7 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graphs_and_torch_compile():
+def test_cuda_graphs():
     hidden, lm_head, targets = make_case((70, 1500, 64), torch.bfloat16, device=DEVICE)
     expected = token_logprobs(hidden, lm_head, targets)
     graph = torch.cuda.CUDAGraph()
@@ -270,8 +273,26 @@ def test_cuda_graphs_and_torch_compile():
     found.zero_()
     graph.replay()
     assert torch.equal(found, expected)
-    compiled = torch.compile(lambda *case: token_logprobs(*case) * 2, fullgraph=True)
-    assert torch.equal(compiled(hidden, lm_head, targets), expected * 2)
+
+
+COMPILED = """
+import torch
+from llfast.kernels import token_logprobs
+
+def function(*case):
+    return token_logprobs(*case) * 2
+
+case = [
+    torch.randn(70, 64, device="cuda"), torch.randn(1500, 64, device="cuda"),
+    torch.arange(70, device="cuda"),
+]
+assert torch.equal(torch.compile(function, fullgraph=True)(*case), function(*case))
+"""
+
+
+def test_torch_compile():
+    """Without the run-time types of tests, which torch cannot trace."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120)
 
 
 def test_another_device_than_the_current_one():

@@ -57,6 +57,14 @@ def test_half_precision_runs_on_tensor_cores_and_fp32_is_never_rounded_to_tf32(h
         assert not row["tf32"], row
 
 
+def test_products_on_sm_90_run_several_at_a_time(heads):
+    """ptxas says nothing where it has to serialise them, which costs most of the speed."""
+    rows = [row for row in heads if row["tensor_cores"] == "wgmma"]
+    assert rows
+    for row in rows:
+        assert row["wgmma_products"] >= 4 * row["wgmma_groups"] > 0, row
+
+
 def test_many_tokens_on_sm_90_need_no_memory_for_registers(heads):
     rows = [
         row
@@ -73,7 +81,7 @@ def test_spilled_registers_stay_few(found):
 
 
 def test_schedules_multiply_and_reduce_alike(heads):
-    """So a row's bits cannot depend on the schedule: threads of one row hold the same columns."""
+    """Threads of one row hold the same columns; tests/gpu then compares the bits."""
     by_row = {}
     for row in heads:
         if row["architecture"] == 90 and row["dtype"] != "fp32":
