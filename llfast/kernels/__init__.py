@@ -64,9 +64,9 @@ def token_logprobs(
 
     Returns: nats, in fp32. The bits of a row depend on that row, the head, the dtype and
         `instruction_set()` of the device, but neither on the other rows nor on the number of
-        threads (the plain-torch twin promises no bits). A row with a NaN is NaN and harms no other.
-        "avx512_bf16" takes subnormal bf16 numbers for zeros. On CUDA, where a look at the targets
-        would wait for the device, one outside [0, V) gives NaN.
+        threads (the plain-torch twin promises no bits). A row with a NaN or an infinity is NaN and
+        harms no other. "avx512_bf16" takes subnormal bf16 numbers for zeros. On CUDA, where a look
+        at the targets would wait for the device, one outside [0, V) gives NaN.
 
     Raises:
         TypeError: if a dtype is not one of those above.
