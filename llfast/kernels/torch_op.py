@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,35 +21,31 @@ _NAMES = [field.name for field in fields(TokenStatistics)]
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.impl(_LIBRARY, "token_statistics", "CompositeExplicitAutograd")
-def _compute(
+def _inputs(
     hidden: Tensor,
     lm_head: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     scale: float,
     softcap: float | None,
-) -> _Five:
-    inputs = HeadInputs(
+) -> HeadInputs:
+    """What the operator is given, checked as far as that needs no data."""
+    return HeadInputs(
         hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
     )
+
+
+@torch.library.impl(_LIBRARY, "token_statistics", "CompositeExplicitAutograd")
+def _compute(*arguments: Any) -> _Five:
+    inputs = _inputs(*arguments)
     inputs.check_targets()
-    kernels = kernels_of(hidden.device)
+    kernels = kernels_of(inputs.hidden.device)
     return _as_tuple(statistics(kernels, folded_sums(kernels, inputs)))
 
 
 @torch.library.register_fake("llfast::token_statistics", lib=_LIBRARY)
-def _describe(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> _Five:
-    HeadInputs(
-        hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
-    )
+def _describe(*arguments: Any) -> _Five:
+    hidden = _inputs(*arguments).hidden
     return _as_tuple(TokenStatistics.empty(hidden.shape[0], hidden.device))
 
 

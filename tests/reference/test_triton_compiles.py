@@ -96,7 +96,10 @@ def test_schedules_multiply_and_reduce_alike(heads):
 
 @pytest.mark.parametrize(
     "capability",
-    ["9.0", *(pytest.param(each, marks=pytest.mark.slow) for each in ("8.0", "8.9", "10.0", "12.0"))],
+    [
+        "9.0",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("8.0", "8.9", "10.0", "12.0")),
+    ],
 )
 def test_every_call_of_the_launcher_compiles(capability):
     """One word and one token, odd widths, all options: four kernels a call, 12 calls."""
