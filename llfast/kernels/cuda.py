@@ -31,7 +31,7 @@ def why_unusable(device: torch.device) -> str | None:
     if chip_of(device).capability < (8, 0):
         return "Triton needs compute capability 8.0"
     try:
-        from . import triton_head  # noqa: F401
+        _kernels()
     except ImportError as error:
         return str(error)
     return None

@@ -15,6 +15,7 @@ from llfast.bench.table import show
 from llfast.bench.timing import interleaved
 from llfast.bench.truth import Truth
 from tests.conftest import ROOT
+from tests.heads import INTERPRETED
 
 FEW = {"tokens": [2, 40], "heads": ["small, softcap"], "case_seconds": 0.01}
 
@@ -158,7 +159,7 @@ def test_providers_agree_where_they_take_every_option(softcap):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 5, 4096, 4097])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is interpreted only without CUDA")
+@pytest.mark.skipif(not INTERPRETED, reason="runs where LLFAST_REQUIRE_GPU is not set")
 def test_the_fused_read_is_a_softmax(vocabulary, dtype):
     from llfast.bench.softmax_triton import logprobs_of_products
 
