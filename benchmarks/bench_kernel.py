@@ -75,6 +75,8 @@ def main() -> int:
             most_seconds=options.most_seconds,
             save=save,
         )
+    except ValueError as error:
+        sys.exit(f"bench_kernel.py: {error}")
     finally:
         if latest:
             show(latest)

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 MOST_SECONDS = 470.0
 TESTS_SECONDS = 150.0
@@ -138,6 +140,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small heads")
     parser.add_argument("--commit", help="which is measured, where there is no repository")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("needs a CUDA device; --device cpu --quick shows that it runs", file=sys.stderr)
+        return 1
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + MOST_SECONDS
     parts = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import kernels_of
 from .partial_logprobs import PartialLogprobs
 from .sums import PartialSums, TokenStatistics
-from .torch_op import run_token_statistics
+from .torch_op import as_statistics
 
 __all__ = [
     "PartialLogprobs",
@@ -94,4 +94,13 @@ def token_statistics(
     Arguments, bits and errors are those of `token_logprobs`, and so is every log-probability.
     The entropy is `log S - U / S` for `S = sum e^(z - m)` and `U = sum e^(z - m) (z - m)`.
     """
-    return run_token_statistics(hidden, lm_head, targets, bias=bias, scale=scale, softcap=softcap)
+    return as_statistics(
+        torch.ops.llfast.token_statistics(
+            hidden.detach(),
+            lm_head.detach(),
+            targets,
+            None if bias is None else bias.detach(),
+            float(scale),
+            softcap,
+        )
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -49,20 +50,8 @@ def _describe(*arguments: Any) -> _Five:
     return _as_tuple(TokenStatistics.empty(hidden.shape[0], hidden.device))
 
 
-def run_token_statistics(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> TokenStatistics:
-    """Call the operator, without a gradient."""
-    bias = None if bias is None else bias.detach()
-    found = torch.ops.llfast.token_statistics(
-        hidden.detach(), lm_head.detach(), targets, bias, float(scale), softcap
-    )
+def as_statistics(found: Sequence[Tensor]) -> TokenStatistics:
+    """What the operator returns, by name."""
     return TokenStatistics(**dict(zip(_NAMES, found, strict=True)))
 
 

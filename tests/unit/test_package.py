@@ -21,6 +21,9 @@ ONLY_IN = {
     "transformers": {"linear", "models", "scoring", "zoo_training"},
     "pyarrow": {"shards", "store", "importing"},
     "typer": {"cli", "cli_bench"},
+    "triton": {"kernels", "bench"},
+    "liger_kernel": {"bench"},
+    "cut_cross_entropy": {"bench"},
 }
 
 
