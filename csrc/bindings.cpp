@@ -1,9 +1,11 @@
-// The Python module llfast._native: converts arguments, releases the GIL, and nothing else.
+// The Python module llfast._native: converts arguments, releases the GIL, and nothing else. Here is
+// the head; each of the other parts has a file of its own.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
-#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -16,22 +18,6 @@
 namespace py = pybind11;
 
 namespace {
-
-// True, with the exception set, once a signal's Python handler has raised. Asks every 50 ms only:
-// it needs the GIL, which another thread may hold.
-class SignalCheck {
- public:
-  bool operator()() {
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last_ < std::chrono::milliseconds(50)) return false;
-    last_ = now;
-    const py::gil_scoped_acquire acquire;
-    return PyErr_CheckSignals() != 0;
-  }
-
- private:
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
 
 llfast::DType dtype_of(const std::string& name) {
   if (name == "float32") return llfast::DType::kFloat32;
@@ -79,7 +65,8 @@ void head_partials(std::uintptr_t hidden, std::int64_t hidden_stride, std::uintp
   bool finished = false;
   {
     const py::gil_scoped_release release;
-    finished = llfast::head_partials(problem, partial_arrays(parts), set, threads, SignalCheck());
+    finished =
+        llfast::head_partials(problem, partial_arrays(parts), set, threads, llfast::SignalCheck());
   }
   if (!finished) throw py::error_already_set();
 }
@@ -105,7 +92,7 @@ void statistics(const Addresses& total, std::int64_t tokens, std::uintptr_t logp
 
 // NOLINTNEXTLINE(misc-const-correctness): of a variable in the macro
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The C++ core of llfast. Arguments are trusted: call it through llfast.kernels.";
+  module.doc() = "The C++ core of llfast. Addresses are trusted: call it through llfast.kernels.";
   module.attr("GROUP") = llfast::kGroup;
   module.def("head_partials", &head_partials, py::kw_only(), py::arg("hidden"),
              py::arg("hidden_stride"), py::arg("lm_head"), py::arg("lm_head_stride"),
@@ -136,4 +123,5 @@ PYBIND11_MODULE(_native, module) {
         return names;
       },
       "The names of the instruction sets of this processor, the slowest first.");
+  llfast::bind_reader(module);
 }

@@ -73,8 +73,16 @@ def sanitised(tmp_path):
     ],
 )
 def test_core_under_sanitisers(sanitised, sanitizers):
-    sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.stem != "bindings"]
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if "bindings" not in path.stem]
     run(sanitised(sanitizers, [*sources, HERE / "native_driver.cpp"], "-O1"))
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_reader_under_sanitisers(sanitised, sanitizers, tmp_path):
+    names = ["aligned_memory", "file_reader", "open_file", "parallel", "read_plan"]
+    sources = [CSRC / f"{name}.cpp" for name in names]
+    program = sanitised(sanitizers, [*sources, HERE / "reader_driver.cpp"], "-O1")
+    run(program, tmp_path)
 
 
 @pytest.mark.parametrize("name", _native.available_instruction_sets())
