@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import cache
 from .errors import CheckpointError, UnsupportedModelError
+from .safetensors_file import StoredTensor, read_header, refuse_pointer, short, unique_keys
 
-# https://huggingface.co/docs/safetensors: a longer header is refused by its own reader, too.
-_MAX_HEADER_BYTES = 100_000_000
-_DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
@@ -42,6 +34,7 @@ class Checkpoint:
         weight_bytes: size of the weight files.
         stored_dtype: the safetensors dtype of most parameters ("BF16"); "" if pickled.
         state: size, time of change and inode of config and weights when they were looked at.
+        tensors: what is stored where, by name, file after file; empty if pickled.
     """
 
     folder: Path
@@ -52,6 +45,8 @@ class Checkpoint:
     weight_bytes: int
     stored_dtype: str
     state: tuple[tuple[int, int, int], ...]
+    # There may be a million. What they are follows from the files, which `state` tells apart.
+    tensors: Mapping[str, StoredTensor] = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -69,7 +64,7 @@ class Checkpoint:
                 f"{folder} must hold plain weights, got quantised ones ({method}); use the "
                 "checkpoint that they were made from"
             )
-        weights = _weight_files(folder, "model.safetensors")
+        weights, index = _weight_files(folder, "model.safetensors")
         if not weights:
             pickles = _pickles(folder, allow_pickle)
             state = _state(folder, pickles)
@@ -82,12 +77,13 @@ class Checkpoint:
                 weight_bytes=sum(path.stat().st_size for path in pickles),
                 stored_dtype="",
                 state=state,
+                tensors={},
             )
         state = _state(folder, weights)
+        tensors = _stored_tensors(weights, index)
         counts: dict[str, int] = {}
-        for path in weights:
-            for dtype, parameters in _count_parameters(path).items():
-                counts[dtype] = counts.get(dtype, 0) + parameters
+        for tensor in tensors.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.parameters
         return cls(
             folder=folder,
             config=config,
@@ -97,6 +93,7 @@ class Checkpoint:
             weight_bytes=sum(path.stat().st_size for path in weights),
             stored_dtype=max(counts, key=lambda dtype: counts[dtype], default=""),
             state=state,
+            tensors=tensors,
         )
 
     def refuse_changes(self) -> None:
@@ -150,7 +147,7 @@ def check_adapter(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UnsupportedModelError(f"{folder} must hold adapter_model.safetensors, got none")
-    _count_parameters(weights)
+    read_header(weights)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -194,11 +191,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     content = path.read_bytes()
-    _refuse_pointer(path, content)
+    refuse_pointer(path, content)
     try:
-        found = json.loads(content.decode("utf-8"))
+        found = json.loads(
+            content.decode("utf-8"), object_pairs_hook=unique_keys if unique else None
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} must be JSON, got {error}") from None
     if not isinstance(found, dict):
@@ -214,16 +213,9 @@ def _refuse_gguf(folder: Path) -> None:
         )
 
 
-def _refuse_pointer(path: Path, start: bytes) -> None:
-    if start.startswith(b"version "):
-        raise CheckpointError(
-            f"{path} must be a whole file, got a git-lfs pointer; run `git lfs pull`"
-        )
-
-
 def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
     """Pickled weights, if there are any and they may be loaded."""
-    pickles = _weight_files(folder, "pytorch_model.bin")
+    pickles, _ = _weight_files(folder, "pytorch_model.bin")
     if not pickles:
         _refuse_gguf(folder)
         others = ", ".join(sorted(_names(folder, _OTHER_WEIGHTS))[:3])
@@ -238,87 +230,73 @@ def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
         )
     for path in pickles:
         with path.open("rb") as file:
-            _refuse_pointer(path, file.read(8))
+            refuse_pointer(path, file.read(8))
     return pickles
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The file of that name, else the shards that its index names; none if there is neither."""
+def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
+    """The file of that name, else the shards that its index names, and which tensors it has where.
+
+    Both are empty if there is neither.
+    """
     if (folder / name).is_file():
-        return [folder / name]
+        return [folder / name], {}
     index = folder / f"{name}.index.json"
     if not index.is_file():
-        return []
-    try:
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index} must hold a weight_map, got something else") from None
+        return [], {}
+    weight_map = _read_json(index, unique=True).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} must hold a weight_map, got {short(weight_map)} for it")
+    # transformers goes by the end of the name whether it opens a file as a pickle.
+    ending = Path(name).suffix
+    for tensor, shard in weight_map.items():
+        if not _is_file_name(shard):
+            raise CheckpointError(
+                f"{index} must name files of its own folder, got {short(shard)} for {short(tensor)}"
+            )
+        if not shard.endswith(ending):
+            raise CheckpointError(
+                f"{index} must name {ending} files, got {short(shard)} for {short(tensor)}"
+            )
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or shard == "..":
-            raise CheckpointError(f"{index} must name files of its own folder, got {shard!r}")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder} must hold every shard, got none named {shard}")
-    return [folder / shard for shard in shards]
+    return [folder / shard for shard in shards], weight_map
 
 
-def _count_parameters(path: Path) -> dict[str, int]:
-    """Parameters by dtype, after checking that header and file fit one another."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        _refuse_pointer(path, start)
-        length = int.from_bytes(start, "little")
-        if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path} must begin with a safetensors header, got a length of {length} bytes in "
-                f"a file of {size}; is the download complete?"
-            )
-        header = file.read(length)
-    try:
-        counts, end = _parse_header(header)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise CheckpointError(f"{path} must have a safetensors header, got: {reason}") from None
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path} must be {8 + length + end} bytes long by its header, got {size}; is the "
-            "download complete?"
-        )
-    return counts
+def _is_file_name(name: Any) -> bool:
+    """Whether it is the plain name of a file, in one line and without a folder."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and name.isprintable()
+        and not {"/", "\\"} & set(name)
+        and len(name.encode()) <= 255
+    )
 
 
-def _parse_header(header: bytes) -> tuple[dict[str, int], int]:
-    """Parameters by dtype, and where the last tensor ends.
+def _stored_tensors(files: Sequence[Path], index: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors of all files, after checking that they are where the index has them.
 
-    Raises:
-        ValueError: or another of its kind, if tensors leave holes, overlap, or are not as large as
-            their shapes.
+    A tensor that the index does not name is one of the checkpoint, too: transformers loads all
+    that is in the files. Of two with one name it would load the last, whatever the index says.
     """
-    tensors = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
-    metadata = tensors.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("metadata that is no text")
-    counts: dict[str, int] = {}
-    spans = []
-    for name, tensor in tensors.items():
-        dtype, shape, (begin, end) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
-        if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
-            raise ValueError(f"a size that is no natural number for {name!r}")
-        parameters = math.prod(shape)
-        if (end - begin) * 8 != parameters * _DTYPE_BITS[dtype]:
-            raise ValueError(f"{end - begin} bytes for {name!r}, {shape} in {dtype}")
-        spans.append((begin, end, name))
-        counts[dtype] = counts.get(dtype, 0) + parameters
-    position = 0
-    for begin, end, name in sorted(spans):
-        if begin != position:
-            raise ValueError(f"{name!r} at {begin}, where the tensor before it ends at {position}")
-        position = end
-    return counts, position
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("one name for two things")
-    return found
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        header = read_header(path)
+        if twice := tensors.keys() & header.keys():
+            name = min(twice)
+            raise CheckpointError(
+                f"{path} must hold tensors that no other shard holds, got {short(name)}, which is "
+                f"in {tensors[name].path.name}, too; remove one"
+            )
+        tensors |= header
+    for name, shard in index.items():
+        if name not in tensors or tensors[name].path.name != shard:
+            elsewhere = f"it in {tensors[name].path.name}" if name in tensors else "none"
+            raise CheckpointError(
+                f"{files[0].parent / shard} must hold {short(name)} by its index, got {elsewhere}; "
+                "are index and shards of one download?"
+            )
+    return tensors
