@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .models import quiet
+from .loading import quiet
 
 # Scoring steps in front of a model's head, so two threads must not score one model at once.
 _LOCKS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()

@@ -9,6 +9,29 @@ import typer
 
 from . import __version__
 from .cli_bench import bench_app
+from .cli_options import (
+    AdapterBase,
+    AllowPickle,
+    AsJson,
+    Convention,
+    Device,
+    Dtype,
+    Manifest,
+    MemoryBudget,
+    Newest,
+    Revision,
+    StoredConvention,
+    StoredDtype,
+    StorePath,
+    TextSetDigest,
+    TextsPath,
+    TokenBudget,
+    TokenizerFolder,
+    TrustRemoteCode,
+    Unit,
+    Verify,
+    Weights,
+)
 from .output import (
     human_bytes,
     print_estimates,
@@ -33,41 +56,6 @@ app.add_typer(texts_app, name="texts")
 app.add_typer(bench_app, name="bench")
 # What all misuse raises; typer has no public name for it.
 UsageError: Any = typer.BadParameter.__mro__[1]
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-StorePath = Annotated[Path, typer.Option("--store", help="The folder of results.")]
-TextsPath = Annotated[Path, typer.Option("--texts", help="A text set (.jsonl).")]
-TextSetDigest = Annotated[
-    str | None,
-    typer.Option("--textset", help="Which text set of the store, by the start of its digest."),
-]
-Convention = Annotated[
-    str, typer.Option(help="What is fed and scored: paper, always-bos or lm-eval.")
-]
-StoredConvention = Annotated[
-    str | None, typer.Option("--convention", help="Only results under this convention.")
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-StoredDtype = Annotated[
-    str | None, typer.Option("--dtype", help="Only models that ran in this dtype.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-TokenBudget = Annotated[int | None, typer.Option(min=1, help="The most tokens in a batch.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-TokenizerFolder = Annotated[str | None, typer.Option("--tokenizer", help="Another tokenizer.")]
-AdapterBase = Annotated[
-    str | None, typer.Option(help="The model that a LoRA adapter is merged into.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let checkpoints bring code of their own.")
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")
-]
-Newest = Annotated[
-    bool, typer.Option("--newest", help="Of several rows of one model, take the newest.")
-]
-Unit = Annotated[str, typer.Option(help="bits_per_byte or nats_per_text.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -167,6 +155,10 @@ def score_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     token_budget: TokenBudget = None,
+    weights: Weights = "auto",
+    memory_budget: MemoryBudget = None,
+    verify: Verify = False,
+    manifest: Manifest = None,
     tokenizer: TokenizerFolder = None,
     adapter_base: AdapterBase = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -217,7 +209,14 @@ def score_command(
     if store is None:
         raise UsageError("--store DIR is needed, except with --dry-run")
     outcomes = score_models(
-        requests, text_set, Store(store), report=None if as_json else print_outcome, **options
+        requests,
+        text_set,
+        Store(store),
+        weights=weights,
+        memory_budget=memory_budget,
+        verify=verify if manifest is None else manifest,
+        report=None if as_json else print_outcome,
+        **options,
     )
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if as_json:

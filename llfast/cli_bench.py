@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import AsJson, Device, MemoryBudget
 from .output import print_json, print_note
 
 bench_app = typer.Typer(help="Measure llfast on this machine.", no_args_is_help=True)
@@ -24,7 +25,7 @@ def bench_kernel(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small heads: that it runs, not how fast.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The fused output head beside torch and other packages: errors, time and memory.
 
@@ -51,3 +52,25 @@ def bench_kernel(
     print_json(found) if as_json else show(found)
     if wrong_cases(found):
         raise typer.Exit(1)
+
+
+@bench_app.command("loading")
+def bench_loading(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder.")],
+    tokens: Annotated[int, typer.Option(min=2, help="How many random tokens to score.")] = 4096,
+    memory_budget: MemoryBudget = None,
+    device: Device = "auto",
+    repetitions: Annotated[int, typer.Option(min=1, help="Of everything, in turn.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """How fast a checkpoint's weights come, beside this machine's disk and memory."""
+    from .bench.loading import measure, show
+
+    found = measure(
+        model,
+        tokens=tokens,
+        memory_budget=memory_budget,
+        device=device,
+        repetitions=repetitions,
+    )
+    print_json(found) if as_json else show(found)

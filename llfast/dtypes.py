@@ -7,6 +7,26 @@ import torch
 from .processor import Processor, this_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What safetensors calls what torch has.
+STORED_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 # Where bf16 is at least as fast as fp32; everywhere else bf16 checkpoints run in fp32. GFLOP/s of a
 # linear layer, torch 2.13, bf16 against fp32:
 #   Zen 5            800 against 175 (420 packed), two threads

@@ -4,6 +4,7 @@
     ├── TextSetError            a text file or text set cannot be used
     ├── CheckpointError         a checkpoint is missing, damaged or incomplete
     │   └── UnsupportedModelError   it is whole, but of a kind that llfast does not score
+    │       └── CannotPageError         or does not page: it has to be loaded whole
     ├── ScoringError            a model ran, but gave no usable numbers
     ├── StoreError              a store folder or one of its files cannot be used
     ├── SpaceError              vectors that cannot be compared were asked to be
@@ -31,6 +32,10 @@ class CheckpointError(LlfastError):
 
 class UnsupportedModelError(CheckpointError):
     """A checkpoint is whole, but of a kind that llfast does not score."""
+
+
+class CannotPageError(UnsupportedModelError):
+    """A model has to be loaded whole to be scored."""
 
 
 class ScoringError(LlfastError):

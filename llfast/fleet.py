@@ -15,10 +15,13 @@ from typing import Any
 from .batches import CONVENTIONS
 from .devices import resolve_device
 from .dtypes import parse_dtype
+from .engines import WEIGHTS
 from .errors import LlfastError, MissingDependencyError, StoreError
 from .estimate import Estimate, estimate
 from .files import as_utf8
+from .memory import parse_bytes
 from .models import ModelSource, open_model
+from .paging import LoadingStatistics
 from .results import LogLikelihoods, ResultKey
 from .scoring import SCORING_VERSION, score
 from .store import Store
@@ -59,6 +62,7 @@ class Outcome:
     result: LogLikelihoods | None = None
     error: str | None = None
     seconds: float = 0.0
+    loading: LoadingStatistics | None = None
 
     def summary(self) -> dict[str, Any]:
         """What people and programs are told of it."""
@@ -80,6 +84,13 @@ class Outcome:
                 "unscored_texts": len(self.result.unscored_ids),
                 "unscored_ids": self.result.unscored_ids,
                 "seconds": self.seconds,
+            }
+        if self.loading is not None and self.loading.waves:
+            facts["paged"] = {
+                "waves": self.loading.waves,
+                "bytes": self.loading.nbytes,
+                "read_seconds": self.loading.read_seconds,
+                "stall_seconds": self.loading.stall_seconds,
             }
         return facts
 
@@ -120,6 +131,9 @@ def score_models(
     dtype: str = "auto",
     device: str = "auto",
     token_budget: int | None = None,
+    weights: str = "auto",
+    memory_budget: int | str | None = None,
+    verify: bool | str | os.PathLike[str] = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: bool | None = None,
@@ -138,6 +152,9 @@ def score_models(
         dtype: "auto" or a dtype.
         device: "auto" or a device.
         token_budget: the most tokens in a batch.
+        weights: "auto", "resident" or "paged".
+        memory_budget: for weights and texts on their way.
+        verify: compare sha256 digests of weights.
         trust_remote_code: let checkpoints bring code of their own.
         allow_pickle: let weights be pickles.
         progress: show a bar a model.
@@ -149,6 +166,10 @@ def score_models(
         MissingDependencyError: if a model needs a package that is not installed.
     """
     _refuse_unknown_options(requests, convention, dtype)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
+    if memory_budget is not None:
+        memory_budget = parse_bytes(memory_budget)
     store.prepare()
     _remove_leftovers(store.folder)
     completed = store.completed()
@@ -187,6 +208,9 @@ def score_models(
                     dtype=asked,
                     device=device,
                     token_budget=token_budget,
+                    weights=weights,
+                    memory_budget=memory_budget,
+                    verify=verify,
                     progress=progress,
                 )
             if outcome.status == "scored":
@@ -235,8 +259,11 @@ def _scored(
     _refuse_read_only(store.folder)
     partial = store.partial_path(key)
     start = time.monotonic()
+    loading = LoadingStatistics()
     try:
-        result = score(source, texts, metadata=request.metadata, partial=partial, **options)
+        result = score(
+            source, texts, metadata=request.metadata, partial=partial, loading=loading, **options
+        )
         seconds = time.monotonic() - start
         store.add(result)
     except (StoreError, MissingDependencyError):
@@ -247,7 +274,9 @@ def _scored(
             raise
         return _failed(request, key, error, store)
     partial.unlink(missing_ok=True)
-    return Outcome(request=request, status="scored", result=result, seconds=seconds)
+    return Outcome(
+        request=request, status="scored", result=result, seconds=seconds, loading=loading
+    )
 
 
 def _failed(request: ModelRequest, key: ResultKey, error: Exception, store: Store) -> Outcome:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
-from .kernels import token_logprobs
+from .kernels import TokenStatistics, token_statistics
 
 _RAMP_FIT_ERROR = 1e-5  # relative; the functions fitted are exact in fp32 to a few 1e-7
 
@@ -43,8 +43,14 @@ class Head:
         self, hidden: Float[Tensor, "T D"], targets: Int64[Tensor, " T"]
     ) -> Float32[Tensor, " T"]:
         """Log-probability of each target in nats, without the (T, V) logits."""
+        return self.token_statistics(hidden, targets).logprobs
+
+    def token_statistics(
+        self, hidden: Float[Tensor, "T D"], targets: Int64[Tensor, " T"]
+    ) -> TokenStatistics:
+        """What the fused kernel says of each token."""
         bias: Tensor | None = self.module.bias
-        logprobs: Tensor = token_logprobs(
+        return token_statistics(
             hidden,
             self.module.weight[: self.vocabulary],
             targets,
@@ -52,7 +58,10 @@ class Head:
             scale=self.scale,
             softcap=self.softcap,
         )
-        return logprobs
+
+    def probe_targets(self, probe: Int64[Tensor, " S"]) -> Int64[Tensor, " S"]:
+        """For each token of a probe, the next one; for the last, the first."""
+        return probe.roll(-1).clamp_max(self.vocabulary - 1)
 
     def __str__(self) -> str:
         parts = ["fused"]
@@ -116,19 +125,57 @@ def find_head(model: Any, probe: Int64[Tensor, " S"]) -> Head | None:
     Raises:
         UnsupportedModelError: if the model's attention is not causal.
     """
-    _refuse_acausal(model, probe)
-    module = model.get_output_embeddings()
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    module = linear_head(model)
+    seen: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        if module is not None:
+            forward = module.forward
+
+            def watch(hidden: Tensor) -> Tensor:
+                seen.append(hidden)
+                logits: Tensor = forward(hidden)
+                return logits
+
+            stack.enter_context(replaced_forward(module, watch))
+        logits = run_model(model, probe[None])[0]
+    refuse_acausal(model, logits, run_model(model, changed_probe(probe)[None])[0])
+    if module is None or len(seen) != 1 or seen[0].shape[:-1] != (1, len(probe)):
         return None
-    head = _ask(model, module, probe)
-    return head if head is not None and _agrees(model, head, probe) else None
+    ramp = ramp_of(module.weight.shape[0], probe.device)
+
+    def answer(hidden: Tensor) -> Tensor:
+        return ramp.expand(*hidden.shape[:-1], len(ramp))
+
+    with replaced_forward(module, answer):
+        head = describe_head(module, ramp, run_model(model, probe[None])[0])
+    if head is None:
+        return None
+    targets = head.probe_targets(probe)
+    fused = head.token_statistics(seen[0][0], targets)
+    return head if agrees(logits, fused, targets) else None
 
 
-def _refuse_acausal(model: Any, probe: Tensor) -> None:
-    """Change the second half of a text; the logits of the first half must stay."""
+def linear_head(model: Any) -> nn.Linear | None:
+    """The layer that makes a model's logits, if it is a plain linear one."""
+    module = model.get_output_embeddings()
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return module if plain else None
+
+
+def changed_probe(probe: Int64[Tensor, " S"]) -> Int64[Tensor, " S"]:
+    """The probe with another second half."""
     half = len(probe) // 2
-    changed = torch.cat((probe[:half], probe.flip(0)[: len(probe) - half]))
-    before, after = (run_model(model, ids[None])[0, :half].double() for ids in (probe, changed))
+    return torch.cat((probe[:half], probe.flip(0)[: len(probe) - half]))
+
+
+def refuse_acausal(model: Any, logits: Float[Tensor, "S V"], changed: Float[Tensor, "S V"]) -> None:
+    """Compare logits of the probe with those of the changed one: the first half must be the same.
+
+    Raises:
+        UnsupportedModelError: if it is not.
+    """
+    half = len(logits) // 2
+    before, after = logits[:half].double(), changed[:half].double()
     size = before.abs().max().item()
     error = (before - after).abs().max().item()
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
@@ -139,31 +186,41 @@ def _refuse_acausal(model: Any, probe: Tensor) -> None:
         )
 
 
-def _ask(model: Any, module: nn.Linear, probe: Tensor) -> Head | None:
-    """Let the head return a ramp, and name the function that comes out."""
-    rows = module.weight.shape[0]
-    ramp = _ramp(rows, probe.device)
-    calls = 0
-
-    def answer(hidden: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return ramp.expand(*hidden.shape[:-1], rows)
-
-    with replaced_forward(module, answer):
-        out = run_model(model, probe[None])
+def describe_head(
+    module: nn.Linear, ramp: Float32[Tensor, " W"], out: Float[Tensor, "S V"]
+) -> Head | None:
+    """Name the function that makes `out` of the ramp, which the head returned for its logits."""
     vocabulary = out.shape[-1]
-    if calls != 1 or out.shape != (1, len(probe), vocabulary) or vocabulary > rows:
-        return None
-    fitted = _fit(ramp[:vocabulary].double(), out[0].double())
+    fitted = _fit(ramp[:vocabulary].double(), out.double()) if vocabulary <= len(ramp) else None
     if fitted is None:
         return None
     scale, softcap = fitted
     return Head(module=module, vocabulary=vocabulary, scale=scale, softcap=softcap)
 
 
-def _ramp(rows: int, device: torch.device) -> Float32[Tensor, " V"]:
-    """Values of both signs from 0.01 to 1,000, in an order that no monotonic mask survives."""
+def agrees(
+    logits: Float[Tensor, "S V"], fused: TokenStatistics, targets: Int64[Tensor, " S"]
+) -> bool:
+    """Whether own logits say the same of the targets, and of the whole softmax, as fused ones.
+
+    Args:
+        logits: the model's own, in its dtype.
+        fused: of the same hidden states and targets.
+        targets: word ids.
+    """
+    lse = logits.double().logsumexp(-1)
+    logprobs = logits.double().gather(1, targets[:, None])[:, 0] - lse
+    errors = torch.stack((fused.logprobs - logprobs, fused.lse - lse))
+    # The model's own logits are rounded to its dtype; the fused ones are not.
+    rounding = torch.finfo(logits.dtype).eps * logits.abs().max().item()
+    return errors.abs().mean().item() <= 2 * rounding + 1e-5
+
+
+def ramp_of(rows: int, device: torch.device) -> Float32[Tensor, " V"]:
+    """What a head of V rows is made to return in place of logits.
+
+    Values of both signs from 0.01 to 1,000, in an order that no monotonic mask survives.
+    """
     size = torch.logspace(-2, 3, rows, dtype=torch.float32, device=device)
     sign = 1.0 - 2.0 * (torch.arange(rows, device=device) % 2)
     return size * sign
@@ -202,28 +259,3 @@ def _bound(x: float, y: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if middle * math.tanh(x / middle) < y else (low, middle)
     return float(round(high)) if abs(high / max(round(high), 1) - 1) < 1e-5 else high
-
-
-def _agrees(model: Any, head: Head, probe: Tensor) -> bool:
-    """Whether fused and own log-probabilities agree on the hidden states of one forward pass."""
-    seen: list[Tensor] = []
-    forward = head.module.forward
-
-    def watch(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        logits: Tensor = forward(hidden)
-        return logits
-
-    with replaced_forward(head.module, watch):
-        logits = run_model(model, probe[None])[0].float()
-    own = torch.log_softmax(logits, dim=-1)
-    # Three targets a position: the next token, the likeliest, and one far from both.
-    targets = torch.stack((probe.roll(-1), own.argmax(-1), own.argmin(-1))).clamp_max(
-        head.vocabulary - 1
-    )
-    hidden = seen[0][0].repeat(len(targets), 1)
-    fused = head.token_logprobs(hidden, targets.flatten()).view_as(targets)
-    error = (fused - own.gather(1, targets.T).T).abs().mean().item()
-    # The model's own logits are rounded to its dtype; the fused ones are not.
-    rounding = torch.finfo(seen[0].dtype).eps * logits.abs().max().item()
-    return error <= 2 * rounding + 1e-5

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from . import memory
 from .errors import LlfastWarning, ScoringError
 from .head import replaced_forward
 from .processor import Processor, this_processor
@@ -42,7 +42,6 @@ _PACKED_PAYS = frozenset(
 # Packed weights may take so much of the machine's memory: all of it, not what is free, or a restart
 # could find another path, and other bits.
 _MEMORY_SHARE = 0.25
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def linear_path(
@@ -69,7 +68,7 @@ def linear_path(
     if device.type != "cpu" or (processor, dtype) not in _PACKED_PAYS or not _packing_works():
         return TORCH
     weights = set() if model is None else {weight for _, weight in _packable(model, leave_out)}
-    if sum(weight.nbytes for weight in weights) > _MEMORY_SHARE * _memory_bytes():
+    if sum(weight.nbytes for weight in weights) > _MEMORY_SHARE * memory.total_bytes():
         return TORCH
     return PACKED
 
@@ -95,6 +94,8 @@ def linear_layers(
         if path == PACKED:
             packed: dict[tuple[nn.Parameter, bool], Tensor] = {}  # a shared weight is packed once
             for layer, weight in _packable(model, leave_out):
+                if weight.is_meta:  # it is not there yet
+                    continue
                 transposed = isinstance(layer, Conv1D)
                 if (weight, transposed) not in packed:
                     packed[weight, transposed] = _pack(weight.T if transposed else weight, rows)
@@ -129,7 +130,7 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return (
         type(parameter) is nn.Parameter
         and parameter.layout == torch.strided
-        and parameter.device.type == "cpu"
+        and parameter.device.type in ("cpu", "meta")  # the latter: of a model that is paged
         and parameter.dtype == torch.float32
         and parameter.numel() > 0
     )
@@ -191,16 +192,3 @@ def _packing_works() -> bool:
         stacklevel=3,
     )
     return False
-
-
-@functools.cache
-def _memory_bytes() -> int:
-    """Memory of this machine, or of a container that has less; 0 where Linux does not say."""
-    found = []
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemTotal:")]
-    for path in _MEMORY_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # a limit may be the word "max"
-            found.append(int(Path(path).read_text()))
-    return min(found, default=0)

@@ -6,33 +6,24 @@ be scored; the source that it returns reads them when it is asked to.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
 from .checkpoint import Checkpoint, adapter_digest, check_adapter, tokenizer_digest
-from .dtypes import DTYPES, fast_dtype, parse_dtype
-from .errors import (
-    CheckpointError,
-    LlfastWarning,
-    MissingDependencyError,
-    UnsupportedModelError,
-)
+from .dtypes import DTYPES, STORED_DTYPES, fast_dtype, parse_dtype
+from .errors import CheckpointError, UnsupportedModelError
 from .files import as_utf8
+from .loading import load_whole, merge_adapter, one_line, quiet, refuse_incomplete
 
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What a scoring run reads from the Hub: never code, never pickles, unless asked for.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
@@ -53,7 +44,7 @@ class FolderSource:
         """The dtype asked for, else the checkpoint's own where this device is fast in it."""
         if asked != "auto":
             return parse_dtype(asked)
-        stored: Any = _SAFETENSORS_DTYPES.get(self.checkpoint.stored_dtype)
+        stored: Any = STORED_DTYPES.get(self.checkpoint.stored_dtype)
         stored = stored or getattr(self.config, "dtype", None)
         return fast_dtype(stored if stored in DTYPES.values() else torch.float32, device)
 
@@ -76,7 +67,7 @@ class FolderSource:
                     ) from None
                 raise CheckpointError(
                     f"{self.tokenizer_folder} must hold a tokenizer, got none that loads "
-                    f"({_one_line(error)}); pass one with --tokenizer"
+                    f"({one_line(error)}); pass one with --tokenizer"
                 ) from error
         # Of some kinds, transformers makes an empty tokenizer where a folder has none.
         if len(tokenizer) - len(getattr(tokenizer, "added_tokens_decoder", ())) < 2:
@@ -93,37 +84,12 @@ class FolderSource:
             CheckpointError: if they cannot be read, or do not fill the model.
         """
         with quiet():
-            try:
-                model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                    self.checkpoint.folder,
-                    config=self.config,
-                    dtype=dtype,
-                    use_safetensors=not self.checkpoint.pickled,
-                    trust_remote_code=self.trust_remote_code,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # they are refused below, by name
-                )
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
-            except Exception as error:
-                raise CheckpointError(
-                    f"{self.name} must be a checkpoint that transformers loads, got: "
-                    f"{_one_line(error)}"
-                ) from error
-            # transformers fills what is missing with random numbers and goes on.
-            for what in ("missing_keys", "mismatched_keys", "error_msgs"):
-                if report[what]:
-                    raise CheckpointError(
-                        f"{self.name} must hold every weight of {type(model).__name__}, got "
-                        f"{_listed(what.replace('_', ' '), report[what])}"
-                    )
-            # Old checkpoints hold masks and other buffers, too, which are no loss.
-            if unused := [key for key in report["unexpected_keys"] if key.endswith("weight")]:
-                more = _listed("unexpected keys", unused)
-                message = f"{self.name} holds more than its config asks for, left out: {more}"
-                warnings.warn(message, LlfastWarning, stacklevel=3)
+            model, report = load_whole(
+                self.name, self.checkpoint, self.config, dtype, self.trust_remote_code
+            )
+            refuse_incomplete(self.name, model, report)
             if self.adapter is not None:
-                model = _merge_adapter(model, self.adapter)
+                model = merge_adapter(model, self.adapter)
         return model.to(device).eval()
 
 
@@ -292,7 +258,7 @@ def _find_folder(
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
             f"model must be a checkpoint folder or Hub id, got {given}{at}: there is no such "
-            f"folder, and the Hub did not give it ({_one_line(error)})"
+            f"folder, and the Hub did not give it ({one_line(error)})"
         ) from error
     return folder, folder.name
 
@@ -310,8 +276,7 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
                     "brings its own code; pass --trust-remote-code if you trust it"
                 ) from None
             raise UnsupportedModelError(
-                f"{folder} must have a config that transformers understands, got: "
-                f"{_one_line(error)}"
+                f"{folder} must have a config that transformers understands, got: {one_line(error)}"
             ) from error
 
 
@@ -332,64 +297,6 @@ def _refuse_other_kinds(name: str, config: Any) -> None:
         raise UnsupportedModelError(f"{name} must be a causal language model, got {what}")
 
 
-def _merge_adapter(model: Any, adapter: Path) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise MissingDependencyError(
-            "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing keys: they are refused below
-            adapted = peft.PeftModel.from_pretrained(model, adapter)
-            wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    except Exception as error:
-        raise CheckpointError(
-            f"{adapter} must be an adapter of {type(model).__name__}, got: {_one_line(error)}"
-        ) from error
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        found = set(file.keys())
-    unknown = {key for key in found - wanted if "lora_" in key}
-    for what, keys in (("missing keys", wanted - found), ("unexpected keys", unknown)):
-        if keys:
-            raise CheckpointError(
-                f"{adapter} must be an adapter of this {type(model).__name__}, got "
-                f"{_listed(what, keys)}"
-            )
-    return adapted.merge_and_unload()
-
-
 def _revision(parts: Sequence[str]) -> str:
     """Of a model that is put together from several places, a digest of what each one is."""
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
-
-
-def _listed(what: str, keys: Iterable[Any]) -> str:
-    # A mismatched key comes with the shape that is there and the one that should be.
-    ordered = sorted(
-        key if isinstance(key, str) else "{} {} not {}".format(key[0], *map(list, key[1:]))
-        for key in keys
-    )
-    return f"{len(ordered)} {what}: {', '.join(ordered[:3])}"
-
-
-def _one_line(error: BaseException) -> str:
-    """What an error of transformers says, without its colours and line breaks, if it is short."""
-    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
-    return text[:300] or type(error).__name__
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No bars, reports and hints from transformers: what matters is raised."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -73,6 +73,7 @@ def print_outcome(outcome: Any) -> None:
             f"{facts['tokens']:,} tokens in {human_seconds(facts['seconds'])} in {facts['dtype']}"
             + _named(facts["truncated_ids"], "truncated")
             + _named(facts["unscored_ids"], "without a token")
+            + _paged(facts.get("paged"))
         )
     else:
         reason = f": {outcome.error}" if outcome.error else ": in the store already"
@@ -84,6 +85,17 @@ def _named(ids: Sequence[str], what: str) -> str:
         return ""
     first = ", ".join((*ids[:3], "...") if len(ids) > 3 else ids)
     return f", {len(ids)} text{'s'[: len(ids) > 1]} {what} ({first})"
+
+
+def _paged(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    waves = f"{facts['waves']} wave{'s'[: facts['waves'] > 1]}"
+    rate = facts["bytes"] / max(facts["read_seconds"], 1e-9)
+    return (
+        f", {human_bytes(facts['bytes'])} of weights read in {waves} at {human_bytes(rate)}/s, "
+        f"waited {human_seconds(facts['stall_seconds'])} for them"
+    )
 
 
 def print_estimates(estimates: Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float32, Float64, Int32
 
-from .batches import TokenizedTexts
+from .batches import Batch, TokenizedTexts
 from .files import atomic_write, read_npz
 from .results import RaggedArray
 
@@ -71,6 +71,10 @@ class PartialScores:
         """How many texts are scored."""
         return int(np.isfinite(self.loglikelihoods).sum())
 
+    def open_texts(self, batch: Batch) -> list[int]:
+        """Those texts of a batch that are not scored yet."""
+        return [text for text in batch.texts if np.isnan(self.loglikelihoods[text])]
+
     def keep(
         self, text: int, loglikelihood: float, logprobs: Float32[np.ndarray, " t"], budget: int
     ) -> None:
@@ -99,6 +103,12 @@ class PartialScores:
         with atomic_write(self._path) as file:
             np.savez(file, allow_pickle=False, key=np.array(self._key), **arrays)
         self._saved_at = time.monotonic()
+
+    def discard(self) -> None:
+        """Forget everything, on disk, too."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._path = None
 
     def _restore(self) -> None:
         assert self._path is not None

@@ -5,7 +5,10 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
+import greenlet
 import jaxtyping
 import pytest
 import torch
@@ -22,12 +25,34 @@ os.environ["LLFAST_CACHE"] = tempfile.mkdtemp(prefix="llfast-tests-")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where arrays are; `texts` checks its arguments itself, and is tested to.
-TYPED = "batches head importing intervals linear mapping results scoring search space".split()
+TYPED = "batches batchwise engines forward head importing intervals linear mapping results".split()
+TYPED += "scoring search space".split()
+TYPED += [f"paging.{name}" for name in "model units waves".split()]
 # All of the kernels but those that Triton reads as source.
 TYPED += [
     f"kernels.{name}"
     for name in "cpu cuda dispatch inputs partial_logprobs reference sums torch_op".split()
 ]
+
+
+class _ByGreenlet:
+    """Attributes of every greenlet's own.
+
+    jaxtyping keeps the axes of running calls by thread, in a stack; but calls in greenlets do not
+    end in the order in which they began.
+    """
+
+    def __init__(self):
+        vars(self)["own"] = WeakKeyDictionary()
+
+    def __getattr__(self, name):
+        return getattr(self.own.setdefault(greenlet.getcurrent(), SimpleNamespace()), name)
+
+    def __setattr__(self, name, value):
+        setattr(self.own.setdefault(greenlet.getcurrent(), SimpleNamespace()), name, value)
+
+
+jaxtyping._storage._shape_storage = _ByGreenlet()
 if importlib.util.find_spec("beartype"):  # a GPU machine may lack it
     jaxtyping.install_import_hook([f"llfast.{name}" for name in TYPED], "beartype.beartype")
 

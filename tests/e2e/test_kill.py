@@ -206,9 +206,9 @@ def test_a_restart_scores_only_what_is_missing(trial, truth, work):
 def test_ctrl_c_keeps_what_is_done(trial, truth, work):
     """A real command; what it keeps on Ctrl-C it has not kept before."""
     code = (
-        "import sys; from llfast import scoring; run = scoring._run_batch\n"
+        "import sys; from llfast import batchwise; run = batchwise.run_model\n"
         "def told(*args):\n    print('batch', flush=True); return run(*args)\n"
-        "scoring._run_batch = told; from llfast.__main__ import main; main()"
+        "batchwise.run_model = told; from llfast.__main__ import main; main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, trial.arguments)],

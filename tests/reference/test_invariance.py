@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import llfast
-from llfast import TextSet, scoring
+from llfast import TextSet, batchwise, engines
 from tests.tiny import make_model, make_tokenizer
 
 # Layers and heads as wide as real models': tiny matrices hide what large ones do.
@@ -62,7 +62,7 @@ def test_dense_models_of_real_width(kind, dtype):
 def test_packed_linear_layers_of_real_width(kind, monkeypatch):
     model = make_model(kind, vocabulary=8003, **WIDE[kind])
     plain = scored(model, make_tokenizer(adds_bos=True), random_texts(40), token_budget=1024)
-    monkeypatch.setattr(scoring, "linear_path", lambda *_, **__: "packed")
+    monkeypatch.setattr(engines, "linear_path", lambda *_, **__: "packed")
     packed = check(model, make_tokenizer(adds_bos=True), 40)
     assert packed == {text: pytest.approx(value, abs=1e-2) for text, value in plain.items()}
 
@@ -103,7 +103,7 @@ def test_a_run_that_is_broken_off_again_and_again_ends_with_the_same_bits(
     pair, texts = (model, make_tokenizer(adds_bos=True)), list(random_texts(20).values())
     whole = llfast.score(pair, texts, per_token=True)
     options = {"partial": tmp_path / "partial.npz", "revision": "one", "per_token": True}
-    run_batch = scoring._run_batch
+    run_model = batchwise.run_model
     breaks = 0
     for allowed in (1, 3, 2, 1, 10**9):
         left = iter(range(allowed))
@@ -111,9 +111,9 @@ def test_a_run_that_is_broken_off_again_and_again_ends_with_the_same_bits(
         def run_some(*arguments, left=left):
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            return run_batch(*arguments)
+            return run_model(*arguments)
 
-        monkeypatch.setattr(scoring, "_run_batch", run_some)
+        monkeypatch.setattr(batchwise, "run_model", run_some)
         try:
             result = llfast.score(pair, texts, **options)
         except KeyboardInterrupt:

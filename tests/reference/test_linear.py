@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 from transformers.pytorch_utils import Conv1D
 
 import llfast
-from llfast import linear, partial, scoring
+from llfast import batchwise, engines, linear, memory, partial
 from llfast.errors import LlfastWarning, ScoringError
 from llfast.linear import linear_layers, linear_path
 from llfast.processor import Processor
@@ -71,7 +71,7 @@ def untried():
 @pytest.fixture
 def forced(monkeypatch):
     """`score` takes the packed path, whatever the table says."""
-    monkeypatch.setattr(scoring, "linear_path", lambda *_, **__: "packed")
+    monkeypatch.setattr(engines, "linear_path", lambda *_, **__: "packed")
 
 
 @pytest.mark.parametrize(("kind", "bias"), [(nn.Linear, True), (nn.Linear, False), (Conv1D, True)])
@@ -133,7 +133,7 @@ def test_a_model_with_packed_layers_scores_as_a_plain_forward(kind, calls):
 @pytest.mark.usefixtures("forced")
 def test_a_head_that_is_not_fused_is_packed_with_the_rest(monkeypatch, calls):
     model, tokenizer = make_model("llama"), make_tokenizer(adds_bos=True)
-    monkeypatch.setattr(scoring, "find_head", lambda *_: None)
+    monkeypatch.setattr(engines, "find_head", lambda *_: None)
     result = llfast.score((model, tokenizer), TEXTS)
     expected = [plain_loglikelihood(model, tokenizer(text)["input_ids"]) for text in TEXTS]
     np.testing.assert_allclose(result.values, expected, rtol=0, atol=1e-4)
@@ -144,14 +144,14 @@ def test_what_was_kept_of_a_run_on_the_other_path_is_not_continued(monkeypatch, 
     pair = make_model("llama"), make_tokenizer(adds_bos=True)
     options = {"revision": "one", "partial": tmp_path / "partial.npz"}
     monkeypatch.setattr(partial, "_SECONDS_BETWEEN_SAVES", -1)
-    monkeypatch.setattr(scoring, "linear_path", lambda *_, **__: "torch")
+    monkeypatch.setattr(engines, "linear_path", lambda *_, **__: "torch")
     assert llfast.score(pair, TEXTS, **options).provenance["linear"] == "torch"
     runs = []
-    run_batch = scoring._run_batch
-    monkeypatch.setattr(scoring, "_run_batch", lambda *a: runs.append(a) or run_batch(*a))
+    run_model = batchwise.run_model
+    monkeypatch.setattr(batchwise, "run_model", lambda *a: runs.append(a) or run_model(*a))
     llfast.score(pair, TEXTS, **options)
     assert not runs
-    monkeypatch.setattr(scoring, "linear_path", lambda *_, **__: "packed")
+    monkeypatch.setattr(engines, "linear_path", lambda *_, **__: "packed")
     assert llfast.score(pair, TEXTS, **options).provenance["linear"] == "packed"
     assert runs
 
@@ -278,7 +278,7 @@ def test_a_shared_weight_is_packed_and_counted_once(monkeypatch):
     assert packed == [(48, 32)]
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    monkeypatch.setattr(linear, "_memory_bytes", lambda: 4 * 48 * 32 * 4)
+    monkeypatch.setattr(memory, "total_bytes", lambda: 4 * 48 * 32 * 4)
     options = {"model": model, "processor": ZEN5}
     assert linear_path(CPU, torch.float32, leave_out=third, **options) == "packed"
     assert linear_path(CPU, torch.float32, **options) == "torch"
@@ -370,7 +370,7 @@ def test_little_memory_leaves_the_layers_with_torch(monkeypatch):
     monkeypatch.setattr(linear, "this_processor", lambda: ZEN5)
     pair = model, make_tokenizer(adds_bos=True)
     assert llfast.score(pair, TEXTS).provenance["linear"] == "packed"
-    monkeypatch.setattr(linear, "_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr(memory, "total_bytes", lambda: 10_000)
     assert llfast.score(pair, TEXTS).provenance["linear"] == "torch"
 
 
@@ -378,9 +378,9 @@ def test_little_memory_leaves_the_layers_with_torch(monkeypatch):
     ("files", "expected"),
     [
         ({"/proc/meminfo": "MemTotal:       7 kB\nMemFree:  5 kB\n"}, 7168),
-        ({"/proc/meminfo": "MemTotal: 7 kB\n", linear._MEMORY_LIMITS[0]: "max\n"}, 7168),
-        ({"/proc/meminfo": "MemTotal: 7 kB\n", linear._MEMORY_LIMITS[0]: "5000\n"}, 5000),
-        ({"/proc/meminfo": "MemTotal: 7 kB\n", linear._MEMORY_LIMITS[1]: "9000000\n"}, 7168),
+        ({"/proc/meminfo": "MemTotal: 7 kB\n", memory._LIMITS[0]: "max\n"}, 7168),
+        ({"/proc/meminfo": "MemTotal: 7 kB\n", memory._LIMITS[0]: "5000\n"}, 5000),
+        ({"/proc/meminfo": "MemTotal: 7 kB\n", memory._LIMITS[1]: "9000000\n"}, 7168),
         ({}, 0),
     ],
 )
@@ -391,4 +391,4 @@ def test_memory_is_what_linux_says(monkeypatch, files, expected):
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert linear._memory_bytes.__wrapped__() == expected
+    assert memory.total_bytes.__wrapped__() == expected

@@ -11,8 +11,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import llfast
-from llfast import CheckpointError, UnsupportedModelError, models, scoring
+from llfast import CheckpointError, UnsupportedModelError, batchwise, models
 from llfast.models import open_model
+from llfast.paging import PagedModel
 from tests.tiny import copy_checkpoint, make_model, make_tokenizer, save
 
 # Of peft's, where it asks transformers for something that has got another name.
@@ -124,14 +125,18 @@ def test_a_folder_is_another_model_when_what_is_scored_changes(
     assert (open_model(folder).revision != before) == matters
 
 
-@pytest.mark.parametrize("when", ["load", "run_model"])
+@pytest.mark.parametrize(
+    ("when", "weights"),
+    [("load", "resident"), ("run_model", "resident"), ("waves", "auto"), ("waves", "paged")],
+)
 def test_a_folder_that_changes_while_it_is_scored_is_refused(
-    checkpoints, tmp_path, monkeypatch, when
+    checkpoints, tmp_path, monkeypatch, when, weights
 ):
     """As a training run writes its next checkpoint over the last one."""
     folder = copy_checkpoint(checkpoints / "gpt2", tmp_path / "m")
     newer = (checkpoints / "gpt2-finetune" / "model.safetensors").read_bytes()
-    owner = {"load": models.FolderSource, "run_model": scoring}[when]
+    places = {"load": models.FolderSource, "run_model": batchwise, "waves": PagedModel}
+    owner = places[when]
     own = getattr(owner, when)
 
     def write_first(*arguments, **options):
@@ -140,7 +145,7 @@ def test_a_folder_that_changes_while_it_is_scored_is_refused(
 
     monkeypatch.setattr(owner, when, write_first)
     with pytest.raises(CheckpointError, match="m must stay as it is while it is scored"):
-        llfast.score(folder, ["some text"])
+        llfast.score(folder, ["some text"], weights=weights)
 
 
 def test_a_revision_is_a_digest_of_names_and_contents(checkpoints):

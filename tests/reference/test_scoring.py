@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llfast
-from llfast import CheckpointError, ScoringError, TextSet, UnsupportedModelError, scoring
+from llfast import CheckpointError, ScoringError, TextSet, UnsupportedModelError, batchwise
 from llfast import head as head_module
 from llfast.errors import LlfastWarning
 from tests.tiny import (
@@ -138,7 +138,7 @@ def test_an_unknown_function_after_the_head_falls_back_to_the_models_logits(llam
 
 
 def test_own_logits_are_read_in_chunks(llama, tokenizer, monkeypatch):
-    monkeypatch.setattr(scoring, "_OWN_LOGITS_BYTES", 4 * 304 * 40)
+    monkeypatch.setattr(batchwise, "_OWN_LOGITS_BYTES", 4 * 304 * 40)
     biased = _Biased(llama)
     result = llfast.score((biased, tokenizer), TEXTS)
     np.testing.assert_allclose(result.values, truth(biased, tokenizer), rtol=0, atol=1e-4)
@@ -157,7 +157,7 @@ def test_a_wrong_description_of_the_head_is_not_trusted(llama, tokenizer, monkey
     [(1.0, None), (0.0625, None), (1 / 3, None), (1.0, 30.0), (0.5, 50.0), (2.0, 3.7)],
 )
 def test_the_ramp_tells_scale_and_softcap(scale, softcap):
-    ramp = head_module._ramp(5000, torch.device("cpu"))
+    ramp = head_module.ramp_of(5000, torch.device("cpu"))
     out = ramp * scale
     if softcap:
         out = softcap * torch.tanh(out / softcap)
@@ -180,7 +180,7 @@ def test_the_ramp_tells_scale_and_softcap(scale, softcap):
     ],
 )
 def test_the_ramp_recognises_what_it_cannot_describe(function):
-    ramp = head_module._ramp(5000, torch.device("cpu"))
+    ramp = head_module.ramp_of(5000, torch.device("cpu"))
     assert head_module._fit(ramp.double(), function(ramp).double()[None]) is None
 
 
@@ -275,7 +275,7 @@ def test_fp16_overflow_says_what_to_do(tokenizer):
 
 
 def test_too_little_memory_halves_the_token_budget(llama, tokenizer, monkeypatch):
-    run = scoring.run_model
+    run = batchwise.run_model
     shapes = []
 
     def small_machine(model, ids):
@@ -284,14 +284,14 @@ def test_too_little_memory_halves_the_token_budget(llama, tokenizer, monkeypatch
             raise torch.OutOfMemoryError("no room")
         return run(model, ids)
 
-    monkeypatch.setattr(scoring, "run_model", small_machine)
+    monkeypatch.setattr(batchwise, "run_model", small_machine)
     with pytest.warns(LlfastWarning, match="token_budget halved to 256"):
         result = llfast.score((llama, tokenizer), TEXTS, token_budget=512)
     np.testing.assert_allclose(result.values, truth(llama, tokenizer), rtol=0, atol=1e-4)
     assert set(result.token_budgets.tolist()) == {256}
     assert max(shapes) > 256
     monkeypatch.setattr(
-        scoring, "run_model", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+        batchwise, "run_model", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )
     with (
         pytest.warns(LlfastWarning),
@@ -304,7 +304,7 @@ def test_errors_that_are_no_lack_of_memory_come_through(llama, tokenizer, monkey
     def broken(*_):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(scoring, "run_model", broken)
+    monkeypatch.setattr(batchwise, "run_model", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         llfast.score((llama, tokenizer), TEXTS)
 

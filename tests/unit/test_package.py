@@ -8,19 +8,21 @@ import llfast
 PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
-    "errors files cache texts results batches kernels checkpoint processor dtypes models head "
-    "linear traits partial progress devices borrowing scoring shards store importing intervals "
-    "mixed spacefile space search estimate fleet nearest mapping zoo_corpora zoo_training zoo_plan "
-    "zoo demo output about bench cli_bench cli __main__"
+    "errors memory files cache texts results batches kernels safetensors_file checkpoint "
+    "processor dtypes loading models head forward linear paging traits partial progress "
+    "devices borrowing batchwise engines verify scoring shards store importing intervals "
+    "mixed spacefile space search estimate fleet nearest mapping zoo_corpora zoo_training "
+    "zoo_plan zoo demo output about cli_options bench cli_bench cli __main__"
 ).split()
 ONLY_IN = {
     "faiss": {"search"},
-    "peft": {"models"},
+    "peft": {"loading"},
     "matplotlib": {"mapping"},
     "adjustText": {"mapping"},
-    "transformers": {"linear", "models", "scoring", "zoo_training"},
+    "transformers": {"linear", "loading", "models", "paging", "scoring", "zoo_training"},
+    "greenlet": {"paging"},
     "pyarrow": {"shards", "store", "importing"},
-    "typer": {"cli", "cli_bench"},
+    "typer": {"cli", "cli_bench", "cli_options"},
     "triton": {"kernels", "bench"},
     "liger_kernel": {"bench"},
     "cut_cross_entropy": {"bench"},

@@ -1,0 +1,193 @@
+"""How fast weights come, beside what this machine's disk, memory and processor can do.
+
+All in one run: the disk read one block after the other past the system's cache, memory copied, and
+a checkpoint scored with its weights paged, once with the files out of the cache and once in it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llfast._native import FileReader, Memory
+from llfast.checkpoint import Checkpoint
+from llfast.devices import resolve_device
+from llfast.models import open_model
+from llfast.output import human_bytes, human_seconds, print_line, print_table
+from llfast.paging import LoadingStatistics
+from llfast.scoring import score
+
+from .report import commit, hardware, spread, versions
+from .timing import seconds_a_call
+
+_SLOT_BYTES = 256 << 20
+_COPIED_BYTES = 256 << 20
+_TEXT_TOKENS = 256
+_VERSIONS = ("llfast", "torch", "transformers")
+
+
+def measure(
+    model: str,
+    *,
+    tokens: int = 4096,
+    memory_budget: str | None = None,
+    device: str = "auto",
+    repetitions: int = 3,
+) -> dict[str, Any]:
+    """Measure on one checkpoint folder.
+
+    Args:
+        model: the folder.
+        tokens: how many random tokens are scored, in texts of up to 256.
+        memory_budget: as for `score`.
+        device: "auto", "cpu" or "cuda".
+        repetitions: of everything, in turn.
+
+    Returns: what `show` prints; rates in bytes a second.
+
+    Raises:
+        CheckpointError: if the folder holds no checkpoint that can be scored.
+    """
+    source = open_model(model)
+    if source.checkpoint is None:
+        raise ValueError("model must be a checkpoint folder, got a loaded model")
+    place = resolve_device(device, source)
+    texts = _random_texts(source.config.get_text_config().vocab_size, tokens)
+    ceilings: dict[str, list[float]] = {"disk": [], "memory copy": [], "copy to device": []}
+    runs: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+
+    def run() -> dict[str, float]:
+        loading = LoadingStatistics()
+        start = time.perf_counter()
+        score(
+            source,
+            token_ids=texts,
+            weights="paged",
+            memory_budget=memory_budget,
+            device=device,
+            loading=loading,
+            progress=False,
+        )
+        return _summary(loading, time.perf_counter() - start)
+
+    for _ in range(repetitions):
+        forget(source.checkpoint.weights)
+        ceilings["disk"].append(read_rate(source.checkpoint))
+        ceilings["memory copy"].append(_copy_rate(torch.device("cpu")))
+        if place.type == "cuda":
+            ceilings["copy to device"].append(_copy_rate(place))
+        forget(source.checkpoint.weights)
+        runs["cold"].append(run())
+        _read_into_cache(source.checkpoint.weights)
+        runs["warm"].append(run())
+    return {
+        "benchmark": "loading",
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(*_VERSIONS),
+        "model": {
+            "type": source.config.model_type,
+            "weight_bytes": source.checkpoint.weight_bytes,
+            "parameters": source.checkpoint.parameters,
+        },
+        "tokens": sum(map(len, texts)),
+        "memory_budget": memory_budget,
+        "ceilings": {name: spread(rates) for name, rates in ceilings.items() if rates},
+        "runs": {
+            name: {key: spread([each[key] for each in found]) for key in found[0]}
+            for name, found in runs.items()
+        },
+    }
+
+
+def read_rate(checkpoint: Checkpoint, *, threads: int = 8) -> float:
+    """Bytes a second of the weight files, read one block after the other past the cache."""
+    reader = FileReader(list(map(str, checkpoint.weights)), threads=threads)
+    memory = Memory(_SLOT_BYTES)
+    total = 0
+    start = time.perf_counter()
+    for number, path in enumerate(checkpoint.weights):
+        size = path.stat().st_size
+        for offset in range(0, size, _SLOT_BYTES):
+            count = min(_SLOT_BYTES, size - offset)
+            reader.read(memory, np.array([[number, offset, count, 0]], dtype=np.int64))
+            total += count
+    return total / (time.perf_counter() - start)
+
+
+def forget(paths: Sequence[Path]) -> None:
+    """Take files out of the system's cache, as far as it lets go of them."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)
+
+
+def _read_into_cache(paths: Sequence[Path]) -> None:
+    buffer = bytearray(8 << 20)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second from memory to memory, or to a device."""
+    source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    copy: Callable[[], object] = lambda: target.copy_(source, non_blocking=True)  # noqa: E731
+    copy()
+    return _COPIED_BYTES / seconds_a_call(copy, 5, device)
+
+
+def _random_texts(vocabulary: int, tokens: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    sizes = [_TEXT_TOKENS] * (tokens // _TEXT_TOKENS) + [tokens % _TEXT_TOKENS]
+    return [random.integers(vocabulary, size=size) for size in sizes if size]
+
+
+def _summary(loading: LoadingStatistics, seconds: float) -> dict[str, float]:
+    pages = loading.pages
+    return {
+        "seconds": seconds,
+        "waves": loading.waves,
+        "bytes": loading.nbytes,
+        "cached_bytes": sum(page.cached_bytes for page in pages),
+        "read_seconds": loading.read_seconds,
+        "stall_seconds": loading.stall_seconds,
+        "read_rate": sum(page.nbytes for page in pages) / max(loading.read_seconds, 1e-9),
+        "slot_bytes": loading.slot_bytes,
+        "state_bytes": loading.state_bytes,
+    }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print rates side by side, and what a run took."""
+    print_table(
+        ["bytes a second", "median", "from", "to"],
+        [
+            (name, *(f"{human_bytes(rate[key])}/s" for key in ("median", "min", "max")))
+            for name, rate in (
+                *found["ceilings"].items(),
+                *((f"weights, {name}", run["read_rate"]) for name, run in found["runs"].items()),
+            )
+        ],
+        title=f"{found['model']['type']}, {human_bytes(found['model']['weight_bytes'])}",
+    )
+    for name, run in found["runs"].items():
+        middle = {key: values["median"] for key, values in run.items()}
+        print_line(
+            f"{name}: {found['tokens']:,} tokens in {human_seconds(middle['seconds'])}, "
+            f"{human_bytes(middle['bytes'])} read in {middle['waves']:.0f} waves in "
+            f"{human_seconds(middle['read_seconds'])}, of which "
+            f"{human_seconds(middle['stall_seconds'])} were waited for"
+        )

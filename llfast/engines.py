@@ -1,0 +1,227 @@
+"""The two ways of running a model over texts: all of it there, or a page at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from . import memory
+from .batches import Batch, TokenizedTexts
+from .batchwise import Batchwise, is_out_of_memory, plan_for, too_long
+from .borrowing import borrowed
+from .errors import LlfastWarning, ScoringError, UnsupportedModelError
+from .head import Head, find_head
+from .linear import PACKED, linear_layers, linear_path
+from .models import FolderSource, ModelSource
+from .paging import CannotPageError, LoadingStatistics, PagedModel
+from .traits import check_fit, probe_tokens
+
+WEIGHTS = ("auto", "resident", "paged")
+_SHARE_OF_FREE_MEMORY = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """What is to be run, and with what means.
+
+    Attributes:
+        source: the model.
+        tokens: of all texts.
+        ids: their names, for errors.
+        dtype: of the model's body.
+        device: where it runs.
+        token_budget: the most tokens in a batch.
+        memory_bytes: for weights and suspended forwards; None for most of what is free.
+        statistics: filled in while weights are paged.
+    """
+
+    source: ModelSource
+    tokens: TokenizedTexts
+    ids: Sequence[str]
+    dtype: torch.dtype
+    device: torch.device
+    token_budget: int
+    memory_bytes: int | None
+    statistics: LoadingStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A batch with the log-probabilities of its scored tokens, text after text, on the host."""
+
+    batch: Batch
+    logprobs: Float32[Tensor, " T"]
+    token_budget: int
+
+
+class Engine(Protocol):
+    """A model that is ready to run.
+
+    Attributes:
+        weights: "resident", "paged", or "kept" if they were read as pages and then stayed.
+        model: its transformers model.
+        linear: the path of its linear layers.
+        head: its output head; None where its own logits are used, or before `run`.
+    """
+
+    weights: str
+    model: Any
+    linear: str
+    head: Head | None
+
+    def run(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
+        """What is open, as it gets done; after each list, all of it may be kept."""
+
+
+@contextlib.contextmanager
+def open_engine(job: Job, weights: str) -> Iterator[Engine]:
+    """The way asked for.
+
+    "auto" reads a model as it pages one, so that it computes while it reads, and keeps what it has
+    read if that fits into memory. What cannot be paged is loaded whole.
+
+    Raises:
+        CheckpointError: if the model cannot be loaded.
+        UnsupportedModelError: if it cannot be scored, or not be paged where that is asked for.
+    """
+    with contextlib.ExitStack() as stack:
+        if weights == "paged":
+            yield _Paged(job, _skeleton(job), keep=False, may_load=False)
+            return
+        keep = _fits(job)
+        if weights == "auto" and _is_pageable(job.source):
+            try:
+                skeleton = _skeleton(job)
+            except UnsupportedModelError as error:
+                _warn_unless(keep, error)
+            else:
+                yield _Paged(job, skeleton, keep=keep, may_load=True)
+                return
+        yield stack.enter_context(_Resident.open(job))
+
+
+def _fits(job: Job) -> bool:
+    """Whether all weights have room in memory, with as much again for a tenth of activations."""
+    checkpoint = job.source.checkpoint
+    if checkpoint is None or checkpoint.pickled:
+        return True
+    nbytes = checkpoint.parameters * job.dtype.itemsize
+    if linear_path(job.device, job.dtype) == PACKED:
+        nbytes *= 2
+    return 1.1 * nbytes <= _memory_bytes(job)
+
+
+def _memory_bytes(job: Job) -> int:
+    if job.memory_bytes is not None:
+        return job.memory_bytes
+    return int(_SHARE_OF_FREE_MEMORY * memory.available_bytes(job.device))
+
+
+def _is_pageable(source: ModelSource) -> bool:
+    """Whether a model is of the kind that can be; it may yet be one that cannot."""
+    return (
+        isinstance(source, FolderSource)
+        and not source.checkpoint.pickled
+        and source.adapter is None
+        and not source.trust_remote_code
+    )
+
+
+def _skeleton(job: Job) -> PagedModel:
+    source = job.source
+    if not isinstance(source, FolderSource) or not _is_pageable(source):
+        raise UnsupportedModelError(
+            f"{source.name} must be safetensors of a model that transformers has to be paged, got "
+            "a loaded model, pickles, a LoRA adapter, or one with code of its own"
+        )
+    return PagedModel(
+        source.checkpoint, source.config, dtype=job.dtype, device=job.device, name=source.name
+    )
+
+
+def _warn_unless(fits: bool, error: UnsupportedModelError) -> None:
+    if not fits:
+        message = f"a model that may not fit into memory is loaded whole, for {error}"
+        warnings.warn(message, LlfastWarning, stacklevel=6)
+
+
+class _Resident:
+    def __init__(self, job: Job, model: Any, head: Head | None, linear: str) -> None:
+        self.weights = "resident"
+        self._job, self.model, self.head, self.linear = job, model, head, linear
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, job: Job) -> Iterator[_Resident]:
+        model = job.source.load(job.dtype, job.device)
+        with borrowed(model):
+            check_fit(model, job.tokens, job.ids)
+            head = find_head(model, probe_tokens(model))
+            output = None if head is None else head.module
+            linear = linear_path(job.device, job.dtype, model=model, leave_out=output)
+            with linear_layers(model, linear, rows=job.token_budget, leave_out=output):
+                yield cls(job, model, head, linear)
+
+    def run(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
+        batchwise = Batchwise(self.model, self.head, self._job.tokens, self._job.ids)
+        for batch, logprobs, token_budget in batchwise.run(self._job.token_budget, is_open):
+            yield [Finished(batch, logprobs, token_budget)]
+
+
+class _Paged:
+    def __init__(self, job: Job, paged: PagedModel, *, keep: bool, may_load: bool) -> None:
+        self._job, self._paged, self._keep, self._may_load = job, paged, keep, may_load
+        self.weights = "kept" if keep else "paged"
+        self.model, self.linear = paged.model, paged.linear
+        self.head: Head | None = None
+        check_fit(self.model, job.tokens, job.ids)
+
+    def run(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
+        try:
+            yield from self._waves(is_open)
+        except CannotPageError as error:  # which is found out before a text is finished
+            if not self._may_load:
+                raise
+            _warn_unless(self._keep, error)
+        else:
+            return
+        with _Resident.open(self._job) as resident:
+            self.weights = resident.weights
+            yield from resident.run(is_open)
+
+    def _waves(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
+        job = self._job
+        plan = plan_for(self.model, job.tokens, job.token_budget)
+        batches = [batch for batch in plan if is_open(batch)]
+        try:
+            with (
+                borrowed(self.model),
+                self._paged.waves(
+                    job.tokens,
+                    memory_bytes=_memory_bytes(job),
+                    keep=self._keep,
+                    rows=job.token_budget,
+                    probe=probe_tokens(self.model),
+                    statistics=job.statistics,
+                ) as waves,
+            ):
+                for wave in waves.run(batches):
+                    self.head = waves.head
+                    yield [Finished(batch, found, job.token_budget) for batch, found in wave]
+        except IndexError as error:
+            longest = max(batches, key=lambda batch: batch.shape[1])
+            raise too_long(longest, job.ids[longest.texts[0]], error) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ScoringError(
+                "memory must hold two pages of weights and a wave of texts, got too little; use a "
+                "smaller memory_budget, or token_budget"
+            ) from error

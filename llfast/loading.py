@@ -1,0 +1,130 @@
+"""Weights through transformers: whole models, and what they must hold."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, LlfastWarning, MissingDependencyError
+
+
+def load_whole(
+    name: str, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, Mapping[str, Any]]:
+    """A model on the CPU with all its weights, and transformers' report of what it found.
+
+    Raises:
+        CheckpointError: if transformers cannot read it.
+    """
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=not checkpoint.pickled,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `refuse_incomplete` refuses them by name
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} must be a checkpoint that transformers loads, got: {one_line(error)}"
+        ) from error
+    return model, report
+
+
+def refuse_incomplete(name: str, model: Any, report: Mapping[str, Any]) -> None:
+    """Refuse a model with weights that its checkpoint does not hold; warn of those left over.
+
+    transformers fills what is missing with random numbers and goes on.
+
+    Raises:
+        CheckpointError: with the first few of them.
+    """
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if report[what]:
+            raise CheckpointError(
+                f"{name} must hold every weight of {type(model).__name__}, got "
+                f"{_listed(what.replace('_', ' '), report[what])}"
+            )
+    # Old checkpoints hold masks and other buffers, too, which are no loss.
+    if unused := [key for key in report["unexpected_keys"] if key.endswith("weight")]:
+        more = _listed("unexpected keys", unused)
+        message = f"{name} holds more than its config asks for, left out: {more}"
+        warnings.warn(message, LlfastWarning, stacklevel=4)
+
+
+def merge_adapter(model: Any, adapter: Path) -> Any:
+    """The model with a LoRA adapter added to its weights.
+
+    Raises:
+        CheckpointError: if the adapter is not one of this model.
+        MissingDependencyError: without peft.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingDependencyError(
+            "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing keys: they are refused below
+            adapted = peft.PeftModel.from_pretrained(model, adapter)
+            wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except Exception as error:
+        raise CheckpointError(
+            f"{adapter} must be an adapter of {type(model).__name__}, got: {one_line(error)}"
+        ) from error
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        found = set(file.keys())
+    unknown = {key for key in found - wanted if "lora_" in key}
+    for what, keys in (("missing keys", wanted - found), ("unexpected keys", unknown)):
+        if keys:
+            raise CheckpointError(
+                f"{adapter} must be an adapter of this {type(model).__name__}, got "
+                f"{_listed(what, keys)}"
+            )
+    return adapted.merge_and_unload()
+
+
+def _listed(what: str, keys: Iterable[Any]) -> str:
+    # A mismatched key comes with the shape that is there and the one that should be.
+    ordered = sorted(
+        key if isinstance(key, str) else "{} {} not {}".format(key[0], *map(list, key[1:]))
+        for key in keys
+    )
+    return f"{len(ordered)} {what}: {', '.join(ordered[:3])}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of transformers says, without its colours and line breaks, if it is short."""
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+    return text[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars, reports and hints from transformers: what matters is raised."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

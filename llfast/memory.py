@@ -1,0 +1,70 @@
+"""How much memory there is, and sizes in words."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from pathlib import Path
+
+import torch
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_USES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base ** (power + 1)
+    for power, letter in enumerate("kmgt")
+    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, or "8GiB", "500 MB", "2e9".
+
+    Raises:
+        ValueError: if it is something else, or not positive.
+    """
+    number: float = 0.0
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]*)\s*", size.lower())
+        if found and found[2] in _UNITS:
+            with contextlib.suppress(ValueError):
+                number = float(found[1]) * _UNITS[found[2]]
+    elif isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    if not 1 <= number < 2**63:
+        raise ValueError(f"memory_budget must be a size like '8GiB', got {size!r}")
+    return int(number)
+
+
+@functools.cache
+def total_bytes() -> int:
+    """Memory of this machine, or of a container that has less; 0 where Linux does not say."""
+    found = [size for size in (_meminfo("MemTotal"), *map(_number, _LIMITS)) if size is not None]
+    return min(found, default=0)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of a device that can be had now; 0 where nothing says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    found = [_meminfo("MemAvailable")]
+    for limit, use in zip(map(_number, _LIMITS), map(_number, _USES), strict=True):
+        if limit is not None and use is not None:
+            found.append(max(limit - use, 0))
+    return min((size for size in found if size is not None), default=0)
+
+
+def _meminfo(name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) << 10
+    return None
+
+
+def _number(path: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError):  # a limit may be the word "max"
+        return int(Path(path).read_text())
+    return None

@@ -1,0 +1,101 @@
+"""Pages of a checkpoint: stored tensors that are read together, and where they lie in memory.
+
+Tensors lie in a slot as they lie in the file, modulo 4,096. So they are read to where they stay, in
+whole blocks, and have the alignment that a memory map of the file gives them: a model gets the same
+bits from either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from llfast.safetensors_file import StoredTensor
+
+_BLOCK = 4096  # of direct reads
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows [first, last) of a stored tensor; all of it, whatever its shape, if `last` is None."""
+
+    tensor: StoredTensor
+    first: int = 0
+    last: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that is read."""
+        if self.last is None:
+            return self.tensor.shape
+        return (self.last - self.first, *self.tensor.shape[1:])
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where its bytes begin and end in the file."""
+        if self.last is None:
+            return self.tensor.begin, self.tensor.end
+        row = row_bytes(self.tensor)
+        return self.tensor.begin + self.first * row, self.tensor.begin + self.last * row
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What is read at once.
+
+    Attributes:
+        name: what it is called in errors and statistics.
+        parts: by the name that each is asked for.
+    """
+
+    name: str
+    parts: Mapping[str, Part]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(end - begin for begin, end in (part.span for part in self.parts.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the runs of a page go in a slot."""
+
+    nbytes: int
+    extents: Int64[np.ndarray, "extents 4"]  # file, offset, size, destination
+    places: Mapping[str, int]
+
+
+def row_bytes(tensor: StoredTensor) -> int:
+    """Bytes of one row."""
+    return (tensor.end - tensor.begin) // max(tensor.shape[0], 1)
+
+
+def lay_out(parts: Mapping[str, Part], files: Mapping[Path, int]) -> Layout:
+    """Runs of neighbouring tensors, one after the other, each where its file offset says."""
+    ordered = sorted(parts.items(), key=lambda item: (files[item[1].tensor.path], item[1].span))
+    extents: list[list[int]] = []
+    places: dict[str, int] = {}
+    position = 0
+    for name, part in ordered:
+        begin, end = part.span
+        file = files[part.tensor.path]
+        last = extents[-1] if extents else None
+        if last is not None and last[0] == file and last[1] + last[2] == begin:
+            places[name] = last[3] + last[2]
+            last[2] += end - begin
+        else:
+            position = -(-position // _BLOCK) * _BLOCK + begin % _BLOCK
+            extents.append([file, begin, end - begin, position])
+            places[name] = position
+        position = extents[-1][3] + extents[-1][2]
+    return Layout(position, np.array(extents, dtype=np.int64).reshape(-1, 4), places)
+
+
+def tensors_page(name: str, tensors: Iterable[StoredTensor]) -> Page:
+    """A page of whole tensors, by their stored names."""
+    return Page(name, {tensor.name: Part(tensor) for tensor in tensors})

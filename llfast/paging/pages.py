@@ -1,0 +1,182 @@
+"""Reads pages, one ahead of the one in use, into two slots of memory that take turns."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from llfast.checkpoint import Checkpoint
+from llfast.errors import CannotPageError, CheckpointError
+from llfast.safetensors_file import StoredTensor
+
+from .layout import Layout, Page, lay_out, row_bytes
+from .slots import Slot
+from .statistics import LoadingStatistics, PageRead
+
+try:
+    from llfast._native import FileReader, Memory, ReadStatistics
+except ImportError:  # a package without its C++ module; `Pages` says so
+    FileReader = Memory = ReadStatistics = None  # type: ignore[assignment, misc]
+
+
+class Pages:
+    """Reads pages of a checkpoint, one ahead of the one in use.
+
+    Two slots of memory take turns, unless pages are kept. What `take` returns is good until
+    `release`; memory itself outlives this object for as long as tensors refer to it.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, statistics: LoadingStatistics
+    ) -> None:
+        if FileReader is None:
+            raise CannotPageError(
+                "weights must be resident in an llfast without its C++ module; build it with "
+                "`pip install -e .`"
+            )
+        self._device, self._statistics = device, statistics
+        self._files = {path: number for number, path in enumerate(checkpoint.weights)}
+        self._reader = FileReader([str(path) for path in checkpoint.weights])
+        self._layouts: dict[str, Layout] = {}
+        self._free: list[Slot] = []
+        self._ahead: tuple[str, Future[tuple[Slot, PageRead]]] | None = None
+        self._taken: dict[str, Slot] = {}
+        self._kept: list[Slot] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llfast-pages")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._reader.cancel()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        for slot in (*self._free, *self._taken.values(), *self._kept):
+            slot.close()
+        self._free.clear()
+        self._taken.clear()
+        self._kept.clear()
+        self._ahead = None
+
+    def read_ahead(self, page: Page, *, keep: bool = False) -> None:
+        """Begin to read a page that will be taken next; does nothing if one is being read."""
+        if self._ahead is None and page.name not in self._taken:
+            nbytes = self._layout(page).nbytes
+            slot = Slot(nbytes, self._device) if keep else self._slot(nbytes)
+            self._ahead = (page.name, self._thread.submit(self._read, page, slot))
+
+    def take(self, page: Page, *, keep: bool = False) -> dict[str, Tensor]:
+        """The tensors of a page, once they are there.
+
+        Args:
+            page: it may have been read ahead.
+            keep: in memory of its own rather than in a slot; it is not to be released.
+
+        Raises:
+            CheckpointError: if a file ends too early, cannot be read, or has changed.
+        """
+        assert page.name not in self._taken, f"page {page.name} was not released"
+        start = time.perf_counter()
+        if self._ahead is not None and self._ahead[0] != page.name:
+            self._free.append(self._ahead[1].result()[0])  # it is not what is needed
+            self._ahead = None
+        self.read_ahead(page, keep=keep)
+        assert self._ahead is not None
+        try:
+            slot, read = self._ahead[1].result()
+        finally:
+            self._ahead = None
+        if keep:
+            self._kept.append(slot)
+        else:
+            self._taken[page.name] = slot
+        read.stall_seconds = time.perf_counter() - start
+        self._statistics.pages.append(read)
+        places = self._layout(page).places
+        return {
+            name: slot.view(places[name], part.tensor.dtype, part.shape)
+            for name, part in page.parts.items()
+        }
+
+    def release(self, page: Page) -> None:
+        """Give a page's slot back; nothing may refer to its tensors any more."""
+        slot = self._taken.pop(page.name)
+        slot.let_go()
+        self._free.append(slot)
+
+    def rows(self, tensor: StoredTensor, rows: Int64[np.ndarray, " R"]) -> Tensor:
+        """Some rows of a stored matrix, (R, ...), in memory of their own.
+
+        Raises:
+            CheckpointError: as `take`.
+        """
+        size = row_bytes(tensor)
+        slot = Slot(size * len(rows), torch.device("cpu"))
+        extents = np.empty((len(rows), 4), dtype=np.int64)
+        extents[:, 0] = self._files[tensor.path]
+        extents[:, 1] = tensor.begin + size * rows
+        extents[:, 2] = size
+        extents[:, 3] = size * np.arange(len(rows))
+        self._read_extents(tensor.name, slot.memory, extents)
+        self._statistics.rows_bytes += size * len(rows)
+        return slot.view(0, tensor.dtype, (len(rows), *tensor.shape[1:]))
+
+    def slot_bytes(self, page: Page) -> int:
+        """What a page takes in a slot."""
+        return self._layout(page).nbytes
+
+    def _slot(self, nbytes: int) -> Slot:
+        """A free slot of at least that size."""
+        large = [slot for slot in self._free if slot.nbytes >= nbytes]
+        if large:
+            slot = min(large, key=lambda slot: slot.nbytes)
+            self._free.remove(slot)
+        else:
+            if self._free:
+                self._free.pop().close()  # too small: given back before a larger one is taken
+            slot = Slot(nbytes, self._device)
+        in_use = sum(each.nbytes for each in (*self._free, *self._taken.values(), slot))
+        self._statistics.slot_bytes = max(self._statistics.slot_bytes, in_use)
+        return slot
+
+    def _read(self, page: Page, slot: Slot) -> tuple[Slot, PageRead]:
+        read = PageRead(page.name, page.nbytes)
+        found = self._read_extents(page.name, slot.memory, self._layout(page).extents)
+        read.disk_bytes, read.cached_bytes = found.read_bytes, found.cached_bytes
+        read.read_seconds = found.seconds
+        slot.send()
+        return slot, read
+
+    def _read_extents(self, name: str, memory: Memory, extents: np.ndarray) -> ReadStatistics:
+        try:
+            found = self._reader.read(memory, extents)
+        except EOFError as error:
+            raise CheckpointError(
+                f"{error}, while {name} was read; is something still writing it?"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename} must be readable, got {error.strerror} while {name} was read"
+            ) from error
+        if changed := self._reader.changed():
+            raise CheckpointError(
+                f"{changed} must stay as it is while it is scored, got another file while {name} "
+                "was read; score it again once it is written"
+            )
+        return found
+
+    def _layout(self, page: Page) -> Layout:
+        if page.name not in self._layouts:
+            self._layouts[page.name] = lay_out(page.parts, self._files)
+        return self._layouts[page.name]

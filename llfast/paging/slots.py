@@ -1,0 +1,97 @@
+"""Memory that pages are read to, and on CUDA the memory that they are copied to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llfast.dtypes import STORED_DTYPES
+from llfast.errors import CannotPageError
+
+try:
+    from llfast._native import Memory
+except ImportError:  # a package without its C++ module; `Pages` says so
+    Memory = None  # type: ignore[assignment, misc]
+
+
+class Slot:
+    """Room for one page.
+
+    On a CPU, tensors are views of what is read. On CUDA, what is read lies in pinned memory, and is
+    copied as a whole to a slot of the same size there, on a stream of its own, in the thread that
+    reads; tensors are views of that one.
+
+    Attributes:
+        memory: what is read to.
+        nbytes: its size.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes = max(nbytes, 1)
+        self.memory = Memory(self.nbytes)
+        self._on_device: Tensor | None = None
+        if device.type == "cuda":
+            self._on_device = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+            self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._last_use: Any = None
+            _check(_cudart().cudaHostRegister(self.memory.address, self.nbytes, 0))
+
+    def send(self) -> None:
+        """Copy what was read to the device, and wait for that; not before the last use of it."""
+        if self._on_device is None:
+            return
+        host = torch.frombuffer(self.memory, dtype=torch.uint8)
+        with torch.cuda.stream(self._copies):
+            if self._last_use is not None:
+                self._copies.wait_event(self._last_use)
+            self._on_device.copy_(host, non_blocking=True)
+        self._copies.synchronize()
+
+    def let_go(self) -> None:
+        """Say that what uses the slot's tensors has been given to the device, all of it."""
+        if self._on_device is not None:
+            self._last_use = torch.cuda.current_stream(self._on_device.device).record_event()
+
+    def close(self) -> None:
+        """Give back what CUDA holds; memory itself goes with the last tensor that refers to it."""
+        if self._on_device is not None:
+            torch.cuda.synchronize(self._on_device.device)
+            _check(_cudart().cudaHostUnregister(self.memory.address))
+            self._on_device = None
+
+    def view(self, offset: int, dtype: str, shape: Sequence[int]) -> Tensor:
+        """A tensor in the slot; a copy where its numbers do not lie on whole addresses.
+
+        Raises:
+            CannotPageError: if torch does not have the dtype.
+        """
+        kind = STORED_DTYPES.get(dtype)
+        if kind is None:
+            raise CannotPageError(f"weights must be of a dtype that torch has, got {dtype}")
+        count = math.prod(shape)
+        device = None if self._on_device is None else self._on_device.device
+        if count == 0:
+            return torch.empty(tuple(shape), dtype=kind, device=device)
+        size = count * kind.itemsize
+        if self._on_device is not None:
+            raw = self._on_device[offset : offset + size]
+        elif offset % kind.itemsize:
+            raw = torch.frombuffer(self.memory, dtype=torch.uint8, count=size, offset=offset)
+        else:
+            flat = torch.frombuffer(self.memory, dtype=kind, count=count, offset=offset)
+            return flat.view(tuple(shape))
+        if offset % kind.itemsize:
+            raw = raw.clone()
+        return raw.view(kind).view(tuple(shape))
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check(result: Any) -> None:
+    torch.cuda.check_error(result)

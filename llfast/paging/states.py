@@ -1,0 +1,75 @@
+"""How much memory suspended forwards hold."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .statistics import LoadingStatistics
+
+# No model tried holds more between layers, in hidden states of a token (Llama holds 2.04).
+_MOST_HIDDEN_STATES = 32
+_MEASURE_EVERY = 1.5  # times as many layers as at the last time: it looks at all live objects
+
+
+class StateMeter:
+    """Says how many tokens fit into memory, by looking at what tensors there are.
+
+    Attributes:
+        bytes_per_token: the most that was seen.
+    """
+
+    def __init__(self, model: Any, room_bytes: int, statistics: LoadingStatistics) -> None:
+        """Args: model: whose weights do not count. room_bytes: for all states of a wave."""
+        self.bytes_per_token = 0.0
+        self._model, self._room, self._statistics = model, room_bytes, statistics
+        self._before: set[int] = set()
+        self._next = 0.0
+
+    def begin(self, tokens: int) -> None:
+        """Before the first forward of a wave, when so many tokens are still to come.
+
+        Few tokens in much memory are not measured: it takes a quarter of a second each time.
+        """
+        width = getattr(self._model.config.get_text_config(), "hidden_size", None)
+        self._next = 0.0
+        if width and tokens * width * self._model.dtype.itemsize * _MOST_HIDDEN_STATES < self._room:
+            self._next = float("inf")
+        else:
+            self._before = set(_live())
+
+    def measure(self, layers: int, tokens: int) -> bool:
+        """After some layers, of the first wave: learn what a token holds.
+
+        Returns: whether it was measured; it is now and then.
+        """
+        if layers < self._next:
+            return False
+        self._next = layers * _MEASURE_EVERY
+        known = {t.untyped_storage().data_ptr() for t in self._model.parameters()}
+        known |= {t.untyped_storage().data_ptr() for t in self._model.buffers()}
+        held = sum(size for place, size in _live().items() if place not in self._before | known)
+        self._statistics.state_bytes = max(self._statistics.state_bytes, held)
+        self.bytes_per_token = max(self.bytes_per_token, held / tokens)
+        return True
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a wave may have so many tokens."""
+        return self.bytes_per_token * tokens <= self._room
+
+    def overflows(self, tokens: int) -> bool:
+        """Whether a wave holds clearly more than was expected of it."""
+        return self.bytes_per_token * tokens > 1.1 * self._room
+
+
+def _live() -> dict[int, int]:
+    """Bytes of every storage that a tensor refers to, by its address."""
+    found: dict[int, int] = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), Tensor) and each.layout == torch.strided and not each.is_meta:
+            storage = each.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found

@@ -1,0 +1,133 @@
+"""Whether weights are the bytes that they should be, found out while they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError
+
+_CHUNK_BYTES = 8 << 20
+
+
+class Verification:
+    """sha256 of every byte of a checkpoint's weights, in a thread of its own.
+
+    Attributes:
+        nbytes: hashed so far.
+        seconds: of hashing so far, reading included.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Path | None = None) -> None:
+        """Begin with `with`.
+
+        Args:
+            checkpoint: what is verified.
+            manifest: as `sha256sum` writes it; None for the names that the Hub's cache gives to
+                files, which are their digests.
+
+        Raises:
+            CheckpointError: if a weight file has no digest to be compared with.
+            OSError: if the manifest cannot be read.
+        """
+        known = {} if manifest is None else read_manifest(manifest)
+        self._expected: dict[Path, str] = {}
+        for path in checkpoint.weights:
+            digest = known.get(path.name) if manifest is not None else _blob_digest(path)
+            if digest is None:
+                where = str(manifest) if manifest is not None else "the Hub's cache"
+                raise CheckpointError(
+                    f"{path} must have a sha256 to be verified, got none from {where}; pass a "
+                    "manifest made by `sha256sum`"
+                )
+            self._expected[path] = digest
+        self.nbytes, self.seconds = 0, 0.0
+        self._error: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="llfast-verify", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raise what was found so far; with `wait`, once all is read.
+
+        Raises:
+            CheckpointError: if a file is not what it should be.
+        """
+        if wait:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            for path, expected in self._expected.items():
+                found = self._digest(path)
+                if found not in (None, expected):
+                    self._error = CheckpointError(
+                        f"{path} must have the sha256 {expected}, got {found}; download it again"
+                    )
+                    return
+        except OSError as error:
+            self._error = error
+
+    def _digest(self, path: Path) -> str | None:
+        """None if it was told to stop."""
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        start = time.perf_counter()
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                if self._stop.is_set():
+                    return None
+                digest.update(buffer[:count])
+                self.nbytes += count
+                self.seconds += time.perf_counter() - start
+                start = time.perf_counter()
+        return digest.hexdigest()
+
+
+def read_manifest(path: Path) -> Mapping[str, str]:
+    """Digests by file name, from lines of a sha256 (hex), spaces or " *", and a name.
+
+    Raises:
+        CheckpointError: if a line is something else.
+        OSError: if it cannot be read.
+    """
+    found = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if match is None:
+            raise CheckpointError(
+                f"{path}, line {number} must be a sha256 and a file name, got {line[:80]!r}"
+            )
+        found[Path(match[2]).name] = match[1].lower()
+    return found
+
+
+def _blob_digest(path: Path) -> str | None:
+    """The digest by which the Hub's cache names the file that a snapshot links to."""
+    if not path.is_symlink():
+        return None
+    name = path.readlink().name
+    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
