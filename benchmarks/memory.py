@@ -14,9 +14,9 @@ def highest_growth_mib(run: Callable[[], object]) -> float:
     """How far the resident size rose above where it was, at its highest, while `run` ran."""
     ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     run()
-    return max(_status_kib("VmHWM") - before, 0) / 1024
+    return max(status_kib("VmHWM") - before, 0) / 1024
 
 
 def measured_elsewhere(arguments: Sequence[str]) -> float:
@@ -34,7 +34,8 @@ def measured_elsewhere(arguments: Sequence[str]) -> float:
     return round(float(done.stdout.splitlines()[-1]), 1)
 
 
-def _status_kib(field: str) -> int:
+def status_kib(field: str) -> int:
+    """A size that the kernel tells of this process, such as VmRSS."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1])

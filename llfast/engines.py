@@ -18,13 +18,14 @@ from .batchwise import Batchwise, is_out_of_memory, plan_for, too_long
 from .borrowing import borrowed
 from .errors import LlfastWarning, ScoringError, UnsupportedModelError
 from .head import Head, find_head
-from .linear import PACKED, linear_layers, linear_path
+from .linear import linear_layers, linear_path
 from .models import FolderSource, ModelSource
 from .paging import CannotPageError, LoadingStatistics, PagedModel
 from .traits import check_fit, probe_tokens
 
 WEIGHTS = ("auto", "resident", "paged")
 _SHARE_OF_FREE_MEMORY = 0.8
+_UNKNOWN_MEMORY_BYTES = 1 << 62  # where nothing says how much there is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,35 +94,25 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
     """
     with contextlib.ExitStack() as stack:
         if weights == "paged":
-            yield _Paged(job, _skeleton(job), keep=False, may_load=False)
+            yield _Paged(job, _skeleton(job), auto=False)
             return
-        keep = _fits(job)
         if weights == "auto" and _is_pageable(job.source):
             try:
                 skeleton = _skeleton(job)
             except UnsupportedModelError as error:
-                _warn_unless(keep, error)
+                if not _fits(job):
+                    _warn_of_loading(error)
             else:
-                yield _Paged(job, skeleton, keep=keep, may_load=True)
+                yield _Paged(job, skeleton, auto=True)
                 return
         yield stack.enter_context(_Resident.open(job))
-
-
-def _fits(job: Job) -> bool:
-    """Whether all weights have room in memory, with as much again for a tenth of activations."""
-    checkpoint = job.source.checkpoint
-    if checkpoint is None or checkpoint.pickled:
-        return True
-    nbytes = checkpoint.parameters * job.dtype.itemsize
-    if linear_path(job.device, job.dtype) == PACKED:
-        nbytes *= 2
-    return 1.1 * nbytes <= _memory_bytes(job)
 
 
 def _memory_bytes(job: Job) -> int:
     if job.memory_bytes is not None:
         return job.memory_bytes
-    return int(_SHARE_OF_FREE_MEMORY * memory.available_bytes(job.device))
+    free = memory.available_bytes(job.device)
+    return int(_SHARE_OF_FREE_MEMORY * free) if free else _UNKNOWN_MEMORY_BYTES
 
 
 def _is_pageable(source: ModelSource) -> bool:
@@ -146,10 +137,15 @@ def _skeleton(job: Job) -> PagedModel:
     )
 
 
-def _warn_unless(fits: bool, error: UnsupportedModelError) -> None:
-    if not fits:
-        message = f"a model that may not fit into memory is loaded whole, for {error}"
-        warnings.warn(message, LlfastWarning, stacklevel=6)
+def _fits(job: Job) -> bool:
+    """Whether all weights have room in memory."""
+    checkpoint = job.source.checkpoint
+    return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= _memory_bytes(job)
+
+
+def _warn_of_loading(error: UnsupportedModelError) -> None:
+    message = f"a model that may not fit into memory is loaded whole, for {error}"
+    warnings.warn(message, LlfastWarning, stacklevel=6)
 
 
 class _Resident:
@@ -176,9 +172,9 @@ class _Resident:
 
 
 class _Paged:
-    def __init__(self, job: Job, paged: PagedModel, *, keep: bool, may_load: bool) -> None:
-        self._job, self._paged, self._keep, self._may_load = job, paged, keep, may_load
-        self.weights = "kept" if keep else "paged"
+    def __init__(self, job: Job, paged: PagedModel, *, auto: bool) -> None:
+        self._job, self._paged, self._auto = job, paged, auto
+        self.weights = "paged"
         self.model, self.linear = paged.model, paged.linear
         self.head: Head | None = None
         check_fit(self.model, job.tokens, job.ids)
@@ -187,9 +183,10 @@ class _Paged:
         try:
             yield from self._waves(is_open)
         except CannotPageError as error:  # which is found out before a text is finished
-            if not self._may_load:
+            if not self._auto:
                 raise
-            _warn_unless(self._keep, error)
+            if self.weights == "paged":  # it would not fit
+                _warn_of_loading(error)
         else:
             return
         with _Resident.open(self._job) as resident:
@@ -206,12 +203,13 @@ class _Paged:
                 self._paged.waves(
                     job.tokens,
                     memory_bytes=_memory_bytes(job),
-                    keep=self._keep,
+                    may_keep=self._auto,
                     rows=job.token_budget,
                     probe=probe_tokens(self.model),
                     statistics=job.statistics,
                 ) as waves,
             ):
+                self.weights = "kept" if waves.keeps_weights else "paged"
                 for wave in waves.run(batches):
                     self.head = waves.head
                     yield [Finished(batch, found, job.token_budget) for batch, found in wave]

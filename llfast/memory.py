@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_USES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base ** (power + 1)
     for power, letter in enumerate("kmgt")
@@ -40,8 +42,9 @@ def parse_bytes(size: int | str) -> int:
 @functools.cache
 def total_bytes() -> int:
     """Memory of this machine, or of a container that has less; 0 where Linux does not say."""
-    found = [size for size in (_meminfo("MemTotal"), *map(_number, _LIMITS)) if size is not None]
-    return min(found, default=0)
+    limits = (_number(f"{folder}/{name}") for folder, name, _ in _CGROUPS)
+    found = [_field("/proc/meminfo", "MemTotal:") << 10, *(limit or 0 for limit in limits)]
+    return min((size for size in found if size), default=0)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -49,19 +52,24 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    found = [_meminfo("MemAvailable")]
-    for limit, use in zip(map(_number, _LIMITS), map(_number, _USES), strict=True):
+    found = [_field("/proc/meminfo", "MemAvailable:") << 10]
+    for folder, limit_name, use_name in _CGROUPS:
+        limit, use = _number(f"{folder}/{limit_name}"), _number(f"{folder}/{use_name}")
         if limit is not None and use is not None:
-            found.append(max(limit - use, 0))
-    return min((size for size in found if size is not None), default=0)
+            # Cached files count as used, but go when memory is needed.
+            cached = _field(f"{folder}/memory.stat", "inactive_file")
+            found.append(max(limit - use + cached, 1))
+    return min((size for size in found if size), default=0)
 
 
-def _meminfo(name: str) -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) << 10
-    return None
+def _field(path: str, name: str) -> int:
+    """The number behind a name, one a line; 0 if it is not there."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(path).read_text().splitlines():
+            words = line.split()
+            if words[:1] == [name]:
+                return int(words[1])
+    return 0
 
 
 def _number(path: str) -> int | None:

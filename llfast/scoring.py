@@ -209,7 +209,7 @@ def score(
                 advance(len(done), int(tokens.token_counts[done].sum()))
             if verification is not None:
                 verification.check()
-            scores.save_now_and_then() if engine.weights == "resident" else scores.save()
+            scores.save() if engine.weights == "paged" else scores.save_now_and_then()
         if verification is not None:
             verification.check(wait=True)
         provenance["head"] = "own logits" if engine.head is None else str(engine.head)

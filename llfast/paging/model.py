@@ -14,6 +14,7 @@ from torch import Tensor
 from llfast.batches import TokenizedTexts
 from llfast.checkpoint import Checkpoint
 from llfast.errors import CannotPageError
+from llfast.head import linear_head
 from llfast.linear import linear_path
 
 from .pages import Pages
@@ -23,6 +24,8 @@ from .suspended import stops
 from .units import find_units
 from .waves import Waves
 from .weights import Weights
+
+_ROOM_FOR_WORK = 1.1  # times the weights, where all of them are to stay
 
 
 class PagedModel:
@@ -57,10 +60,11 @@ class PagedModel:
                 f"{name} must be loaded whole by transformers {transformers.__version__}, whose "
                 f"loading is not as llfast knows it: {problem}"
             )
-        self._units = find_units(self._skeleton)
         self.model = self._skeleton.model
+        head = linear_head(self.model)
+        self.linear = linear_path(device, dtype, model=self.model, leave_out=head)
+        self._units = find_units(self._skeleton, self.linear)
         self.head = self._units.head.module
-        self.linear = linear_path(device, dtype, model=self.model, leave_out=self.head)
         self._skeleton.evict(self._skeleton.places)
 
     @contextmanager
@@ -69,7 +73,7 @@ class PagedModel:
         tokens: TokenizedTexts,
         *,
         memory_bytes: int,
-        keep: bool,
+        may_keep: bool,
         rows: int,
         probe: Int64[Tensor, " S"],
         statistics: LoadingStatistics,
@@ -79,7 +83,7 @@ class PagedModel:
         Args:
             tokens: of all texts.
             memory_bytes: for weights, and for what suspended forwards hold.
-            keep: let layers stay once they are read.
+            may_keep: let layers stay once they are read, if they all fit.
             rows: how many rows linear layers will mostly be given.
             probe: a few tokens to try the model's head with.
             statistics: what is filled in.
@@ -96,15 +100,15 @@ class PagedModel:
                 statistics,
                 linear=self.linear,
                 rows=rows,
-                keep=keep,
             )
-            room = memory_bytes - weights.nbytes
+            weights.keep = may_keep and weights.kept_bytes * _ROOM_FOR_WORK <= memory_bytes
+            room = memory_bytes - (weights.kept_bytes if weights.keep else weights.paged_bytes)
             if room <= 0:
                 largest = weights.largest
                 raise ValueError(
                     f"memory_budget must hold two pages of {self._name}, whose largest is "
                     f"{largest.name} with {largest.page.nbytes:,} bytes, and what stays in memory, "
-                    f"got {memory_bytes:,}; it takes more than {weights.nbytes:,}"
+                    f"got {memory_bytes:,}; it takes more than {weights.paged_bytes:,}"
                 )
             stack.enter_context(weights)
             layers = {name: unit.module for name, unit in weights.layers.items()}

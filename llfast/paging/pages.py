@@ -61,7 +61,9 @@ class Pages:
         trace: TracebackType | None,
     ) -> None:
         self._reader.cancel()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=True)
+        if self._ahead is not None and self._ahead[1].exception() is None:
+            self._free.append(self._ahead[1].result()[0])
         for slot in (*self._free, *self._taken.values(), *self._kept):
             slot.close()
         self._free.clear()
@@ -89,17 +91,18 @@ class Pages:
         assert page.name not in self._taken, f"page {page.name} was not released"
         start = time.perf_counter()
         if self._ahead is not None and self._ahead[0] != page.name:
-            self._free.append(self._ahead[1].result()[0])  # it is not what is needed
+            other = self._ahead[1].result()[0]  # it is not what is needed
             self._ahead = None
+            other.close() if keep else self._free.append(other)
         self.read_ahead(page, keep=keep)
         assert self._ahead is not None
         try:
             slot, read = self._ahead[1].result()
         finally:
             self._ahead = None
-        if keep:
-            self._kept.append(slot)
-        else:
+        if keep and self._device.type == "cuda":
+            self._kept.append(slot)  # on a CPU its tensors hold what they need of it
+        elif not keep:
             self._taken[page.name] = slot
         read.stall_seconds = time.perf_counter() - start
         self._statistics.pages.append(read)
@@ -152,7 +155,11 @@ class Pages:
 
     def _read(self, page: Page, slot: Slot) -> tuple[Slot, PageRead]:
         read = PageRead(page.name, page.nbytes)
-        found = self._read_extents(page.name, slot.memory, self._layout(page).extents)
+        try:
+            found = self._read_extents(page.name, slot.memory, self._layout(page).extents)
+        except BaseException:
+            slot.close()
+            raise
         read.disk_bytes, read.cached_bytes = found.read_bytes, found.cached_bytes
         read.read_seconds = found.seconds
         slot.send()

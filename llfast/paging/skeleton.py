@@ -7,7 +7,7 @@ tried out before they are used; whatever goes wrong with them means that models 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,15 @@ class Skeleton:
         self.places = dict(_places(self.model))
         first_names = {each: first for first, place in self.places.items() for each in place.names}
         self.sources: dict[str, list[StoredTensor]] = {}
+        self._converted: set[str] = set()
         try:
             self._config = _loading_config(self.model, dtype, device)
-            for key, target in _targets(self.model, self._config, tensors).items():
+            for key, target, is_converted in _targets(self.model, self._config, tensors):
                 if target in first_names:
-                    self.sources.setdefault(first_names[target], []).append(tensors[key])
+                    name = first_names[target]
+                    self.sources.setdefault(name, []).append(tensors[key])
+                    if is_converted:
+                        self._converted.add(name)
         except Exception as error:
             raise CannotPageError(
                 f"{name} must be loaded whole by transformers {transformers.__version__}, whose "
@@ -129,8 +133,7 @@ class Skeleton:
 
     def is_plain(self, name: str) -> bool:
         """Whether a parameter is stored as it is, under whatever name and in whatever dtype."""
-        sources = self.sources.get(name, [])
-        return len(sources) == 1 and sources[0].shape == tuple(self.places[name].empty.shape)
+        return name not in self._converted and len(self.sources.get(name, ())) == 1
 
     @property
     def converts(self) -> bool:
@@ -156,9 +159,21 @@ class Skeleton:
         Raises:
             CheckpointError: if they do not fill the places.
         """
-        names = list(names)
+        others = dict(tensors)
+        converted = []
         for name in names:
-            self._set(name, self.places[name].empty)  # whose shape and dtype transformers asks for
+            empty = self.places[name].empty
+            if self.is_plain(name):  # transformers takes 36 ms a layer to say the same
+                tensor = others.pop(self.sources[name][0].name).to(self.device, empty.dtype)
+                self._set(name, tensor)
+            else:
+                self._set(name, empty)  # whose shape and dtype transformers asks for
+                converted.append(name)
+        if converted:
+            self._convert(converted, others)
+
+    def _convert(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        """Let transformers fill places of tensors that have to be put together or taken apart."""
         with quiet():
             report, _ = _internals().convert_and_load_state_dict_in_model(
                 self.model, dict(tensors), self._config
@@ -182,12 +197,12 @@ class Skeleton:
     def evict(self, names: Iterable[str]) -> None:
         """Leave nothing in these places: an empty tensor, with which no layer can compute."""
         for name in names:
-            before = self.places[name].empty
-            empty = before.new_empty(0, device=self.device)
-            is_parameter = isinstance(before, nn.Parameter)
-            self._set(name, nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
+            self._set(name, self.places[name].empty.new_empty(0, device=self.device))
 
     def _set(self, name: str, tensor: Tensor) -> None:
+        is_parameter = isinstance(self.places[name].empty, nn.Parameter)
+        if is_parameter and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
         for each in self.places[name].names:
             path, _, attribute = each.rpartition(".")
             setattr(self.model.get_submodule(path), attribute, tensor)
@@ -241,21 +256,20 @@ def _loading_config(model: Any, dtype: torch.dtype, device: torch.device) -> Any
     )
 
 
-def _targets(model: Any, config: Any, keys: Iterable[str]) -> dict[str, str]:
-    """The name in the model that each stored key goes to; the first one if it goes to several."""
+def _targets(model: Any, config: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Stored keys, the (first) name in the model that each goes to, and if it is converted."""
     internals = _internals()
     renamings = [e for e in config.weight_mapping if isinstance(e, internals.WeightRenaming)]
     converters = [e for e in config.weight_mapping if isinstance(e, internals.WeightConverter)]
     known = model.state_dict()
-    targets = {}
     for key in keys:
-        target, _ = internals.rename_source_key(
-            key, renamings, converters, model.base_model_prefix, known
-        )
-        if target not in known and key in known:
-            target, _ = internals.rename_source_key(key, [], [], model.base_model_prefix, known)
-        targets[key] = target
-    return targets
+        for rules in ((renamings, converters), ([], [])):  # in this order transformers tries them
+            target, pattern = internals.rename_source_key(
+                key, *rules, model.base_model_prefix, known
+            )
+            if target in known or key not in known:
+                break
+        yield key, target, pattern is not None
 
 
 @functools.cache

@@ -49,6 +49,7 @@ class Forward(greenlet.greenlet):
         value = self.switch() if answer is None else self.switch(answer)
         assert _modes() == modes, "a model must leave torch's modes as they are between layers"
         if self.dead:
+            assert not isinstance(value, greenlet.GreenletExit), "a forward was ended by others"
             self.stopped_at, self.result = None, value
         else:
             self.stopped_at = value

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llfast.errors import CannotPageError
 from llfast.head import linear_head
+from llfast.linear import PACKED
 from llfast.safetensors_file import StoredTensor
 
 from .layout import Page, tensors_page
@@ -97,8 +98,13 @@ class Units:
     embedding: StoredEmbedding | None
 
 
-def find_units(skeleton: Skeleton) -> Units:
+def find_units(skeleton: Skeleton, linear: str) -> Units:
     """Cut a model into units.
+
+    Args:
+        skeleton: the model.
+        linear: the path of its linear layers. A packed one must be in place before it is called,
+            so it can be a part of a unit, but not a unit.
 
     Raises:
         CannotPageError: if it has no list of layers, or a head that cannot be read in tiles.
@@ -106,7 +112,9 @@ def find_units(skeleton: Skeleton) -> Units:
     model = skeleton.model
     head, head_weight = _stored_head(skeleton)
     embedding = _stored_embedding(skeleton)
-    owners = _owners(model, {head.module, None if embedding is None else embedding.module})
+    others: set[nn.Module | None] = {head.module, None if embedding is None else embedding.module}
+    single = (nn.Embedding,) if linear == PACKED else (nn.Embedding, nn.Linear)
+    owners = _owners(model, single, others)
     by_layer: dict[str, list[str]] = {}
     kept = []
     for name, place in skeleton.places.items():
@@ -148,11 +156,14 @@ def _page(skeleton: Skeleton, name: str, places: list[str]) -> Page:
     return tensors_page(name, sources)
 
 
-def _owners(model: nn.Module, others: set[nn.Module | None]) -> dict[str, nn.Module]:
+def _owners(
+    model: nn.Module, single: tuple[type, ...], others: set[nn.Module | None]
+) -> dict[str, nn.Module]:
     """The modules that are units: items of the outermost lists, and large layers elsewhere.
 
     Args:
         model: whose they are.
+        single: kinds of layers that are units by themselves, if they are large.
         others: layers that are none.
     """
     found = dict(_items(model, ""))
@@ -160,9 +171,8 @@ def _owners(model: nn.Module, others: set[nn.Module | None]) -> dict[str, nn.Mod
     for name, module in model.named_modules():
         if module in others or f"{name}.".startswith(inside):
             continue
-        if type(module) in (nn.Linear, nn.Embedding) and (
-            module.weight.is_meta and module.weight.nbytes > LARGEST_KEPT_LAYER_BYTES
-        ):
+        weight: Any = getattr(module, "weight", None)
+        if type(module) in single and weight.is_meta and weight.nbytes > LARGEST_KEPT_LAYER_BYTES:
             found[name] = module
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ from .units import StoredHead
 from .weights import Weights
 
 _MOST_FORWARDS = 4096  # in a wave; each has a stack
+# Where weights stay, the first wave computes while they are read; more waves cost no reading, and
+# a batch alone leaves its states in the processor's cache.
+_FORWARDS_WHILE_READING = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +58,7 @@ class Waves:
 
     Attributes:
         head: what was found out about the model's head in the first wave.
+        keeps_weights: whether they stay once they are there.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Waves:
     ) -> None:
         """Args: room_bytes: for what suspended forwards hold. probe: see `find_head`."""
         self.head: Head | None = None
+        self.keeps_weights = weights.keep
         self._model = skeleton.model
         self._weights, self._stored_head, self._tokens = weights, stored_head, tokens
         self._statistics, self._probe = statistics, probe
@@ -87,8 +93,9 @@ class Waves:
             try:
                 yield self._wave(pending, forwards)
             finally:
-                for forward in forwards:
-                    forward.end()
+                with ExitStack() as stack:  # all of them, whatever one does
+                    for forward in forwards:
+                        stack.callback(forward.end)
 
     def _wave(
         self, pending: deque[Batch], forwards: list[Forward]
@@ -98,7 +105,8 @@ class Waves:
         questions = None
         if self.head is None:
             questions = _Questions(self._model, self._stored_head, self._probe)
-        self._meter.begin(_tokens(pending))
+        if questions is not None:
+            self._meter.begin(_tokens(pending))
         batches = [pending.popleft()]
         forwards.append(self._forward(batches[0]))
         passed = self._lead(forwards[0])
@@ -123,6 +131,7 @@ class Waves:
         self._statistics.wave_tokens = max(self._statistics.wave_tokens, _tokens(batches))
         self._weights.more_waves = bool(pending)
         scored = [f.result for f in forwards if isinstance(f.result, _Scored)]
+        assert len(scored) == len(batches), "every forward must end with its hidden states"
         return self._score(scored, questions)
 
     def _forward(self, batch: Batch) -> Forward:
@@ -153,9 +162,12 @@ class Waves:
 
     def _admit(self, pending: deque[Batch], batches: list[Batch], forwards: list[Forward]) -> None:
         """Take batches off `pending` while there is room for them."""
+        most = _MOST_FORWARDS
+        if self.keeps_weights:
+            most = _FORWARDS_WHILE_READING if self.head is None else 1
         while (
             pending
-            and len(forwards) < _MOST_FORWARDS
+            and len(forwards) < most
             and self._meter.has_room(_tokens([*batches, pending[0]]))
         ):
             batches.append(pending.popleft())
@@ -221,44 +233,42 @@ class _Questions:
         self._model, self._stored, self._probe = model, stored, probe
         rows = stored.weight.shape[0]
         self._ramp = ramp_of(rows, self._probe.device)
-        self._own = [self._ask(self._probe), self._ask(changed_probe(self._probe))]
-        self._ramped = self._ask(self._probe)
+        self._own = self._ask(torch.stack((probe, changed_probe(probe))))
+        self._ramped = self._ask(probe[None])
         self._ramped.at_head = lambda hidden: self._ramp.expand(*hidden.shape[:-1], rows)
-        self._tiles: list[list[Tensor]] = [[], []]
-        self.forwards = [*self._own, self._ramped]
+        self._tiles: list[Tensor] = []
+        self.forwards = [self._own, self._ramped]
 
     @property
     def hidden(self) -> Float[Tensor, "S D"]:
         """What the probe's forward brought to the head."""
-        assert self._own[0].hidden is not None
-        return self._own[0].hidden[0]
+        assert self._own.hidden is not None
+        return self._own.hidden[0]
 
     def describe(self) -> Head:
         """The head by what the ramp became."""
         head = None
-        if all(forward.stopped_at == HEAD for forward in self._own):
-            head = describe_head(self._stored.module, self._ramp, self._ramped.result)
+        if self._own.stopped_at == HEAD:
+            head = describe_head(self._stored.module, self._ramp, self._ramped.result[0])
         if head is None:
             raise self._unusual_head()
         return head
 
     def add_logits(self, weight: Float[Tensor, "W D"], bias: Float[Tensor, " W"] | None) -> None:
         """The model's own logits of a tile."""
-        for forward, tiles in zip(self._own, self._tiles, strict=True):
-            assert forward.hidden is not None
-            tiles.append(torch.nn.functional.linear(forward.hidden, weight, bias))
+        assert self._own.hidden is not None
+        self._tiles.append(torch.nn.functional.linear(self._own.hidden, weight, bias))
 
     def judge(self, head: Head, fused: TokenStatistics) -> None:
-        """Let the forwards end with their logits, and compare."""
-        for forward, tiles in zip(self._own, self._tiles, strict=True):
-            forward.resume(torch.cat(tiles, dim=-1))
-        logits, changed = (forward.result for forward in self._own)
+        """Let the forward end with its logits, and compare."""
+        self._own.resume(torch.cat(self._tiles, dim=-1))
+        logits, changed = self._own.result
         refuse_acausal(self._model, logits, changed)
         if not agrees(logits, fused, head.probe_targets(self._probe)):
             raise self._unusual_head()
 
-    def _ask(self, probe: Int64[Tensor, " S"]) -> Forward:
-        return Forward(lambda: run_model(self._model, probe[None])[0])
+    def _ask(self, input_ids: Int64[Tensor, "B S"]) -> Forward:
+        return Forward(lambda: run_model(self._model, input_ids))
 
     def _unusual_head(self) -> CannotPageError:
         return CannotPageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llfast.dtypes import STORED_DTYPES
 from llfast.kernels.inputs import GROUP
 from llfast.linear import PACKED, linear_layers
 
@@ -27,6 +29,7 @@ class Weights:
         layers: what can be asked for, by name.
         largest: the layer with the largest page.
         more_waves: whether the model will be gone through again.
+        keep: whether layers stay once they are there.
     """
 
     def __init__(
@@ -38,7 +41,6 @@ class Weights:
         *,
         linear: str,
         rows: int,
-        keep: bool,
     ) -> None:
         """Prepare; `with` reads what stays in memory.
 
@@ -49,11 +51,11 @@ class Weights:
             statistics: filled in.
             linear: what `linear_layers` is given for every layer.
             rows: the same.
-            keep: leave every layer in place once it is there.
         """
         self._skeleton, self._units, self._pages = skeleton, units, pages
         self._statistics = statistics
-        self._linear, self._rows, self._keep = linear, rows, keep
+        self._linear, self._rows = linear, rows
+        self.keep = False
         self.layers = {unit.name: unit for unit in units.layers}
         self.largest = max(units.layers, key=lambda unit: pages.slot_bytes(unit.page))
         self.more_waves = False
@@ -88,22 +90,36 @@ class Weights:
     ) -> None:
         self._let_go()
         self._stack.close()
+        self._tile_weights.clear()
+        self._skeleton.evict(self._units.kept_places)
 
     @property
-    def nbytes(self) -> int:
-        """What they take in memory: all that stays, two slots, and a page in another form."""
-        slot = self._pages.slot_bytes(self.largest.page)
-        empties = self._skeleton.places
-        if self._keep:
-            times = 2 if self._linear == PACKED else 1
-            return times * sum(place.empty.nbytes for place in empties.values()) + 2 * slot
-        kept = sum(empties[name].empty.nbytes for name in self._units.kept_places)
-        copies = [
-            sum(empties[name].empty.nbytes for name in unit.places)
-            for unit in self._units.layers
-            if self._linear == PACKED or not self._skeleton.is_as_stored(unit.places)
-        ]
-        return kept + 2 * slot + max(copies, default=0)
+    def paged_bytes(self) -> int:
+        """What they take in memory: what stays, two slots, and a page in another form."""
+        places = self._skeleton.places
+        packed = 1 if self._linear == PACKED else 0
+        kept = sum(places[name].empty.nbytes for name in self._units.kept_places)
+        copies = [0]  # of one page: converted, and packed
+        for unit in self._units.layers:
+            converted = 0 if self._skeleton.is_as_stored(unit.places) else 1
+            nbytes = sum(places[name].empty.nbytes for name in unit.places)
+            copies.append((converted + packed) * nbytes)
+        for tile in self._tiles:
+            part = tile.parts["weight"]
+            if STORED_DTYPES.get(part.tensor.dtype) != self._units.head.dtype:
+                copies.append(math.prod(part.shape) * self._units.head.dtype.itemsize)
+        return (1 + packed) * kept + self._slots_bytes + max(copies)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What they take in memory if all of them stay, and two pages on their way."""
+        copies = 2 if self._linear == PACKED else 1
+        places = self._skeleton.places.values()
+        return copies * sum(place.empty.nbytes for place in places) + self._slots_bytes
+
+    @property
+    def _slots_bytes(self) -> int:
+        return 2 * max(self._pages.slot_bytes(page) for page in self._pages_by_name.values())
 
     def begin_wave(self) -> None:
         """Expect the order of the last wave again."""
@@ -132,29 +148,29 @@ class Weights:
             weight = self._tile_weights.get(tile.name)
             if weight is None:
                 weight = self._bring(tile.name)["weight"].to(self._skeleton.device, head.dtype)
-            if self._keep:
+            if self.keep:
                 self._tile_weights[tile.name] = weight
             first = tile.parts["weight"].first
             yield first, weight, None if bias is None else bias[first : first + len(weight)]
             del weight
-        if not self._keep:
+        if not self.keep:
             self._let_go()
 
     def _bring(self, name: str) -> dict[str, Tensor]:
         """A page, and the next one on its way."""
-        if not self._keep:
+        if not self.keep:
             self._let_go()
-        tensors = self._pages.take(self._pages_by_name[name], keep=self._keep)
+        tensors = self._pages.take(self._pages_by_name[name], keep=self.keep)
         self._in_place.append(name)
         self._asked.append(name)
         if (following := self._following(name)) and following not in self._in_place:
-            self._pages.read_ahead(self._pages_by_name[following], keep=self._keep)
+            self._pages.read_ahead(self._pages_by_name[following], keep=self.keep)
         return tensors
 
     def _let_go(self) -> None:
         """Empty what is in place, and give slots back."""
         self._layers.close()
-        for name in self._in_place if not self._keep else ():
+        for name in self._in_place if not self.keep else ():
             self._pages.release(self._pages_by_name[name])
         self._in_place.clear()
 

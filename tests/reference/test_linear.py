@@ -5,7 +5,6 @@ No table is asked here, except where it is tested: packed weights run on every x
 
 import itertools
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -372,23 +371,3 @@ def test_little_memory_leaves_the_layers_with_torch(monkeypatch):
     assert llfast.score(pair, TEXTS).provenance["linear"] == "packed"
     monkeypatch.setattr(memory, "total_bytes", lambda: 10_000)
     assert llfast.score(pair, TEXTS).provenance["linear"] == "torch"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"/proc/meminfo": "MemTotal:       7 kB\nMemFree:  5 kB\n"}, 7168),
-        ({"/proc/meminfo": "MemTotal: 7 kB\n", memory._LIMITS[0]: "max\n"}, 7168),
-        ({"/proc/meminfo": "MemTotal: 7 kB\n", memory._LIMITS[0]: "5000\n"}, 5000),
-        ({"/proc/meminfo": "MemTotal: 7 kB\n", memory._LIMITS[1]: "9000000\n"}, 7168),
-        ({}, 0),
-    ],
-)
-def test_memory_is_what_linux_says(monkeypatch, files, expected):
-    def read(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(Path, "read_text", read)
-    assert memory.total_bytes.__wrapped__() == expected

@@ -1,0 +1,377 @@
+"""Weights that are paged, beside the disk, a resident model, and others that keep weights on disk.
+
+    python benchmarks/bench_loading.py --folder /tmp/loading_bench --airllm /tmp/airllm
+
+Claim: a model that is far larger than memory is scored at the rate at which its disk can be read,
+or its processor can compute, whichever is slower, and is read once for all texts.
+
+The checkpoint has the shape of Llama-3.2-3B and random weights; it is written first unless it is
+there. Every run is a process of its own, which first does the same with a tiny checkpoint; memory
+is the highest resident size beyond what it took then. Providers are interleaved, ratios are taken
+within a repetition, and what providers return is compared before anything is timed, and in every
+run. Cold means: dropped from the page cache, which mincore confirms; for peers also before every
+batch, so that they find a checkpoint that no cache holds. The machine beneath a virtual one may
+still have it in its memory; the raw reads that everything is compared to have that, too.
+
+llfast names a local checkpoint by the sha256 of its weights, which it remembers by size and time of
+change. That is computed before, as it is once in a checkpoint's life. AirLLM's own copy of the
+checkpoint is written before, too.
+
+AirLLM: `pip install --no-deps --target /tmp/airllm airllm sentencepiece`; all else that it needs is
+there with llfast. `--quick` shows that all of it runs; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loading_aims import aims_of, memory_of
+from loading_limits import THREADS, memory_copy_rate, raw_read_rate
+from loading_peers import drop
+from make_checkpoint import MOST_SHARD_BYTES, Shape, make_checkpoint
+
+from llfast.bench import report
+
+_PROVIDERS = Path(__file__).with_name("loading_peers.py")
+RESULTS = Path(__file__).parent / "results"
+TINY = Shape(
+    layers=4, hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=64, vocabulary=4096
+)
+QUICK_SHAPE = Shape(
+    layers=6, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_dim=64, vocabulary=8192
+)
+PEERS = ("accelerate", "AirLLM")
+TOLERANCE = 2e-2  # of a log-likelihood in bf16, to peers that make other batches
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is scored: (texts, tokens of each)."""
+
+    few: tuple[int, int] = (1, 16)
+    many: tuple[tuple[int, int], ...] = ((2, 256), (16, 256))
+    peers: tuple[int, int] = (8, 64)
+    limit_mib: int = 1024
+    batch: int | None = None  # of peers; found out if it is not given
+
+
+QUICK = Sizes(few=(1, 16), many=((16, 32),), peers=(8, 16), limit_mib=32, batch=4)
+
+
+@dataclass(slots=True)
+class Bench:
+    """Where things are.
+
+    Attributes:
+        left_out: why a peer does not run.
+        found: what was returned, by checkpoint, texts and tokens, and by provider.
+    """
+
+    folder: Path
+    tiny: Path
+    cache: Path
+    airllm: Path | None
+    repetitions: int
+    slow_repetitions: int
+    left_out: dict[str, str] = field(default_factory=dict)
+    found: dict[tuple[Any, ...], dict[str, list[float]]] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> list[Path]:
+        """The checkpoint's files."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def run(self, provider: str, size: tuple[int, int], **task: Any) -> dict[str, Any]:
+        """One run in a process of its own.
+
+        Raises:
+            RuntimeError: with the last line that it printed, if it failed.
+        """
+        texts, tokens = size
+        given = {"folder": str(self.folder), "tiny": str(self.tiny), **task}
+        given |= {"texts": texts, "tokens": tokens}
+        paths = [os.environ.get("PYTHONPATH", "")]
+        if provider == "AirLLM":
+            given["shards"] = str(self.cache / "airllm")
+            paths.insert(0, str(self.airllm))
+        done = subprocess.run(
+            [sys.executable, str(_PROVIDERS), provider, json.dumps(given)],
+            env={
+                **os.environ,
+                "LLFAST_CACHE": str(self.cache / "llfast-cache"),
+                "PYTHONPATH": ":".join(filter(None, paths)),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{provider}: {(done.stderr.splitlines() or ['failed'])[-1]}")
+        outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        if task.get("cold", True) and outcome["cached_before"] > 0.01:
+            raise RuntimeError(f"{provider} must start cold, got {outcome['cached_before']:.0%}")
+        self._compare(provider, (given["folder"], *size), outcome["values"])
+        say(f"{provider} {texts} x {tokens}: {outcome['seconds']:.1f} s")
+        return outcome
+
+    def peer(self, provider: str, size: tuple[int, int], **task: Any) -> dict[str, Any] | None:
+        """One run of a peer; None if it does not run, for a reason that is kept."""
+        if provider in self.left_out:
+            return None
+        if provider == "AirLLM" and self.airllm is None:
+            self.left_out[provider] = "not installed: see --airllm"
+            return None
+        try:
+            return self.run(provider, size, **task)
+        except RuntimeError as error:
+            self.left_out[provider] = str(error)[:300]
+            return None
+
+    def _compare(self, provider: str, size: tuple[Any, ...], values: list[float]) -> None:
+        """Every way of llfast must return the same bits, and peers about the same numbers."""
+        found = self.found.setdefault(size, {})
+        name = "llfast" if provider == "resident" else provider
+        if name == "llfast" and found.setdefault(name, values) != values:
+            raise SystemExit(f"{provider} must return the same bits for {size}, got others")
+        found.setdefault(name, values)
+        reference = np.array(next(iter(found.values())))
+        worst = float((abs(np.array(values) - reference) / abs(reference)).max())
+        if not worst <= TOLERANCE:
+            raise SystemExit(f"{provider} must agree within {TOLERANCE}, got {worst:.3g}")
+
+
+def say(line: str) -> None:
+    """Tell how far it is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------- sections
+
+
+def measure_rate(bench: Bench, sizes: Sizes) -> dict[str, Any]:
+    """Few tokens, so that the disk is what takes time."""
+    raw: dict[str, list[float]] = {str(threads): [] for threads in THREADS}
+    copies, runs = [], []
+    for _ in range(bench.repetitions):
+        for threads in THREADS:
+            raw[str(threads)].append(raw_read_rate(bench.shards, threads))
+        copies.append(memory_copy_rate())
+        runs.append(bench.run("llfast", sizes.few, token_budget=sizes.few[1]))
+    best = [max(each) for each in zip(*raw.values(), strict=True)]  # of every repetition
+    threads = max(raw, key=lambda threads: report.spread(raw[threads])["median"])
+    rates = [1e-9 * each["extra"]["nbytes"] / each["extra"]["read_seconds"] for each in runs]
+    walls = [1e-9 * each["extra"]["nbytes"] / each["seconds"] for each in runs]
+    return {
+        "texts": sizes.few,
+        "raw_gb_a_second": {threads: report.spread(each) for threads, each in raw.items()},
+        "best_threads": int(threads),
+        "memory_copy_gb_a_second": report.spread(copies),
+        "read_gb_a_second": report.spread(rates),
+        "wall_gb_a_second": report.spread(walls),
+        "share_of_raw": report.paired(rates, best),
+        "wall_share_of_raw": report.paired(walls, best),
+        "runs": [described(each) for each in runs],
+    }
+
+
+def measure_overlap(
+    bench: Bench, size: tuple[int, int], threads: int, repetitions: int
+) -> dict[str, Any]:
+    """Cold and paged, beside what reading and computing would take alone."""
+    paged, resident, reads = [], [], []
+    for _ in range(repetitions):
+        rate = raw_read_rate(bench.shards, threads)
+        paged.append(bench.run("llfast", size))
+        reads.append(1e-9 * paged[-1]["extra"]["nbytes"] / rate)
+        resident.append(bench.run("resident", size))
+    seconds = [each["seconds"] for each in paged]
+    computing = [each["score_seconds"] for each in resident]
+    floors = [max(read, compute) for read, compute in zip(reads, computing, strict=True)]
+    return {
+        "texts": size,
+        "tokens": size[0] * size[1],
+        "read_seconds": report.spread(reads),
+        "compute_seconds": report.spread(computing),
+        "paged_seconds": report.spread(seconds),
+        "over_floor": report.paired(seconds, floors),
+        "over_resident": report.paired(seconds, computing),
+        "over_resident_with_load": report.paired(seconds, [each["seconds"] for each in resident]),
+        "runs": [described(each) for each in paged],
+        "resident_runs": [described(each) for each in resident],
+    }
+
+
+def measure_peers(bench: Bench, sizes: Sizes) -> dict[str, Any]:
+    """The same texts with weights on disk: in the largest batches that fit, and one a batch."""
+    texts, _ = sizes.peers
+    found: dict[str, Any] = {"texts": sizes.peers, "limit_mib": sizes.limit_mib, "peers": {}}
+    batches = {peer: sizes.batch or _largest_batch(bench, peer, sizes) for peer in PEERS}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(bench.slow_repetitions):
+        runs.setdefault("llfast", []).append(bench.run("llfast", sizes.peers))
+        runs.setdefault("from_pretrained", []).append(bench.run("from_pretrained", sizes.peers))
+        for peer, batch in batches.items():
+            for each in sorted({1, batch}):
+                if done := bench.peer(peer, sizes.peers, batch=each):
+                    runs.setdefault(f"{peer}, {each} a batch", []).append(done)
+    mine = runs["llfast"]
+    for name, outcomes in runs.items():
+        peer, _, batch = name.removesuffix(" a batch").partition(", ")
+        times = [each["seconds"] for each in outcomes]
+        found["peers"][name] = {
+            "seconds": report.spread(times),
+            "bytes_a_text": report.spread([each["disk_bytes"] / texts for each in outcomes]),
+            "peak_mib": report.spread([each["peak_mib"] for each in outcomes]),
+        }
+        if batch and len(outcomes) == len(mine):
+            number = -(-texts // int(batch))
+            found["peers"][name] |= {
+                "batches": number,
+                "largest_batch": int(batch) == batches[peer],
+                "over_llfast": report.paired(times, [each["seconds"] for each in mine]),
+                "llfast_bytes_times_batches": report.spread(
+                    [
+                        number * own["disk_bytes"] / each["disk_bytes"]
+                        for own, each in zip(mine, outcomes, strict=True)
+                    ]
+                ),
+            }
+    return {**found, "runs": [described(each) for each in mine], "left_out": bench.left_out}
+
+
+def _largest_batch(bench: Bench, peer: str, sizes: Sizes) -> int:
+    """How many texts fit into memory, from what one and four of them take; 1 if not even one."""
+    texts, tokens = sizes.peers
+    peaks = []
+    for count in (1, 4):
+        done = bench.peer(peer, (count, tokens), batch=count, cold=False)
+        peaks.append(done["peak_mib"] if done else 0.0)
+    a_text = max((peaks[1] - peaks[0]) / 3, 0.1)
+    return min(max(1 + int((sizes.limit_mib - peaks[0]) / a_text), 1), texts)
+
+
+def described(run: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON keeps of a run: its measurements, but not its values."""
+    kept = {name: value for name, value in run.items() if name not in ("values", "extra")}
+    return {
+        name: float(f"{value:.6g}") if isinstance(value, float) else value
+        for name, value in {**kept, **run["extra"]}.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoint and copies of it are kept"
+    )
+    parser.add_argument("--airllm", type=Path, help="where AirLLM is installed, by pip --target")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--slow-repetitions", type=int, default=2, help="of 4,096 tokens and peers")
+    parser.add_argument("--quick", action="store_true", help="a tiny checkpoint")
+    parser.add_argument("--out", type=Path, default=RESULTS / "loading.json")
+    options = parser.parse_args()
+    if options.quick and options.out == RESULTS / "loading.json":
+        options.out = Path(tempfile.gettempdir(), "loading_quick.json")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = options.folder or Path(temporary)
+        bench = Bench(
+            folder=root / ("small" if options.quick else "checkpoint"),
+            tiny=root / "tiny",
+            cache=root,
+            airllm=options.airllm,
+            repetitions=1 if options.quick else options.repetitions,
+            slow_repetitions=1 if options.quick else options.slow_repetitions,
+        )
+        found = run_all(bench, QUICK if options.quick else Sizes(), quick=options.quick)
+        report.write(found, options.out)
+    for aim in found["aims"]:
+        word = "met   " if aim["met"] else "MISSED"
+        print(f"{word} {aim['aim']}: {aim['figure']:.4g} (limit {aim['limit']:.4g})")
+    print(f"wrote {options.out}")
+
+
+def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
+    """All of the measurements, as what the JSON holds."""
+    start = time.perf_counter()
+    shape = QUICK_SHAPE if quick else Shape()
+    for folder, each in ((bench.tiny, TINY), (bench.folder, shape)):
+        if not (folder / "config.json").exists():
+            say(f"writing {folder}")
+            make_checkpoint(
+                folder, each, most_shard_bytes=16_000_000 if quick else MOST_SHARD_BYTES
+            )
+    if not quick:
+        prepare(bench, sizes)
+    drop(bench.shards)
+    rate = measure_rate(bench, sizes)
+    overlap = [
+        measure_overlap(bench, size, rate["best_threads"], repetitions)
+        for size, repetitions in zip(
+            sizes.many, (bench.repetitions, bench.slow_repetitions), strict=False
+        )
+    ]
+    peers = measure_peers(bench, sizes)
+    found = {
+        "benchmark": "loading",
+        "command": f"python benchmarks/bench_loading.py --repetitions {bench.repetitions} "
+        f"--slow-repetitions {bench.slow_repetitions}",
+        "model": {
+            "shape": f"Llama, {shape.layers} layers of {shape.hidden}",
+            "weight_bytes": sum(path.stat().st_size for path in bench.shards),
+            "shards": len(bench.shards),
+            "dtype": "bfloat16",
+        },
+        "rate": rate,
+        "overlap": overlap,
+        "peers": peers,
+        "memory": {
+            f"{name} tokens": memory_of(section["runs"][-1], shape.hidden)
+            for name, section in (
+                ("few", rate),
+                *((str(case["tokens"]), case) for case in overlap),
+            )
+        },
+        "left_out": bench.left_out,
+        "seconds": round(time.perf_counter() - start),
+        "hardware": report.hardware(),
+        "versions": report.versions("torch", "transformers", "accelerate", "safetensors", "llfast")
+        | {"airllm": _airllm_version(bench.airllm)},
+        "commit": report.commit(),
+    }
+    return {**found, "aims": aims_of(found)}
+
+
+def prepare(bench: Bench, sizes: Sizes) -> None:
+    """Correctness before time, of every provider; and what is done once in a checkpoint's life."""
+    for provider in ("llfast", "resident", "from_pretrained", *PEERS):
+        run = bench.peer if provider in PEERS else bench.run
+        run(provider, (4, 16), folder=str(bench.tiny), cold=False)
+    for provider in ("llfast", "resident", "AirLLM"):
+        run = bench.peer if provider in PEERS else bench.run
+        run(provider, sizes.few, cold=False, token_budget=sizes.few[1])
+
+
+def _airllm_version(folder: Path | None) -> str:
+    paths = [] if folder is None else [str(folder)]
+    for distribution in importlib.metadata.distributions(name="airllm", path=paths):
+        return distribution.version
+    return ""
+
+
+if __name__ == "__main__":
+    main()
