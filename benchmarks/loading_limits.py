@@ -11,8 +11,18 @@ from pathlib import Path
 
 import torch
 
+from llfast.bench import loading
+
 BLOCK = 8 << 20  # of raw reads
-THREADS = (1, 2, 4, 8)
+# Threads that read with preadv, and llfast's reader, whose memory has huge pages.
+WAYS = ("1 thread", "2 threads", "4 threads", "8 threads", "llfast's reader")
+
+
+def read_rate(paths: Sequence[Path], way: str) -> float:
+    """GB/s of reading files from begin to end past the cache, in one of the ways."""
+    if way == "llfast's reader":
+        return loading.read_rate(paths) / 1e9
+    return raw_read_rate(paths, int(way.partition(" ")[0]))
 
 
 def raw_read_rate(paths: Sequence[Path], threads: int) -> float:

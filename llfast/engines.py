@@ -96,7 +96,9 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
         if weights == "paged":
             yield _Paged(job, _skeleton(job), auto=False)
             return
-        if weights == "auto" and _is_pageable(job.source):
+        # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
+        is_first_choice = job.device.type == "cpu" or not _fits(job)
+        if weights == "auto" and is_first_choice and _is_pageable(job.source):
             try:
                 skeleton = _skeleton(job)
             except UnsupportedModelError as error:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from llfast._native import FileReader, Memory
-from llfast.checkpoint import Checkpoint
 from llfast.devices import resolve_device
 from llfast.models import open_model
 from llfast.output import human_bytes, human_seconds, print_line, print_table
@@ -78,7 +77,7 @@ def measure(
 
     for _ in range(repetitions):
         forget(source.checkpoint.weights)
-        ceilings["disk"].append(read_rate(source.checkpoint))
+        ceilings["disk"].append(read_rate(source.checkpoint.weights))
         ceilings["memory copy"].append(_copy_rate(torch.device("cpu")))
         if place.type == "cuda":
             ceilings["copy to device"].append(_copy_rate(place))
@@ -106,13 +105,13 @@ def measure(
     }
 
 
-def read_rate(checkpoint: Checkpoint, *, threads: int = 8) -> float:
-    """Bytes a second of the weight files, read one block after the other past the cache."""
-    reader = FileReader(list(map(str, checkpoint.weights)), threads=threads)
+def read_rate(paths: Sequence[Path]) -> float:
+    """Bytes a second of files that no cache holds, read from begin to end."""
+    reader = FileReader(list(map(str, paths)))
     memory = Memory(_SLOT_BYTES)
     total = 0
     start = time.perf_counter()
-    for number, path in enumerate(checkpoint.weights):
+    for number, path in enumerate(paths):
         size = path.stat().st_size
         for offset in range(0, size, _SLOT_BYTES):
             count = min(_SLOT_BYTES, size - offset)

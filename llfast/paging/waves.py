@@ -165,11 +165,11 @@ class Waves:
         most = _MOST_FORWARDS
         if self.keeps_weights:
             most = _FORWARDS_WHILE_READING if self.head is None else 1
-        while (
-            pending
-            and len(forwards) < most
-            and self._meter.has_room(_tokens([*batches, pending[0]]))
-        ):
+        tokens = _tokens(batches)
+        while pending and len(forwards) < most:
+            tokens += _tokens([pending[0]])
+            if not self._meter.has_room(tokens):
+                return
             batches.append(pending.popleft())
             forwards.append(self._forward(batches[-1]))
 

@@ -1,0 +1,79 @@
+"""A model that is larger than the memory a process may have."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import llfast
+from tests.tiny import make_model, save
+
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "dtype": "bfloat16",
+}
+BEYOND = 128 << 20  # bytes that the process may take, on top of what it has after its imports
+# What counts is private memory that may be written to; files that are mapped do not.
+CODE = """
+import json, re, resource, sys
+from pathlib import Path
+import torch
+import llfast
+from llfast.paging import LoadingStatistics
+
+small, large, tokens, beyond = json.loads(sys.argv[1])
+def status(name):
+    found = re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) << 10
+llfast.score(small, token_ids=tokens, weights="paged")  # imports, and threads
+limit = status("VmData") + beyond
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    bytearray(beyond + (32 << 20))
+    raise SystemExit("the limit must hold")
+except MemoryError:
+    pass
+before, loading = status("RssAnon"), LoadingStatistics()
+result = llfast.score(
+    large, token_ids=tokens, weights="paged", memory_budget=96 << 20, loading=loading
+)
+print(json.dumps({
+    "values": result.values.tolist(), "waves": loading.waves, "bytes": loading.nbytes,
+    "slots": loading.slot_bytes, "peak": status("VmHWM"), "before": before,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small checkpoint, and one of some 350 MB; neither has a tokenizer."""
+    root = tmp_path_factory.mktemp("memory")
+    model = make_model("llama", **SIZES).bfloat16()
+    return save(make_model("llama"), None, root / "small"), save(model, None, root / "large")
+
+
+def test_a_model_is_scored_in_less_memory_than_it_takes(folders):
+    small, large = folders
+    weight_bytes = llfast.checkpoint.Checkpoint.open(large).weight_bytes
+    assert weight_bytes > 2 * BEYOND
+    random = np.random.default_rng(0)
+    tokens = [random.integers(3, 300, size).tolist() for size in (40, 100, 7, 250)]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps([str(small), str(large), tokens, BEYOND])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    expected = llfast.score(large, token_ids=tokens, weights="resident").values
+    assert found["values"] == expected.tolist()
+    assert found["slots"] < BEYOND
+    assert found["bytes"] >= found["waves"] * 0.9 * weight_bytes

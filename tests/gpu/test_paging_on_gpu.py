@@ -1,0 +1,41 @@
+"""Weights paged to a GPU: the bits of a model that is all there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llfast
+from llfast.paging import units
+from tests.paging import LIMITS, check_same, least_budget, score_paged
+from tests.tiny import TEXTS, make_model, make_tokenizer, save
+
+pytestmark = pytest.mark.gpu
+OPTIONS = {"device": "cuda", "token_budget": 64}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "phi", "mixtral"])
+def test_paged_equals_resident(tmp_path, monkeypatch, kind, dtype):
+    for limit in LIMITS:
+        monkeypatch.setattr(units, limit, 0)
+    folder = save(make_model(kind), make_tokenizer(adds_bos=True), tmp_path / kind)
+    options = {**OPTIONS, "dtype": dtype}
+    expected = llfast.score(folder, TEXTS, weights="resident", per_token=True, **options)
+    for budget in (least_budget(folder, TEXTS, **options), "1GiB"):
+        result, statistics = score_paged(folder, TEXTS, memory_budget=budget, **options)
+        check_same(result, expected)
+        assert statistics.nbytes > 0
+
+
+def test_memory_is_given_back(tmp_path):
+    """Slots on the device, and what is pinned for them, go with the run."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    folder = save(make_model("llama", **sizes), make_tokenizer(adds_bos=True), tmp_path / "m")
+    score_paged(folder, TEXTS, **OPTIONS)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        score_paged(folder, TEXTS, **OPTIONS)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
