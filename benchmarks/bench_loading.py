@@ -304,7 +304,9 @@ def main() -> None:
         if options.rate_only:
             found = json.loads(options.out.read_text())
             found["rate"] = measure_rate(bench, Sizes())
-            found["commit"] = {"rate": report.commit(), "all else": found["commit"]}
+            before = found["commit"]
+            before = before["all else"] if isinstance(before, dict) else before
+            found["commit"] = {"rate": report.commit(), "all else": before}
             found["aims"] = aims_of(found)
         else:
             found = run_all(bench, QUICK if options.quick else Sizes(), quick=options.quick)

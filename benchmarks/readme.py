@@ -305,7 +305,7 @@ def loading(found: dict[str, Any]) -> list[str]:
         ),
     ]
     for case in found["overlap"]:
-        memory = found["memory"][str(case["tokens"])]
+        memory = found["memory"][f"{case['tokens']} tokens"]
         notes.append(
             f"{case['tokens']:,} tokens take {case['paged_seconds']['median']:.0f} s, "
             f"{_times(case['over_floor'])} of what the longer of reading and computing takes "
