@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .kernels import PartialLogprobs, token_logprobs, token_statistics
+    from .paging import LoadingStatistics
     from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
     from .scoring import score
     from .search import KLIndex
@@ -37,6 +38,7 @@ __all__ = [
     "KLIndex",
     "LlfastError",
     "LlfastWarning",
+    "LoadingStatistics",
     "LogLikelihoodMatrix",
     "LogLikelihoods",
     "MissingDependencyError",
@@ -59,6 +61,7 @@ __all__ = [
 _HOME = {
     "KLEstimate": "results",
     "KLIndex": "search",
+    "LoadingStatistics": "paging",
     "LogLikelihoodMatrix": "results",
     "LogLikelihoods": "results",
     "ModelSpace": "space",

@@ -27,7 +27,12 @@ def borrowed(model: Any) -> Iterator[None]:
         lock = _LOCKS.setdefault(model, threading.Lock())
     with lock:
         modes = {module: module.training for module in model.modules()}
+        gradients = [each for each in model.parameters() if each.requires_grad]
         model.eval()
+        # Under inference mode, too, torch multiplies by a weight that wants gradients in another
+        # way, which in half precision may give other bits.
+        for parameter in gradients:
+            parameter.requires_grad_(requires_grad=False)
         try:
             with (
                 torch.inference_mode(),
@@ -38,3 +43,5 @@ def borrowed(model: Any) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
+            for parameter in gradients:
+                parameter.requires_grad_()

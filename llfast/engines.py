@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32
@@ -16,14 +17,17 @@ from . import memory
 from .batches import Batch, TokenizedTexts
 from .batchwise import Batchwise, is_out_of_memory, plan_for, too_long
 from .borrowing import borrowed
-from .errors import LlfastWarning, ScoringError, UnsupportedModelError
+from .errors import CheckpointError, LlfastWarning, ScoringError, UnsupportedModelError
 from .head import Head, find_head
 from .linear import linear_layers, linear_path
+from .loading import one_line
 from .models import FolderSource, ModelSource
 from .paging import CannotPageError, LoadingStatistics, PagedModel
 from .traits import check_fit, probe_tokens
 
 WEIGHTS = ("auto", "resident", "paged")
+# transformers sets torch's default dtype, and more, for all threads while it loads a model.
+_ONE_AT_A_TIME = threading.RLock()
 _SHARE_OF_FREE_MEMORY = 0.8
 _UNKNOWN_MEMORY_BYTES = 1 << 62  # where nothing says how much there is
 
@@ -62,6 +66,7 @@ class Finished:
     token_budget: int
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A model that is ready to run.
 
@@ -92,13 +97,13 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
         CheckpointError: if the model cannot be loaded.
         UnsupportedModelError: if it cannot be scored, or not be paged where that is asked for.
     """
-    with contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         if weights == "paged":
             yield _Paged(job, _skeleton(job), auto=False)
             return
         # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
         is_first_choice = job.device.type == "cpu" or not _fits(job)
-        if weights == "auto" and is_first_choice and _is_pageable(job.source):
+        if weights == "auto" and is_first_choice and _why_whole(job.source) is None:
             try:
                 skeleton = _skeleton(job)
             except UnsupportedModelError as error:
@@ -117,23 +122,25 @@ def _memory_bytes(job: Job) -> int:
     return int(_SHARE_OF_FREE_MEMORY * free) if free else _UNKNOWN_MEMORY_BYTES
 
 
-def _is_pageable(source: ModelSource) -> bool:
-    """Whether a model is of the kind that can be; it may yet be one that cannot."""
-    return (
-        isinstance(source, FolderSource)
-        and not source.checkpoint.pickled
-        and source.adapter is None
-        and not source.trust_remote_code
-    )
+def _why_whole(source: ModelSource) -> str | None:
+    """What keeps a model from being paged, as far as its kind tells."""
+    if not isinstance(source, FolderSource):
+        return "a loaded model"
+    if source.checkpoint.pickled:
+        return "pickled weights"
+    if source.adapter is not None:
+        return "a LoRA adapter"
+    return "one with code of its own" if "auto_map" in source.checkpoint.config else None
 
 
 def _skeleton(job: Job) -> PagedModel:
     source = job.source
-    if not isinstance(source, FolderSource) or not _is_pageable(source):
+    if (kind := _why_whole(source)) is not None:
         raise UnsupportedModelError(
-            f"{source.name} must be safetensors of a model that transformers has to be paged, got "
-            "a loaded model, pickles, a LoRA adapter, or one with code of its own"
+            f"{source.name} must be a checkpoint in safetensors, of a model that transformers has, "
+            f"to be paged, got {kind}; use weights='resident'"
         )
+    assert isinstance(source, FolderSource)
     return PagedModel(
         source.checkpoint, source.config, dtype=job.dtype, device=job.device, name=source.name
     )
@@ -145,8 +152,8 @@ def _fits(job: Job) -> bool:
     return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= _memory_bytes(job)
 
 
-def _warn_of_loading(error: UnsupportedModelError) -> None:
-    message = f"a model that may not fit into memory is loaded whole, for {error}"
+def _warn_of_loading(error: Exception) -> None:
+    message = f"a model is loaded whole, whether it fits into memory or not, for {one_line(error)}"
     warnings.warn(message, LlfastWarning, stacklevel=6)
 
 
@@ -182,18 +189,34 @@ class _Paged:
         check_fit(self.model, job.tokens, job.ids)
 
     def run(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
+        finished = False
         try:
-            yield from self._waves(is_open)
-        except CannotPageError as error:  # which is found out before a text is finished
-            if not self._auto:
+            for wave in self._waves(is_open):
+                finished = True
+                yield wave
+        except Exception as error:
+            if finished or not self._may_load_after(error):
                 raise
-            if self.weights == "paged":  # it would not fit
-                _warn_of_loading(error)
         else:
             return
         with _Resident.open(self._job) as resident:
-            self.weights = resident.weights
+            self.weights, self.head, self.linear = resident.weights, resident.head, resident.linear
             yield from resident.run(is_open)
+
+    def _may_load_after(self, error: Exception) -> bool:
+        """Whether to load the model whole after all; warns if that may matter."""
+        if not self._auto:
+            return False
+        if isinstance(error, CheckpointError) and not isinstance(error, CannotPageError):
+            return False
+        if isinstance(error, ValueError) and self._job.memory_bytes is not None:
+            return False
+        fits = self.weights == "kept"
+        if isinstance(error, ScoringError):  # memory ran out, or a text is too long
+            return fits
+        if not (fits and isinstance(error, CannotPageError)):
+            _warn_of_loading(error)
+        return True
 
     def _waves(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
         job = self._job

@@ -26,6 +26,7 @@ from .results import LogLikelihoods, ResultKey
 from .scoring import SCORING_VERSION, score
 from .store import Store
 from .texts import TextSet
+from .verify import read_manifest
 
 _LEFTOVER_SECONDS = 3600.0
 
@@ -89,7 +90,7 @@ class Outcome:
             facts["paged"] = {
                 "waves": self.loading.waves,
                 "bytes": self.loading.nbytes,
-                "read_seconds": self.loading.read_seconds,
+                "read_bytes_per_second": self.loading.read_rate,
                 "stall_seconds": self.loading.stall_seconds,
             }
         return facts
@@ -170,6 +171,8 @@ def score_models(
         raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
     if memory_budget is not None:
         memory_budget = parse_bytes(memory_budget)
+    if not isinstance(verify, bool):
+        read_manifest(Path(verify))  # what is wrong with it is wrong for all
     store.prepare()
     _remove_leftovers(store.folder)
     completed = store.completed()

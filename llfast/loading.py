@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, LlfastWarning, MissingDependencyError
+
+_QUIET_LOCK = threading.Lock()
+_BEFORE: list[tuple[int, bool]] = []  # verbosity and bars, once for each that is quiet
 
 
 def load_whole(
@@ -117,14 +121,24 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars, reports and hints from transformers: what matters is raised."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    """No bars, reports and hints from transformers: what matters is raised.
+
+    What was set before comes back when the last thread is through.
+    """
+    with _QUIET_LOCK:
+        if not _BEFORE:
+            bars = transformers_logging.is_progress_bar_enabled()
+            _BEFORE.append((transformers_logging.get_verbosity(), bars))
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+        else:
+            _BEFORE.append(_BEFORE[0])
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        with _QUIET_LOCK:
+            verbosity, bars = _BEFORE.pop()
+            if not _BEFORE:
+                transformers_logging.set_verbosity(verbosity)
+                if bars:
+                    transformers_logging.enable_progress_bar()

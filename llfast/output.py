@@ -91,10 +91,10 @@ def _paged(facts: Mapping[str, Any] | None) -> str:
     if facts is None:
         return ""
     waves = f"{facts['waves']} wave{'s'[: facts['waves'] > 1]}"
-    rate = facts["bytes"] / max(facts["read_seconds"], 1e-9)
     return (
-        f", {human_bytes(facts['bytes'])} of weights read in {waves} at {human_bytes(rate)}/s, "
-        f"waited {human_seconds(facts['stall_seconds'])} for them"
+        f", {human_bytes(facts['bytes'])} of weights read in {waves} at "
+        f"{human_bytes(facts['read_bytes_per_second'])}/s, waited "
+        f"{human_seconds(facts['stall_seconds'])} for them"
     )
 
 

@@ -32,7 +32,7 @@ from .batches import (
     tokenize,
 )
 from .devices import default_token_budget, device_name, resolve_device
-from .engines import WEIGHTS, Finished, Job, open_engine
+from .engines import WEIGHTS, Engine, Finished, Job, open_engine
 from .errors import CheckpointError, ScoringError
 from .kernels import instruction_set
 from .memory import parse_bytes
@@ -78,7 +78,8 @@ def score(
 
     A dense model gives a text the same bits whatever else is scored with it, in any order, and
     after any restart, on one machine with one torch version and thread count. A mixture of experts
-    runs one text a batch, so that no text's routing can touch another's.
+    runs one text a batch, so that no text's routing can touch another's. Threads of one process
+    take turns.
 
     Args:
         model: a checkpoint folder, a Hub id, a loaded transformers model, a pair (loaded model,
@@ -144,6 +145,10 @@ def score(
     budget = default_token_budget(place) if token_budget is None else token_budget
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
+    if memory_budget is not None and weights == "resident":
+        raise ValueError(
+            f"memory_budget must be left out with resident weights, got {memory_budget}"
+        )
     memory_bytes = None if memory_budget is None else parse_bytes(memory_budget)
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
     if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:
@@ -169,6 +174,7 @@ def score(
         tokens = tokenize(texts, own, convention, model_max_length(source.config, own, convention))
         adds_bos = convention != "paper" or added_bos(own) is not None
 
+    verification = _verification(source, verify)
     job = Job(
         source=source,
         tokens=tokens,
@@ -194,14 +200,17 @@ def score(
             "tokens_sha256": tokens.digest(),
             "linear": engine.linear,
         }
-        key = repr((source.revision, texts.digest, convention, body_dtype, provenance))
+        # A commit names what files should hold, and these tell what they were.
+        state = () if source.checkpoint is None else source.checkpoint.state
+        key = repr((source.revision, state, texts.digest, convention, body_dtype, provenance))
         scores = stack.enter_context(
             PartialScores.open(tokens, partial, key=key, per_token=per_token)
         )
         advance = stack.enter_context(
             progress_bar(source.name, done=scores.done, total=len(texts), show=progress)
         )
-        verification = stack.enter_context(_verification(source, verify, scores))
+        if verification is not None:
+            stack.enter_context(_verified(verification, scores))
         for finished in engine.run(lambda batch: bool(scores.open_texts(batch))):
             for each in finished:
                 done = scores.open_texts(each.batch)
@@ -212,7 +221,7 @@ def score(
             scores.save() if engine.weights == "paged" else scores.save_now_and_then()
         if verification is not None:
             verification.check(wait=True)
-        provenance["head"] = "own logits" if engine.head is None else str(engine.head)
+        provenance["head"] = _head_name(engine)
         provenance["weights"] = engine.weights
     _refuse_changes(source)
     return LogLikelihoods(
@@ -260,23 +269,30 @@ def _keep(
         scores.keep(text, total, part, finished.token_budget)
 
 
-@contextlib.contextmanager
-def _verification(
-    source: ModelSource, verify: bool | str | PathLike[str], scores: PartialScores
-) -> Iterator[Verification | None]:
-    """The thread that verifies; what was scored with wrong bytes is not kept."""
+def _verification(source: ModelSource, verify: bool | str | PathLike[str]) -> Verification | None:
     if verify is False:
-        yield None
-        return
+        return None
     if source.checkpoint is None:
-        raise ValueError("verify must be left out for a loaded model, whose files nobody knows")
-    manifest = None if verify is True else Path(verify)
-    with Verification(source.checkpoint, manifest) as verification:
-        try:
-            yield verification
-        except CheckpointError:
+        raise ValueError(f"verify must be False for a loaded model, got {verify!r}")
+    return Verification(source.checkpoint, None if verify is True else Path(verify))
+
+
+@contextlib.contextmanager
+def _verified(verification: Verification, scores: PartialScores) -> Iterator[None]:
+    """Verify meanwhile; what was scored with wrong bytes is not kept."""
+    try:
+        with verification:
+            yield
+    except CheckpointError:
+        if verification.failed:
             scores.discard()
-            raise
+        raise
+
+
+def _head_name(engine: Engine) -> str:
+    if engine.head is not None:
+        return str(engine.head)
+    return "own logits" if engine.weights == "resident" else "not asked: nothing was left to run"
 
 
 def _refuse_changes(source: ModelSource) -> None:

@@ -5,25 +5,19 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError
+from .errors import CheckpointError, LlfastError
 
 _CHUNK_BYTES = 8 << 20
 
 
 class Verification:
-    """sha256 of every byte of a checkpoint's weights, in a thread of its own.
-
-    Attributes:
-        nbytes: hashed so far.
-        seconds: of hashing so far, reading included.
-    """
+    """sha256 of every byte of a checkpoint's weights, in a thread of its own."""
 
     def __init__(self, checkpoint: Checkpoint, manifest: Path | None = None) -> None:
         """Begin with `with`.
@@ -48,7 +42,6 @@ class Verification:
                     "manifest made by `sha256sum`"
                 )
             self._expected[path] = digest
-        self.nbytes, self.seconds = 0, 0.0
         self._error: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llfast-verify", daemon=True)
@@ -63,8 +56,15 @@ class Verification:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, LlfastError):
+            self.check(wait=True)  # wrong bytes explain whatever else is wrong
         self._stop.set()
         self._thread.join()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a file is known to be wrong."""
+        return self._error is not None
 
     def check(self, *, wait: bool = False) -> None:
         """Raise what was found so far; with `wait`, once all is read.
@@ -93,15 +93,11 @@ class Verification:
         """None if it was told to stop."""
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        start = time.perf_counter()
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 if self._stop.is_set():
                     return None
                 digest.update(buffer[:count])
-                self.nbytes += count
-                self.seconds += time.perf_counter() - start
-                start = time.perf_counter()
         return digest.hexdigest()
 
 
@@ -112,7 +108,7 @@ def read_manifest(path: Path) -> Mapping[str, str]:
         CheckpointError: if a line is something else.
         OSError: if it cannot be read.
     """
-    found = {}
+    found: dict[str, str] = {}
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -121,7 +117,11 @@ def read_manifest(path: Path) -> Mapping[str, str]:
             raise CheckpointError(
                 f"{path}, line {number} must be a sha256 and a file name, got {line[:80]!r}"
             )
-        found[Path(match[2]).name] = match[1].lower()
+        name, digest = Path(match[2]).name, match[1].lower()
+        if found.setdefault(name, digest) != digest:
+            raise CheckpointError(
+                f"{path} must have one sha256 for {name}, got two; make a manifest a folder"
+            )
     return found
 
 

@@ -163,7 +163,7 @@ def _summary(loading: LoadingStatistics, seconds: float) -> dict[str, float]:
         "cached_bytes": sum(page.cached_bytes for page in pages),
         "read_seconds": loading.read_seconds,
         "stall_seconds": loading.stall_seconds,
-        "read_rate": sum(page.nbytes for page in pages) / max(loading.read_seconds, 1e-9),
+        "read_rate": loading.read_rate,
         "slot_bytes": loading.slot_bytes,
         "state_bytes": loading.state_bytes,
     }
@@ -186,7 +186,7 @@ def show(found: Mapping[str, Any]) -> None:
         middle = {key: values["median"] for key, values in run.items()}
         print_line(
             f"{name}: {found['tokens']:,} tokens in {human_seconds(middle['seconds'])}, "
-            f"{human_bytes(middle['bytes'])} read in {middle['waves']:.0f} waves in "
+            f"{human_bytes(middle['bytes'])} read in {middle['waves']:.0f} waves, in "
             f"{human_seconds(middle['read_seconds'])}, of which "
             f"{human_seconds(middle['stall_seconds'])} were waited for"
         )

@@ -70,6 +70,7 @@ class Pages:
         self._taken.clear()
         self._kept.clear()
         self._ahead = None
+        del self._reader  # an exception that is held on to would keep its files open
 
     def read_ahead(self, page: Page, *, keep: bool = False) -> None:
         """Begin to read a page that will be taken next; does nothing if one is being read."""

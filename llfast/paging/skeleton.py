@@ -195,7 +195,7 @@ class Skeleton:
             )
 
     def evict(self, names: Iterable[str]) -> None:
-        """Leave nothing in these places: an empty tensor, with which no layer can compute."""
+        """Leave nothing in these places: an empty tensor, which no layer can multiply by."""
         for name in names:
             self._set(name, self.places[name].empty.new_empty(0, device=self.device))
 
@@ -262,7 +262,7 @@ def _targets(model: Any, config: Any, keys: Iterable[str]) -> Iterator[tuple[str
     renamings = [e for e in config.weight_mapping if isinstance(e, internals.WeightRenaming)]
     converters = [e for e in config.weight_mapping if isinstance(e, internals.WeightConverter)]
     known = model.state_dict()
-    for key in keys:
+    for key in sorted(keys, key=internals.dot_natural_key):  # some renamings count
         for rules in ((renamings, converters), ([], [])):  # in this order transformers tries them
             target, pattern = internals.rename_source_key(
                 key, *rules, model.base_model_prefix, known

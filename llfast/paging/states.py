@@ -6,7 +6,7 @@ import gc
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .statistics import LoadingStatistics
 
@@ -69,7 +69,9 @@ def _live() -> dict[int, int]:
     """Bytes of every storage that a tensor refers to, by its address."""
     found: dict[int, int] = {}
     for each in gc.get_objects():
-        if issubclass(type(each), Tensor) and each.layout == torch.strided and not each.is_meta:
+        # Exactly these: tensors of other kinds may have no storage, and are not a model's states.
+        plain = type(each) in (Tensor, nn.Parameter)
+        if plain and each.layout == torch.strided and not each.is_meta:
             storage = each.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

@@ -61,6 +61,11 @@ class LoadingStatistics:
         return sum(page.read_seconds for page in self.pages)
 
     @property
+    def read_rate(self) -> float:
+        """Bytes of pages a second while the reader was busy."""
+        return sum(page.nbytes for page in self.pages) / max(self.read_seconds, 1e-9)
+
+    @property
     def stall_seconds(self) -> float:
         """How long the computation waited for pages."""
         return sum(page.stall_seconds for page in self.pages)

@@ -70,7 +70,6 @@ def _modes() -> tuple[object, ...]:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
-        torch.get_default_dtype(),
         stream,
     )
 

@@ -118,6 +118,8 @@ class Waves:
         for forward in followers:
             forward.resume()
         for name in passed:
+            if followers and self._common_stop(followers) != name:
+                raise self._other_order({name, followers[0].stopped_at})
             self._weights.need(name)
             for forward in followers:
                 forward.resume()
@@ -153,10 +155,9 @@ class Waves:
         """Take one forward through the first layer; the names of what it went through."""
         passed: list[str] = []
         forward.resume()
-        while forward.stopped_at not in (None, HEAD) and len(passed) < 1:
-            assert forward.stopped_at is not None
-            passed.append(forward.stopped_at)
-            self._weights.need(forward.stopped_at)
+        if forward.stopped_at not in (None, HEAD):
+            passed.append(str(forward.stopped_at))
+            self._weights.need(passed[0])
             forward.resume()
         return passed
 
@@ -184,11 +185,14 @@ class Waves:
         stops = {forward.stopped_at for forward in forwards}
         layers = stops - {None, HEAD}
         if len(layers) > 1 or (layers and len(stops) > 1):
-            raise CannotPageError(
-                f"a {type(self._model).__name__} must go through its layers alike for all texts to "
-                f"be paged, got {sorted(map(str, stops))[:3]} at a time; use weights='resident'"
-            )
+            raise self._other_order(stops)
         return layers.pop() if layers else None
+
+    def _other_order(self, stops: set[str | None]) -> CannotPageError:
+        return CannotPageError(
+            f"a {type(self._model).__name__} must go through its layers alike for all texts to be "
+            f"paged, got {sorted(map(str, stops))[:3]} at a time; use weights='resident'"
+        )
 
     def _score(
         self, scored: Sequence[_Scored], questions: _Questions | None
@@ -235,7 +239,8 @@ class _Questions:
         self._ramp = ramp_of(rows, self._probe.device)
         self._own = self._ask(torch.stack((probe, changed_probe(probe))))
         self._ramped = self._ask(probe[None])
-        self._ramped.at_head = lambda hidden: self._ramp.expand(*hidden.shape[:-1], rows)
+        ramp = self._ramp
+        self._ramped.at_head = lambda hidden: ramp.expand(*hidden.shape[:-1], rows)
         self._tiles: list[Tensor] = []
         self.forwards = [self._own, self._ramped]
 
@@ -268,7 +273,8 @@ class _Questions:
             raise self._unusual_head()
 
     def _ask(self, input_ids: Int64[Tensor, "B S"]) -> Forward:
-        return Forward(lambda: run_model(self._model, input_ids))
+        model = self._model
+        return Forward(lambda: run_model(model, input_ids))
 
     def _unusual_head(self) -> CannotPageError:
         return CannotPageError(
