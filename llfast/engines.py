@@ -108,7 +108,7 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
                 skeleton = _skeleton(job)
             except UnsupportedModelError as error:
                 if not _fits(job):
-                    _warn_of_loading(error)
+                    _warn_of_loading(error, fits=False)
             else:
                 yield _Paged(job, skeleton, auto=True)
                 return
@@ -152,8 +152,9 @@ def _fits(job: Job) -> bool:
     return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= _memory_bytes(job)
 
 
-def _warn_of_loading(error: Exception) -> None:
-    message = f"a model is loaded whole, whether it fits into memory or not, for {one_line(error)}"
+def _warn_of_loading(error: Exception, *, fits: bool) -> None:
+    what = "a model" if fits else "a model that may not fit into memory"
+    message = f"{what} is loaded whole, for {one_line(error)}"
     warnings.warn(message, LlfastWarning, stacklevel=6)
 
 
@@ -215,7 +216,7 @@ class _Paged:
         if isinstance(error, ScoringError):  # memory ran out, or a text is too long
             return fits
         if not (fits and isinstance(error, CannotPageError)):
-            _warn_of_loading(error)
+            _warn_of_loading(error, fits=fits)
         return True
 
     def _waves(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:

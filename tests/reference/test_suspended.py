@@ -185,15 +185,11 @@ def leave_gradients_on():
     torch.set_grad_enabled(not torch.is_grad_enabled())
 
 
-def leave_another_dtype():
-    torch.set_default_dtype(torch.float64)
-
-
 def leave_autocast_on():
     torch.set_autocast_enabled("cpu", True)
 
 
-@pytest.mark.parametrize("leave", [leave_gradients_on, leave_another_dtype, leave_autocast_on])
+@pytest.mark.parametrize("leave", [leave_gradients_on, leave_autocast_on])
 def test_a_model_that_leaves_torch_in_another_mode_is_found_out(leave):
     model = Model(between=lambda _: leave())
     before = torch.is_grad_enabled(), torch.get_default_dtype()
