@@ -86,7 +86,8 @@ class Outcome:
                 "unscored_ids": self.result.unscored_ids,
                 "seconds": self.seconds,
             }
-        if self.loading is not None and self.loading.waves:
+        paged = self.result is not None and self.result.provenance.get("weights") == "paged"
+        if paged and self.loading is not None:
             facts["paged"] = {
                 "waves": self.loading.waves,
                 "bytes": self.loading.nbytes,

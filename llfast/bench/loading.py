@@ -184,9 +184,10 @@ def show(found: Mapping[str, Any]) -> None:
     )
     for name, run in found["runs"].items():
         middle = {key: values["median"] for key, values in run.items()}
+        waves = middle["waves"]
         print_line(
             f"{name}: {found['tokens']:,} tokens in {human_seconds(middle['seconds'])}, "
-            f"{human_bytes(middle['bytes'])} read in {middle['waves']:.0f} waves, in "
+            f"{human_bytes(middle['bytes'])} read in {waves:.0f} wave{'s'[: waves > 1]}, in "
             f"{human_seconds(middle['read_seconds'])}, of which "
             f"{human_seconds(middle['stall_seconds'])} were waited for"
         )
