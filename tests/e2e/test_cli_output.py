@@ -74,6 +74,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "compact": f"compact --store {tmp_path / 'empty'}",
         "demo": f"demo --out {tmp_path / 'demo'}",
         "bench kernel": "bench kernel --device cpu --dtype float32 --tokens 2",
+        "bench loading": f"bench loading {checkpoints / 'llama'} --tokens 40 --repetitions 1",
     }
 
 
