@@ -97,7 +97,7 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
         CheckpointError: if the model cannot be loaded.
         UnsupportedModelError: if it cannot be scored, or not be paged where that is asked for.
     """
-    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME:
         if weights == "paged":
             yield _Paged(job, _skeleton(job), auto=False)
             return
@@ -112,7 +112,8 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
             else:
                 yield _Paged(job, skeleton, auto=True)
                 return
-        yield stack.enter_context(_Resident.open(job))
+        with _Resident.open(job) as engine:
+            yield engine
 
 
 def _memory_bytes(job: Job) -> int:
