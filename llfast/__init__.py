@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .kernels import PartialLogprobs, token_logprobs, token_statistics
     from .paging import LoadingStatistics
     from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
-    from .scoring import score
+    from .scoring import score, score_many
     from .search import KLIndex
     from .space import ModelSpace
     from .store import Store
@@ -54,6 +54,7 @@ __all__ = [
     "UnsupportedModelError",
     "build_texts",
     "score",
+    "score_many",
     "token_logprobs",
     "token_statistics",
 ]
@@ -70,6 +71,7 @@ _HOME = {
     "TextSet": "texts",
     "build_texts": "texts",
     "score": "scoring",
+    "score_many": "scoring",
     "token_logprobs": "kernels",
     "token_statistics": "kernels",
 }

@@ -74,17 +74,29 @@ def file_sha256(path: Path) -> str:
     Raises:
         OSError: if the file cannot be read.
     """
-    stat = path.stat()
-    name = key("sha256", str(path.resolve()), f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
+    name, is_settled = file_key("sha256", path)
     known = load_arrays(name)
     if known is not None and "sha256" in known:
         return str(known["sha256"])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # A file that was just written may be written again within one tick of its clock.
-    if time.time_ns() - stat.st_mtime_ns > _CLOCK_TICK_NS:
+    if is_settled:
         save_arrays(name, sha256=np.array(digest))
     return digest
+
+
+def file_key(kind: str, path: Path) -> tuple[str, bool]:
+    """A key for what is known of a file, by its place, size, time of change and inode.
+
+    Returns: it, and whether the file is old enough to keep anything under it: one that was just
+        written may be written again within one tick of its clock.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    stat = path.stat()
+    name = key(kind, str(path.resolve()), f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
+    return name, time.time_ns() - stat.st_mtime_ns > _CLOCK_TICK_NS
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

@@ -159,6 +159,9 @@ def score_command(
     memory_budget: MemoryBudget = None,
     verify: Verify = False,
     manifest: Manifest = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Read once what several of the models share.")
+    ] = False,
     tokenizer: TokenizerFolder = None,
     adapter_base: AdapterBase = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -169,7 +172,8 @@ def score_command(
     as_json: AsJson = False,
 ) -> None:
     """Score models on a text set; what the store has already is skipped."""
-    from .fleet import ModelRequest, estimate_models, read_model_list, score_models
+    from .fleet import estimate_models, score_models
+    from .model_list import ModelRequest, read_model_list
     from .store import Store
     from .texts import TextSet
 
@@ -215,6 +219,7 @@ def score_command(
         weights=weights,
         memory_budget=memory_budget,
         verify=verify if manifest is None else manifest,
+        together=together,
         report=None if as_json else print_outcome,
         **options,
     )

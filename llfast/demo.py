@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ScoringError
-from .fleet import ModelRequest, Outcome, score_models
+from .fleet import score_models
 from .mapping import draw_map
+from .model_list import ModelRequest
+from .outcomes import Outcome
 from .search import Hit, KLIndex
 from .space import ModelSpace
 from .store import Store

@@ -1,4 +1,7 @@
-"""The two ways of running a model over texts: all of it there, or a page at a time."""
+"""The two ways of running a model over texts: all of it there, or a page at a time.
+
+By pages, several models can be gone through at once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from .head import Head, find_head
 from .linear import linear_layers, linear_path
 from .loading import one_line
 from .models import FolderSource, ModelSource
-from .paging import CannotPageError, LoadingStatistics, PagedModel
+from .paging import CannotPageError, LoadingStatistics, PagedModel, Task, open_waves, relatives
 from .traits import check_fit, probe_tokens
 
 WEIGHTS = ("auto", "resident", "paged")
@@ -59,48 +62,69 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A batch with the log-probabilities of its scored tokens, text after text, on the host."""
+    """A batch with the log-probabilities of its scored tokens, text after text, on the host.
 
+    `member` is the number of the model.
+    """
+
+    member: int
     batch: Batch
     logprobs: Float32[Tensor, " T"]
     token_budget: int
 
 
-@runtime_checkable
-class Engine(Protocol):
+@dataclass(slots=True, kw_only=True, eq=False)
+class Ready:
     """A model that is ready to run.
 
     Attributes:
-        weights: "resident", "paged", or "kept" if they were read as pages and then stayed.
-        model: its transformers model.
+        model: transformers' own.
         linear: the path of its linear layers.
         head: its output head; None where its own logits are used, or before `run`.
     """
 
-    weights: str
     model: Any
     linear: str
-    head: Head | None
+    head: Head | None = None
 
-    def run(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
-        """What is open, as it gets done; after each list, all of it may be kept."""
+
+@runtime_checkable
+class Engine(Protocol):
+    """Models that are ready to run.
+
+    Attributes:
+        weights: "resident", "paged", or "kept" if they were read as pages and then stayed.
+        ready: the models, in the order of their jobs.
+    """
+
+    weights: str
+    ready: list[Ready]
+
+    def run(self, is_open: Callable[[int, Batch], bool]) -> Iterator[list[Finished]]:
+        """What is open of a model, as it gets done; after each list, all of it may be kept."""
 
 
 @contextlib.contextmanager
-def open_engine(job: Job, weights: str) -> Iterator[Engine]:
+def open_engine(jobs: Sequence[Job], weights: str) -> Iterator[Engine]:
     """The way asked for.
 
     "auto" reads a model as it pages one, so that it computes while it reads, and keeps what it has
     read if that fits into memory. What cannot be paged is loaded whole.
 
+    Args:
+        jobs: one; or several of `relatives`, which are paged together. What is not the model's own
+            must be the same for all.
+        weights: one of `WEIGHTS`.
+
     Raises:
-        CheckpointError: if the model cannot be loaded.
+        CheckpointError: if a model cannot be loaded.
         UnsupportedModelError: if it cannot be scored, or not be paged where that is asked for.
     """
     with _ONE_AT_A_TIME:
-        if weights == "paged":
-            yield _Paged(job, _skeleton(job), auto=False)
+        if weights == "paged" or len(jobs) > 1:
+            yield _Paged(jobs, [_skeleton(job) for job in jobs], auto=False)
             return
+        (job,) = jobs
         # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
         is_first_choice = job.device.type == "cpu" or not _fits(job)
         if weights == "auto" and is_first_choice and _why_whole(job.source) is None:
@@ -110,10 +134,40 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
                 if not _fits(job):
                     _warn_of_loading(error, fits=False)
             else:
-                yield _Paged(job, skeleton, auto=True)
+                yield _Paged([job], [skeleton], auto=True)
                 return
         with _Resident.open(job) as engine:
             yield engine
+
+
+def find_relatives(
+    models: Sequence[tuple[ModelSource, torch.dtype, torch.device]],
+    weights: str,
+    statistics: LoadingStatistics | None = None,
+) -> list[list[int]]:
+    """Numbers of models in groups that can be opened, and are worth being opened, together.
+
+    Args:
+        models: what they are, what they run in, and where.
+        weights: one of `WEIGHTS`.
+        statistics: told what was read to find out.
+
+    Raises:
+        CheckpointError: if weights cannot be read.
+    """
+    groups: list[list[int]] = []
+    pageable: dict[object, list[int]] = {}
+    for number, (source, dtype, device) in enumerate(models):
+        is_paged = weights == "paged" or (weights == "auto" and device.type == "cpu")
+        if is_paged and _why_whole(source) is None:
+            pageable.setdefault((dtype, device), []).append(number)
+        else:
+            groups.append([number])
+    for numbers in pageable.values():
+        checkpoints = (models[number][0].checkpoint for number in numbers)
+        found = relatives([each for each in checkpoints if each is not None], statistics)
+        groups += [[numbers[place] for place in group] for group in found]
+    return sorted(groups)
 
 
 def _memory_bytes(job: Job) -> int:
@@ -160,9 +214,10 @@ def _warn_of_loading(error: Exception, *, fits: bool) -> None:
 
 
 class _Resident:
-    def __init__(self, job: Job, model: Any, head: Head | None, linear: str) -> None:
-        self.weights = "resident"
-        self._job, self.model, self.head, self.linear = job, model, head, linear
+    weights = "resident"
+
+    def __init__(self, job: Job, ready: Ready) -> None:
+        self._job, self.ready = job, [ready]
 
     @classmethod
     @contextlib.contextmanager
@@ -174,23 +229,26 @@ class _Resident:
             output = None if head is None else head.module
             linear = linear_path(job.device, job.dtype, model=model, leave_out=output)
             with linear_layers(model, linear, rows=job.token_budget, leave_out=output):
-                yield cls(job, model, head, linear)
+                yield cls(job, Ready(model=model, linear=linear, head=head))
 
-    def run(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
-        batchwise = Batchwise(self.model, self.head, self._job.tokens, self._job.ids)
-        for batch, logprobs, token_budget in batchwise.run(self._job.token_budget, is_open):
-            yield [Finished(batch, logprobs, token_budget)]
+    def run(self, is_open: Callable[[int, Batch], bool]) -> Iterator[list[Finished]]:
+        (ready,) = self.ready
+        batchwise = Batchwise(ready.model, ready.head, self._job.tokens, self._job.ids)
+        for batch, logprobs, token_budget in batchwise.run(
+            self._job.token_budget, lambda batch: is_open(0, batch)
+        ):
+            yield [Finished(0, batch, logprobs, token_budget)]
 
 
 class _Paged:
-    def __init__(self, job: Job, paged: PagedModel, *, auto: bool) -> None:
-        self._job, self._paged, self._auto = job, paged, auto
+    def __init__(self, jobs: Sequence[Job], paged: Sequence[PagedModel], *, auto: bool) -> None:
+        self._jobs, self._paged, self._auto = jobs, paged, auto
         self.weights = "paged"
-        self.model, self.linear = paged.model, paged.linear
-        self.head: Head | None = None
-        check_fit(self.model, job.tokens, job.ids)
+        self.ready = [Ready(model=each.model, linear=each.linear) for each in paged]
+        for job, each in zip(jobs, paged, strict=True):
+            check_fit(each.model, job.tokens, job.ids)
 
-    def run(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
+    def run(self, is_open: Callable[[int, Batch], bool]) -> Iterator[list[Finished]]:
         finished = False
         try:
             for wave in self._waves(is_open):
@@ -201,8 +259,8 @@ class _Paged:
                 raise
         else:
             return
-        with _Resident.open(self._job) as resident:
-            self.weights, self.head, self.linear = resident.weights, resident.head, resident.linear
+        with _Resident.open(self._jobs[0]) as resident:
+            self.weights, self.ready[:] = resident.weights, resident.ready
             yield from resident.run(is_open)
 
     def _may_load_after(self, error: Exception) -> bool:
@@ -211,7 +269,7 @@ class _Paged:
             return False
         if isinstance(error, CheckpointError) and not isinstance(error, CannotPageError):
             return False
-        if isinstance(error, ValueError) and self._job.memory_bytes is not None:
+        if isinstance(error, ValueError) and self._jobs[0].memory_bytes is not None:
             return False
         fits = self.weights == "kept"
         if isinstance(error, ScoringError):  # memory ran out, or a text is too long
@@ -220,29 +278,40 @@ class _Paged:
             _warn_of_loading(error, fits=fits)
         return True
 
-    def _waves(self, is_open: Callable[[Batch], bool]) -> Iterator[list[Finished]]:
-        job = self._job
-        plan = plan_for(self.model, job.tokens, job.token_budget)
-        batches = [batch for batch in plan if is_open(batch)]
+    def _waves(self, is_open: Callable[[int, Batch], bool]) -> Iterator[list[Finished]]:
+        first = self._jobs[0]  # of what is the same for all
+        tasks = [
+            Task(member, batch)
+            for member, job in enumerate(self._jobs)
+            for batch in plan_for(self.ready[member].model, job.tokens, job.token_budget)
+            if is_open(member, batch)
+        ]
         try:
-            with (
-                borrowed(self.model),
-                self._paged.waves(
-                    job.tokens,
-                    memory_bytes=_memory_bytes(job),
-                    may_keep=self._auto,
-                    rows=job.token_budget,
-                    probe=probe_tokens(self.model),
-                    statistics=job.statistics,
-                ) as waves,
-            ):
+            with contextlib.ExitStack() as stack:
+                for ready in self.ready:
+                    stack.enter_context(borrowed(ready.model))
+                waves = stack.enter_context(
+                    open_waves(
+                        self._paged,
+                        [job.tokens for job in self._jobs],
+                        memory_bytes=_memory_bytes(first),
+                        may_keep=self._auto,
+                        rows=first.token_budget,
+                        statistics=first.statistics,
+                    )
+                )
                 self.weights = "kept" if waves.keeps_weights else "paged"
-                for wave in waves.run(batches):
-                    self.head = waves.head
-                    yield [Finished(batch, found, job.token_budget) for batch, found in wave]
+                for wave in waves.run(tasks):
+                    for ready, run in zip(self.ready, waves.runs, strict=True):
+                        ready.head = run.head
+                    yield [
+                        Finished(each.member, each.batch, each.logprobs, first.token_budget)
+                        for each in wave
+                    ]
         except IndexError as error:
-            longest = max(batches, key=lambda batch: batch.shape[1])
-            raise too_long(longest, job.ids[longest.texts[0]], error) from error
+            longest = max(tasks, key=lambda task: task.batch.shape[1])
+            name = self._jobs[longest.member].ids[longest.batch.texts[0]]
+            raise too_long(longest.batch, name, error) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -4,124 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .batches import CONVENTIONS
 from .devices import resolve_device
 from .dtypes import parse_dtype
-from .engines import WEIGHTS
-from .errors import LlfastError, MissingDependencyError, StoreError
+from .engines import WEIGHTS, find_relatives
+from .errors import CheckpointError, LlfastError, MissingDependencyError, StoreError
 from .estimate import Estimate, estimate
 from .files import as_utf8
 from .memory import parse_bytes
+from .model_list import ModelRequest
 from .models import ModelSource, open_model
+from .outcomes import Outcome
 from .paging import LoadingStatistics
 from .results import LogLikelihoods, ResultKey
-from .scoring import SCORING_VERSION, score
+from .runs import SCORING_VERSION
+from .scoring import score, score_many
 from .store import Store
 from .texts import TextSet
 from .verify import read_manifest
 
 _LEFTOVER_SECONDS = 3600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRequest:
-    """One model to score.
-
-    Attributes:
-        model: a checkpoint folder or Hub id.
-        name: what to call it; its path or id by default.
-        revision: branch, tag or commit of a Hub id.
-        tokenizer: the folder of another tokenizer.
-        adapter_base: the model that a LoRA adapter belongs to.
-        dtype: what it runs in, if not what all others do.
-        metadata: columns to keep with the result.
-    """
-
-    model: str
-    name: str | None = None
-    revision: str | None = None
-    tokenizer: str | None = None
-    adapter_base: str | None = None
-    dtype: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of one model: "scored", "skipped" (it was in the store) or "failed"."""
-
-    request: ModelRequest
-    status: str
-    result: LogLikelihoods | None = None
-    error: str | None = None
-    seconds: float = 0.0
-    loading: LoadingStatistics | None = None
-
-    def summary(self) -> dict[str, Any]:
-        """What people and programs are told of it."""
-        facts: dict[str, Any] = {
-            "model": self.request.name or self.request.model,
-            "status": self.status,
-        }
-        if self.error is not None:
-            facts["error"] = self.error
-        if self.result is not None:
-            facts |= {
-                "model": self.result.model,
-                "revision": self.result.revision,
-                "dtype": self.result.dtype,
-                "bits_per_byte": self.result.mean_bits_per_byte,
-                "tokens": int(self.result.token_counts.sum()),
-                "truncated_texts": len(self.result.truncated_ids),
-                "truncated_ids": self.result.truncated_ids,
-                "unscored_texts": len(self.result.unscored_ids),
-                "unscored_ids": self.result.unscored_ids,
-                "seconds": self.seconds,
-            }
-        paged = self.result is not None and self.result.provenance.get("weights") == "paged"
-        if paged and self.loading is not None:
-            facts["paged"] = {
-                "waves": self.loading.waves,
-                "bytes": self.loading.nbytes,
-                "read_bytes_per_second": self.loading.read_rate,
-                "stall_seconds": self.loading.stall_seconds,
-            }
-        return facts
-
-
-def read_model_list(path: str | Path) -> list[ModelRequest]:
-    """Models from a file: a name or path a line, or (.jsonl) one object a line.
-
-    An object has `model`, and may have the other fields of `ModelRequest`; what else it has is
-    metadata. Empty lines and lines that begin with # are passed over.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: with the line, if one cannot be used.
-    """
-    path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8, got {error}") from None
-    requests = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        requests.append(
-            _parse_request(line, f"{path}, line {number}")
-            if path.suffix == ".jsonl"
-            else ModelRequest(model=line.strip())
-        )
-    return requests
 
 
 def score_models(
@@ -140,6 +51,7 @@ def score_models(
     allow_pickle: bool = False,
     progress: bool | None = None,
     report: Callable[[Outcome], None] | None = None,
+    together: bool = False,
 ) -> list[Outcome]:
     """Score models one after the other; a model that fails does not stop the rest.
 
@@ -161,6 +73,7 @@ def score_models(
         allow_pickle: let weights be pickles.
         progress: show a bar a model.
         report: is called with each outcome as it is known.
+        together: let relatives be paged as one, see `score_many`; all models are looked up first.
 
     Raises:
         OSError: if the store cannot be written.
@@ -176,53 +89,37 @@ def score_models(
         read_manifest(Path(verify))  # what is wrong with it is wrong for all
     store.prepare()
     _remove_leftovers(store.folder)
-    completed = store.completed()
-    outcomes = []
-    for request in requests:
-        asked = request.dtype or dtype
-        key = ResultKey(
-            request.name or as_utf8(os.path.normpath(request.model)),
-            request.revision or "",
-            texts.digest,
-            convention,
-            asked,
-            None,
-            SCORING_VERSION,
-        )
-        try:
-            source = _open(request, trust_remote_code, allow_pickle)
-        except MissingDependencyError:
-            raise
-        except Exception as error:
-            outcome = _failed(request, key, error, store)
-        else:
-            place = resolve_device(device, source)  # what is wrong with it is wrong for all
-            own = str(source.dtype(asked, place)).removeprefix("torch.")
-            key = key._replace(model=source.name, revision=source.revision, dtype=own)
-            if key in completed:
-                outcome = _skipped(request, key, store)
-            else:
-                outcome = _scored(
-                    request,
-                    source,
-                    key,
-                    texts,
-                    store,
-                    convention=convention,
-                    dtype=asked,
-                    device=device,
-                    token_budget=token_budget,
-                    weights=weights,
-                    memory_budget=memory_budget,
-                    verify=verify,
-                    progress=progress,
-                )
-            if outcome.status == "scored":
-                completed.add(key)
-        outcomes.append(outcome)
+    session = _Session(
+        texts,
+        store,
+        convention=convention,
+        device=device,
+        token_budget=token_budget,
+        weights=weights,
+        memory_budget=memory_budget,
+        verify=verify,
+        progress=progress,
+    )
+    outcomes: dict[int, Outcome] = {}
+
+    def note(number: int, outcome: Outcome) -> None:
+        outcomes[number] = outcome
         if report is not None:
             report(outcome)
-    return outcomes
+
+    numbers = range(len(requests))
+    for part in [numbers] if together else [[number] for number in numbers]:
+        opened: dict[int, _Opened] = {}
+        for number in part:
+            found = session.open(requests[number], dtype, trust_remote_code, allow_pickle)
+            if isinstance(found, Outcome):
+                note(number, found)
+            else:
+                opened[number] = found
+        for group in session.groups(opened):
+            for number, outcome in zip(group, session.score(opened, group), strict=True):
+                note(number, outcome)
+    return [outcomes[number] for number in numbers]
 
 
 def estimate_models(
@@ -246,47 +143,162 @@ def estimate_models(
     ]
 
 
-def _skipped(request: ModelRequest, key: ResultKey, store: Store) -> Outcome:
-    with contextlib.suppress(OSError):  # a kill may have come between a result and this
-        store.partial_path(key).unlink(missing_ok=True)
-    return Outcome(request=request, status="skipped")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A model that is not in the store yet."""
+
+    request: ModelRequest
+    source: ModelSource
+    key: ResultKey
+    dtype: torch.dtype
+    device: torch.device
 
 
-def _scored(
-    request: ModelRequest,
-    source: ModelSource,
-    key: ResultKey,
-    texts: TextSet,
-    store: Store,
-    **options: Any,
-) -> Outcome:
-    _refuse_read_only(store.folder)
-    partial = store.partial_path(key)
-    start = time.monotonic()
-    loading = LoadingStatistics()
-    try:
-        result = score(
-            source, texts, metadata=request.metadata, partial=partial, loading=loading, **options
+class _Session:
+    """What is the same for all models of a call."""
+
+    def __init__(
+        self, texts: TextSet, store: Store, *, convention: str, device: str, **options: Any
+    ) -> None:
+        self._texts, self._store, self._convention, self._device = texts, store, convention, device
+        self._options = {"convention": convention, "device": device, **options}
+        self._completed = store.completed()
+
+    def open(
+        self, request: ModelRequest, dtype: str, trust_remote_code: bool, allow_pickle: bool
+    ) -> _Opened | Outcome:
+        """Look a model up; an outcome if it is there already, or cannot be opened."""
+        asked = request.dtype or dtype
+        key = ResultKey(
+            request.name or as_utf8(os.path.normpath(request.model)),
+            request.revision or "",
+            self._texts.digest,
+            self._convention,
+            asked,
+            None,
+            SCORING_VERSION,
         )
-        seconds = time.monotonic() - start
-        store.add(result)
-    except (StoreError, MissingDependencyError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and _is_of_store(error, store):
-            error.filename = error.filename or str(store.folder)
+        try:
+            source = _open(request, trust_remote_code, allow_pickle)
+        except MissingDependencyError:
             raise
-        return _failed(request, key, error, store)
-    partial.unlink(missing_ok=True)
-    return Outcome(
-        request=request, status="scored", result=result, seconds=seconds, loading=loading
-    )
+        except Exception as error:
+            return self._failed(request, key, error)
+        place = resolve_device(self._device, source)  # what is wrong with it is wrong for all
+        own = source.dtype(asked, place)
+        name = str(own).removeprefix("torch.")
+        key = key._replace(model=source.name, revision=source.revision, dtype=name)
+        opened = _Opened(request=request, source=source, key=key, dtype=own, device=place)
+        return self._skipped(opened) if key in self._completed else opened
 
+    def groups(self, opened: Mapping[int, _Opened]) -> Iterable[list[int]]:
+        """The numbers of models, relatives together."""
+        numbers = list(opened)
+        if len(numbers) < 2:
+            return [numbers] if numbers else []
+        kinds = [(each.source, each.dtype, each.device) for each in opened.values()]
+        try:
+            found = find_relatives(kinds, self._options["weights"])
+        except CheckpointError:  # one that cannot be read: it will say so when it is alone
+            return [[number] for number in numbers]
+        return [[numbers[place] for place in group] for group in found]
 
-def _failed(request: ModelRequest, key: ResultKey, error: Exception, store: Store) -> Outcome:
-    reason = _one_line(error)
-    store.add_failure(key, reason)
-    return Outcome(request=request, status="failed", error=reason)
+    def score(self, opened: Mapping[int, _Opened], group: Sequence[int]) -> Iterator[Outcome]:
+        """The outcomes of a group, in its order."""
+        todo = {opened[number].key: opened[number] for number in reversed(group)}
+        todo = {key: each for key, each in todo.items() if key not in self._completed}
+        known = self._together([*todo.values()][::-1]) if len(todo) > 1 else {}
+        for number in group:
+            each = opened[number]
+            if each.key in self._completed:  # it was twice in the list
+                yield self._skipped(each)
+                continue
+            outcome = known.get(each.key) or self._alone(each)
+            if outcome.status == "scored":
+                self._completed.add(each.key)
+            yield outcome
+
+    def _together(self, group: Sequence[_Opened]) -> dict[ResultKey, Outcome]:
+        """The outcomes of relatives; none if anything is wrong with one of them."""
+        _refuse_read_only(self._store.folder)
+        start, loading = time.monotonic(), LoadingStatistics()
+        try:
+            results = score_many(
+                [each.source for each in group],
+                self._texts,
+                dtype=group[0].key.dtype,
+                metadata=[each.request.metadata for each in group],
+                partials=[self._store.partial_path(each.key) for each in group],
+                loading=loading,
+                **self._options,
+            )
+        except Exception as error:
+            self._raise_if_of_all(error)
+            return {}  # alone, each says what is wrong with it; what was finished is kept
+        seconds = (time.monotonic() - start) / len(group)
+        return {
+            each.key: self._keep(each, result, seconds, loading, relatives=len(group) - 1)
+            for each, result in zip(group, results, strict=True)
+        }
+
+    def _alone(self, opened: _Opened) -> Outcome:
+        _refuse_read_only(self._store.folder)
+        start, loading = time.monotonic(), LoadingStatistics()
+        try:
+            result = score(
+                opened.source,
+                self._texts,
+                dtype=opened.key.dtype,
+                metadata=opened.request.metadata,
+                partial=self._store.partial_path(opened.key),
+                loading=loading,
+                **self._options,
+            )
+        except Exception as error:
+            self._raise_if_of_all(error)
+            return self._failed(opened.request, opened.key, error)
+        return self._keep(opened, result, time.monotonic() - start, loading)
+
+    def _keep(
+        self,
+        opened: _Opened,
+        result: LogLikelihoods,
+        seconds: float,
+        loading: LoadingStatistics,
+        relatives: int = 0,
+    ) -> Outcome:
+        try:
+            self._store.add(result)
+        except OSError as error:
+            self._raise_if_of_all(error)
+            return self._failed(opened.request, opened.key, error)
+        self._store.partial_path(opened.key).unlink(missing_ok=True)
+        return Outcome(
+            request=opened.request,
+            status="scored",
+            result=result,
+            seconds=seconds,
+            loading=loading,
+            relatives=relatives,
+        )
+
+    def _skipped(self, opened: _Opened) -> Outcome:
+        with contextlib.suppress(OSError):  # a kill may have come between a result and this
+            self._store.partial_path(opened.key).unlink(missing_ok=True)
+        return Outcome(request=opened.request, status="skipped")
+
+    def _failed(self, request: ModelRequest, key: ResultKey, error: Exception) -> Outcome:
+        reason = _one_line(error)
+        self._store.add_failure(key, reason)
+        return Outcome(request=request, status="failed", error=reason)
+
+    def _raise_if_of_all(self, error: Exception) -> None:
+        """Raise what is no model's own fault."""
+        if isinstance(error, StoreError | MissingDependencyError):
+            raise error
+        if isinstance(error, OSError) and _is_of_store(error, self._store):
+            error.filename = error.filename or str(self._store.folder)
+            raise error
 
 
 def _open(request: ModelRequest, trust_remote_code: bool, allow_pickle: bool) -> ModelSource:
@@ -299,25 +311,6 @@ def _open(request: ModelRequest, trust_remote_code: bool, allow_pickle: bool) ->
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-
-
-def _parse_request(line: str, where: str) -> ModelRequest:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be a JSON object, got {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
-        raise ValueError(f'{where} must be an object with a string "model", got {line[:60]!r}')
-    own: dict[str, Any] = {}
-    for name in ("model", "name", "revision", "tokenizer", "adapter_base", "dtype"):
-        value = fields.pop(name, None)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where}: {name} must be a string, got {value!r}")
-        own[name] = value
-    nested = fields.pop("metadata", None) or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"{where}: metadata must be an object, got {nested!r}")
-    return ModelRequest(**own, metadata=fields | nested)
 
 
 def _refuse_unknown_options(requests: Sequence[ModelRequest], convention: str, dtype: str) -> None:

@@ -91,9 +91,13 @@ def _paged(facts: Mapping[str, Any] | None) -> str:
     if facts is None:
         return ""
     waves = f"{facts['waves']} wave{'s'[: facts['waves'] > 1]}"
+    together = ""
+    if others := facts.get("relatives"):
+        shared = human_bytes(facts["shared_bytes"])
+        together = f" for {others + 1} relatives together, which share {shared}"
     return (
         f", {human_bytes(facts['bytes'])} of weights read in {waves} at "
-        f"{human_bytes(facts['read_bytes_per_second'])}/s, waited "
+        f"{human_bytes(facts['read_bytes_per_second'])}/s{together}, waited "
         f"{human_seconds(facts['stall_seconds'])} for them"
     )
 

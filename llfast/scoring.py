@@ -1,53 +1,28 @@
-"""Score texts with a causal language model: the hot path.
+"""Score texts with causal language models: the hot path.
 
 score ── open_model (models.py) ── tokenize (batches.py) ── open_engine (engines.py)
   ├─ resident    find_head (head.py), then batch after batch (batchwise.py)
-  ├─ paged       layer after layer, under many batches at once (paging/)
+  ├─ paged       layer after layer, under many batches at once, of several models (paging/)
   │    either:   ids (B, S) ─▶ model body, its matrix products by linear.py ─▶ hidden (B, S, D)
   │              ─▶ real positions, packed (T, D) ─▶ fused head (kernels/) ─▶ (T,)
-  └─ _keep       sums by text; partial.py keeps them on disk, results.py is what is returned
+  └─ Run (runs.py)   sums by text; partial.py keeps them on disk, results.py is what is returned
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import transformers
-from jaxtyping import Int64
-
-from .batches import (
-    GIVEN_TOKENS,
-    TokenizedTexts,
-    added_bos,
-    given_tokens,
-    model_max_length,
-    tokenize,
-)
-from .devices import default_token_budget, device_name, resolve_device
-from .engines import WEIGHTS, Engine, Finished, Job, open_engine
-from .errors import CheckpointError, ScoringError
-from .kernels import instruction_set
-from .memory import parse_bytes
-from .models import FolderSource, MemorySource, ModelSource, open_model
+from .engines import find_relatives
+from .errors import CannotPageError, LlfastWarning
+from .loading import one_line
+from .models import FolderSource, MemorySource, open_model
 from .paging import LoadingStatistics
-from .partial import PartialScores
-from .progress import progress_bar
 from .results import LogLikelihoods
+from .runs import Run, carry_out, prepare
 from .texts import TextSet
-from .traits import is_mixture_of_experts
-from .verify import Verification
-
-SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
-# Beyond what any chip needs; short batches are filled up to it with dummy rows.
-_LARGEST_TOKEN_BUDGET = 1 << 20
 
 
 def score(
@@ -135,180 +110,121 @@ def score(
             adapter_base=adapter_base,
         )
     )
-    if partial is not None and not source.revision:
-        raise ValueError(
-            "partial must go with weights that have a name, got a loaded model without a revision; "
-            "pass revision, or the checkpoint's folder"
-        )
-    place = resolve_device(device, source)
-    body_dtype = source.dtype(dtype, place)
-    budget = default_token_budget(place) if token_budget is None else token_budget
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
-    if memory_budget is not None and weights == "resident":
-        raise ValueError(
-            f"memory_budget must be left out with resident weights, got {memory_budget}"
-        )
-    memory_bytes = None if memory_budget is None else parse_bytes(memory_budget)
-    json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
-    if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:
-        raise ValueError(
-            f"token_budget must be from 1 to {_LARGEST_TOKEN_BUDGET:,}, got {budget}; leave it out "
-            "for the default"
-        )
-    if token_ids is not None:
-        if convention != "paper":
-            raise ValueError(
-                f"convention must be left out with token_ids, got {convention!r}; they are scored "
-                "as they are"
-            )
-        convention, adds_bos = GIVEN_TOKENS, None
-        tokens = given_tokens(token_ids, model_max_length(source.config, None, convention))
-        texts, text_bytes = _texts_of(tokens, texts)
-    else:
-        if texts is None:
-            raise ValueError("texts must be given, got neither texts nor token_ids")
-        texts = texts if isinstance(texts, TextSet) else TextSet.from_texts(texts)
-        text_bytes = texts.text_bytes
-        own = source.tokenizer()
-        tokens = tokenize(texts, own, convention, model_max_length(source.config, own, convention))
-        adds_bos = convention != "paper" or added_bos(own) is not None
-
-    verification = _verification(source, verify)
-    job = Job(
-        source=source,
-        tokens=tokens,
-        ids=texts.ids,
-        dtype=body_dtype,
-        device=place,
-        token_budget=budget,
-        memory_bytes=memory_bytes,
-        statistics=LoadingStatistics() if loading is None else loading,
-    )
-    with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(open_engine(job, weights))
-        _refuse_changes(source)  # before a text is kept on disk
-        provenance = {
-            "device": device_name(place),
-            "instruction_set": instruction_set(place),
-            "threads": torch.get_num_threads() if place.type == "cpu" else 0,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "attention": getattr(engine.model.config, "_attn_implementation", None) or "",
-            "mixture_of_experts": is_mixture_of_experts(engine.model),
-            "adds_bos": adds_bos,
-            "tokens_sha256": tokens.digest(),
-            "linear": engine.linear,
-        }
-        # A commit names what files should hold, and these tell what they were.
-        state = () if source.checkpoint is None else source.checkpoint.state
-        key = repr((source.revision, state, texts.digest, convention, body_dtype, provenance))
-        scores = stack.enter_context(
-            PartialScores.open(tokens, partial, key=key, per_token=per_token)
-        )
-        advance = stack.enter_context(
-            progress_bar(source.name, done=scores.done, total=len(texts), show=progress)
-        )
-        if verification is not None:
-            stack.enter_context(_verified(verification, scores))
-        for finished in engine.run(lambda batch: bool(scores.open_texts(batch))):
-            for each in finished:
-                done = scores.open_texts(each.batch)
-                _keep(each, tokens, texts.ids, scores, body_dtype)
-                advance(len(done), int(tokens.token_counts[done].sum()))
-            if verification is not None:
-                verification.check()
-            scores.save() if engine.weights == "paged" else scores.save_now_and_then()
-        if verification is not None:
-            verification.check(wait=True)
-        provenance["head"] = _head_name(engine)
-        provenance["weights"] = engine.weights
-    _refuse_changes(source)
-    return LogLikelihoods(
-        model=source.name,
-        revision=source.revision,
-        textset_digest=texts.digest,
+    run = prepare(
+        source,
+        texts,
+        token_ids=token_ids,
         convention=convention,
-        dtype=str(body_dtype).removeprefix("torch."),
-        scoring_version=SCORING_VERSION,
-        ids=texts.ids,
-        loglikelihoods=scores.loglikelihoods,
-        token_counts=tokens.token_counts,
-        text_bytes=text_bytes,
-        truncated=tokens.truncated,
-        token_budgets=scores.token_budgets,
-        groups=texts.groups,
-        logprobs=scores.logprobs,
-        provenance=provenance,
-        metadata=dict(metadata or {}),
+        dtype=dtype,
+        device=device,
+        token_budget=token_budget,
+        memory_budget=memory_budget,
+        weights=weights,
+        verify=verify,
+        per_token=per_token,
+        metadata=metadata,
+        partial=partial,
+        loading=LoadingStatistics() if loading is None else loading,
     )
+    return carry_out([run], weights, progress)[0]
 
 
-def _keep(
-    finished: Finished,
-    tokens: TokenizedTexts,
-    ids: Sequence[str],
-    scores: PartialScores,
-    dtype: torch.dtype,
-) -> None:
-    """Sum a batch's logprobs by text, rounded once, to fp64; refuse what is not finite."""
-    batch = finished.batch
-    ends = np.cumsum(tokens.token_counts[list(batch.texts)])
-    parts = np.split(finished.logprobs.numpy(), ends[:-1])
-    unscored = scores.open_texts(batch)
-    for text, part in zip(batch.texts, parts, strict=True):
-        if text not in unscored:
-            continue
-        total = math.fsum(part)
-        if not math.isfinite(total):
-            hint = "; score it with dtype bfloat16 or float32" if dtype == torch.float16 else ""
-            raise ScoringError(
-                f"logprobs must be finite, got {total} for text {ids[text]!r} in "
-                f"{str(dtype).removeprefix('torch.')}{hint}"
-            )
-        scores.keep(text, total, part, finished.token_budget)
+def score_many(
+    models: Sequence[Any],
+    texts: TextSet | Iterable[str],
+    *,
+    convention: str = "paper",
+    dtype: str = "auto",
+    device: str = "auto",
+    token_budget: int | None = None,
+    weights: str = "auto",
+    memory_budget: int | str | None = None,
+    verify: bool | str | PathLike[str] = False,
+    per_token: bool = False,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    partials: Sequence[str | PathLike[str]] | None = None,
+    progress: bool | None = None,
+    loading: LoadingStatistics | None = None,
+) -> list[LogLikelihoods]:
+    """The log-likelihood of every text under several models, of which relatives go together.
 
+    Fine-tunes, merges and steps of a training that share weights are paged as one: what is the same
+    in several is read once. Their numbers are those of `score`, to the bit. Who is related is found
+    out by comparing stored bytes, which takes a read of what may be equal; it is remembered. Models
+    without relatives, and those that cannot be paged, are scored one after the other.
 
-def _verification(source: ModelSource, verify: bool | str | PathLike[str]) -> Verification | None:
-    if verify is False:
-        return None
-    if source.checkpoint is None:
-        raise ValueError(f"verify must be False for a loaded model, got {verify!r}")
-    return Verification(source.checkpoint, None if verify is True else Path(verify))
+    Args:
+        models: each is what `score` takes; for a name, revision or adapter of its own, what
+            `models.open_model` returns.
+        texts: as for `score`, and so are:
+        convention: which tokens are fed and scored.
+        dtype: "auto" or a dtype.
+        device: "auto" or a device.
+        token_budget: the most tokens in a batch.
+        weights: with "resident" nothing goes together.
+        memory_budget: for weights and texts on their way.
+        verify: compare sha256 digests of weights.
+        per_token: keep the logprob of every token, too.
+        metadata: columns to keep with each result.
+        trust_remote_code: let checkpoints bring code of their own.
+        allow_pickle: let weights be pickles.
+        partials: a file for each model, in which finished texts are kept.
+        progress: show a bar.
+        loading: filled in with what paging took, all models together.
 
+    Returns:
+        A result for each model, in their order.
 
-@contextlib.contextmanager
-def _verified(verification: Verification, scores: PartialScores) -> Iterator[None]:
-    """Verify meanwhile; what was scored with wrong bytes is not kept."""
-    try:
-        with verification:
-            yield
-    except CheckpointError:
-        if verification.failed:
-            scores.discard()
-        raise
-
-
-def _head_name(engine: Engine) -> str:
-    if engine.head is not None:
-        return str(engine.head)
-    return "own logits" if engine.weights == "resident" else "not asked: nothing was left to run"
-
-
-def _refuse_changes(source: ModelSource) -> None:
-    if source.checkpoint is not None:
-        source.checkpoint.refuse_changes()
-
-
-def _texts_of(
-    tokens: TokenizedTexts, texts: TextSet | Iterable[str] | None
-) -> tuple[TextSet, Int64[np.ndarray, " N"]]:
-    """The texts that given token ids stand for, and their bytes (0 where nobody says)."""
-    if texts is None:
-        # A stand-in that gives the ids a digest.
-        stand_in = [" ".join(map(str, tokens[row].tolist())) for row in range(len(tokens))]
-        return TextSet.from_texts(stand_in), np.zeros(len(tokens), dtype=np.int64)
+    Raises:
+        LlfastError: as `score`; nothing is returned then, and `partials` have what was finished.
+        ValueError: for arguments that make no sense.
+    """
+    sources = [
+        each
+        if isinstance(each, FolderSource | MemorySource)
+        else open_model(each, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        for each in models
+    ]
+    for name, given in (("metadata", metadata), ("partials", partials)):
+        if given is not None and len(given) != len(sources):
+            raise ValueError(f"{name} must be one a model ({len(sources)}), got {len(given)}")
     texts = texts if isinstance(texts, TextSet) else TextSet.from_texts(texts)
-    if len(tokens) != len(texts):
-        raise ValueError(f"token_ids must be one a text ({len(texts)}), got {len(tokens)}")
-    return texts, texts.text_bytes
+    loading = LoadingStatistics() if loading is None else loading
+    runs = [
+        prepare(
+            source,
+            texts,
+            token_ids=None,
+            convention=convention,
+            dtype=dtype,
+            device=device,
+            token_budget=token_budget,
+            memory_budget=memory_budget,
+            weights=weights,
+            verify=verify,
+            per_token=per_token,
+            metadata=None if metadata is None else metadata[number],
+            partial=None if partials is None else partials[number],
+            loading=loading,
+        )
+        for number, source in enumerate(sources)
+    ]
+    results: dict[int, LogLikelihoods] = {}
+    kinds = [(run.job.source, run.job.dtype, run.job.device) for run in runs]
+    for group in find_relatives(kinds, weights, loading):
+        found = _together([runs[number] for number in group], weights, progress)
+        results |= dict(zip(group, found, strict=True))
+    return [results[number] for number in range(len(runs))]
+
+
+def _together(runs: Sequence[Run], weights: str, progress: bool | None) -> list[LogLikelihoods]:
+    """Relatives in one pass, if they can be; else one after the other."""
+    if len(runs) > 1:
+        try:
+            return carry_out(runs, weights, progress)
+        except (CannotPageError, ValueError) as error:  # of the budget, too
+            message = f"{len(runs)} relatives are scored one after the other, for {one_line(error)}"
+            warnings.warn(message, LlfastWarning, stacklevel=3)
+    return [carry_out([run], weights, progress)[0] for run in runs]

@@ -44,9 +44,10 @@ class Verification:
             self._expected[path] = digest
         self._error: Exception | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="llfast-verify", daemon=True)
 
     def __enter__(self) -> Self:
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="llfast-verify", daemon=True)
         self._thread.start()
         return self
 

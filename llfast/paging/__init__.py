@@ -2,13 +2,24 @@
 
 `skeleton` builds a model without weights, `units` cuts it into what comes and goes, `pages` reads,
 `weights` puts in place, `suspended` stops forwards in front of a layer, `waves` ties them together.
+Several models are gone through as one: `sharing` finds what they have in common.
 """
 
 from __future__ import annotations
 
 from llfast.errors import CannotPageError
 
-from .model import PagedModel
+from .model import PagedModel, open_waves
+from .sharing import relatives
 from .statistics import LoadingStatistics, PageRead
+from .waves import Task
 
-__all__ = ["CannotPageError", "LoadingStatistics", "PageRead", "PagedModel"]
+__all__ = [
+    "CannotPageError",
+    "LoadingStatistics",
+    "PageRead",
+    "PagedModel",
+    "Task",
+    "open_waves",
+    "relatives",
+]

@@ -43,17 +43,19 @@ class Part:
         return self.tensor.begin + self.first * row, self.tensor.begin + self.last * row
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Page:
-    """What is read at once.
+    """What is read at once; a page is itself and no other, whatever is in it.
 
     Attributes:
         name: what it is called in errors and statistics.
         parts: by the name that each is asked for.
+        is_addition: whether it is read to lie beside another one, which stays.
     """
 
     name: str
     parts: Mapping[str, Part]
+    is_addition: bool = False
 
     @property
     def nbytes(self) -> int:

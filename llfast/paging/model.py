@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Int64
-from torch import Tensor
 
 from llfast.batches import TokenizedTexts
 from llfast.checkpoint import Checkpoint
 from llfast.errors import CannotPageError
 from llfast.head import linear_head
 from llfast.linear import linear_path
+from llfast.safetensors_file import StoredTensor
+from llfast.traits import probe_tokens
 
+from .members import Member
 from .pages import Pages
+from .questions import Run
+from .sharing import find_equals
 from .skeleton import Skeleton, why_not
 from .statistics import LoadingStatistics
 from .suspended import stops
@@ -32,9 +35,11 @@ class PagedModel:
     """A model without weights, and all that is known of them before one is read.
 
     Attributes:
-        model: the transformers model, in evaluation mode; only `waves` can run it.
-        head: its output layer.
+        model: the transformers model, in evaluation mode; only `open_waves` can run it.
+        checkpoint: where its weights are.
+        device: where it runs.
         linear: the path of its linear layers, the same as if it were all there.
+        name: what it is called.
     """
 
     def __init__(
@@ -52,8 +57,7 @@ class PagedModel:
             CheckpointError: if the checkpoint does not fill it.
             CannotPageError: if it cannot be paged; `score` can load it whole.
         """
-        self._checkpoint = checkpoint
-        self._name = name
+        self.checkpoint, self.device, self.name = checkpoint, device, name
         self._skeleton = Skeleton(checkpoint.tensors, config, dtype=dtype, device=device, name=name)
         if self._skeleton.converts and (problem := why_not()) is not None:
             raise CannotPageError(
@@ -64,61 +68,77 @@ class PagedModel:
         head = linear_head(self.model)
         self.linear = linear_path(device, dtype, model=self.model, leave_out=head)
         self._units = find_units(self._skeleton, self.linear)
-        self.head = self._units.head.module
         self._skeleton.evict(self._skeleton.places)
 
-    @contextmanager
-    def waves(
-        self,
-        tokens: TokenizedTexts,
-        *,
-        memory_bytes: int,
-        may_keep: bool,
-        rows: int,
-        probe: Int64[Tensor, " S"],
-        statistics: LoadingStatistics,
-    ) -> Iterator[Waves]:
-        """Read what stays in memory, and be ready to score.
+    def member(self, equals: Mapping[str, StoredTensor]) -> Member:
+        """The model as one of several; `equals` are read in the stead of its own tensors."""
+        return Member(
+            name=self.name,
+            skeleton=self._skeleton,
+            units=self._units,
+            linear=self.linear,
+            equals=equals,
+        )
 
-        Args:
-            tokens: of all texts.
-            memory_bytes: for weights, and for what suspended forwards hold.
-            may_keep: let layers stay once they are read, if they all fit.
-            rows: how many rows linear layers will mostly be given.
-            probe: a few tokens to try the model's head with.
-            statistics: what is filled in.
 
-        Raises:
-            ValueError: if `memory_bytes` does not hold two pages.
-        """
-        with ExitStack() as stack:
-            pages = stack.enter_context(Pages(self._checkpoint, self._skeleton.device, statistics))
-            weights = Weights(
-                self._skeleton,
-                self._units,
-                pages,
-                statistics,
-                linear=self.linear,
-                rows=rows,
+@contextmanager
+def open_waves(
+    models: Sequence[PagedModel],
+    tokens: Sequence[TokenizedTexts],
+    *,
+    memory_bytes: int,
+    may_keep: bool,
+    rows: int,
+    statistics: LoadingStatistics,
+) -> Iterator[Waves]:
+    """Read what stays in memory, and be ready to score.
+
+    Args:
+        models: of one kind, in one dtype on one device; tensors with equal bytes are read once.
+        tokens: of all texts, for each model.
+        memory_bytes: for weights, and for what suspended forwards hold.
+        may_keep: let layers stay once they are read, if they all fit; of a single model only.
+        rows: how many rows linear layers will mostly be given.
+        statistics: what is filled in.
+
+    Raises:
+        CannotPageError: if the models are not of one kind.
+        ValueError: if `memory_bytes` does not hold two pages.
+    """
+    checkpoints = [model.checkpoint for model in models]
+    equals = find_equals(checkpoints, statistics) if len(models) > 1 else [{}]
+    members = [model.member(each) for model, each in zip(models, equals, strict=True)]
+    layers = [{unit.name: unit.module for unit in member.units.layers} for member in members]
+    if any(each.keys() != layers[0].keys() for each in layers):
+        names = ", ".join(member.name for member in members)
+        raise CannotPageError(f"models must have the same layers to go together, got {names}")
+    read = (member.read(each) for member in members for each in member.tensors)
+    files = list(dict.fromkeys(tensor.path for tensor in read))
+    with ExitStack() as stack:
+        pages = stack.enter_context(Pages(files, models[0].device, statistics))
+        weights = Weights(members, pages, statistics, rows=rows)
+        plan = weights.plan
+        weights.keep = (
+            may_keep and len(members) == 1 and plan.kept_bytes * _ROOM_FOR_WORK <= memory_bytes
+        )
+        room = memory_bytes - (plan.kept_bytes if weights.keep else plan.paged_bytes)
+        if room <= 0:
+            what = models[0].name if len(models) == 1 else f"{len(models)} models"
+            raise ValueError(
+                f"memory_budget must hold two pages of {what}, whose largest is "
+                f"{plan.largest.name} with {plan.largest.nbytes:,} bytes, and what stays in "
+                f"memory, got {memory_bytes:,}; it takes more than {plan.paged_bytes:,}"
             )
-            weights.keep = may_keep and weights.kept_bytes * _ROOM_FOR_WORK <= memory_bytes
-            room = memory_bytes - (weights.kept_bytes if weights.keep else weights.paged_bytes)
-            if room <= 0:
-                largest = weights.largest
-                raise ValueError(
-                    f"memory_budget must hold two pages of {self._name}, whose largest is "
-                    f"{largest.name} with {largest.page.nbytes:,} bytes, and what stays in memory, "
-                    f"got {memory_bytes:,}; it takes more than {weights.paged_bytes:,}"
-                )
-            stack.enter_context(weights)
-            layers = {name: unit.module for name, unit in weights.layers.items()}
-            stack.enter_context(stops(layers, self.head))
-            yield Waves(
-                self._skeleton,
-                weights,
-                self._units.head,
-                tokens,
-                statistics,
-                room_bytes=room,
-                probe=probe,
+        stack.enter_context(weights)
+        for member, modules in zip(members, layers, strict=True):
+            stack.enter_context(stops(modules, member.units.head.module))
+        runs = [
+            Run(
+                model=member.skeleton.model,
+                stored_head=member.units.head,
+                tokens=own,
+                probe=probe_tokens(member.skeleton.model),
             )
+            for member, own in zip(members, tokens, strict=True)
+        ]
+        yield Waves(runs, weights, statistics, room_bytes=room)

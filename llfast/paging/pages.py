@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +14,6 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from llfast.checkpoint import Checkpoint
 from llfast.errors import CannotPageError, CheckpointError
 from llfast.safetensors_file import StoredTensor
 
@@ -27,27 +28,28 @@ except ImportError:  # a package without its C++ module; `Pages` says so
 
 
 class Pages:
-    """Reads pages of a checkpoint, one ahead of the one in use.
+    """Reads pages of weight files, one ahead of those in use.
 
-    Two slots of memory take turns, unless pages are kept. What `take` returns is good until
-    `release`; memory itself outlives this object for as long as tensors refer to it.
+    Two slots of memory take turns, unless pages are kept; additions have slots of their own. What
+    `take` brings is good until `release`; memory itself outlives this object for as long as tensors
+    refer to it.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, statistics: LoadingStatistics
+        self, files: Sequence[Path], device: torch.device, statistics: LoadingStatistics
     ) -> None:
         if FileReader is None:
             raise CannotPageError(
                 "weights must be resident in an llfast without its C++ module; build it with "
                 "`pip install -e .`"
             )
-        self._device, self._statistics = device, statistics
-        self._files = {path: number for number, path in enumerate(checkpoint.weights)}
-        self._reader = FileReader([str(path) for path in checkpoint.weights])
-        self._layouts: dict[str, Layout] = {}
-        self._free: list[Slot] = []
-        self._ahead: tuple[str, Future[tuple[Slot, PageRead]]] | None = None
-        self._taken: dict[str, Slot] = {}
+        self._device, self.statistics = device, statistics
+        self._files = {path: number for number, path in enumerate(files)}
+        self._reader = FileReader([str(path) for path in files])
+        self._layouts: dict[Page, Layout] = {}
+        self._free: dict[bool, list[Slot]] = {False: [], True: []}  # for pages, and for additions
+        self._ahead: tuple[Page, Future[tuple[Slot, PageRead]]] | None = None
+        self._taken: dict[Page, Slot] = {}
         self._kept: list[Slot] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llfast-pages")
 
@@ -63,10 +65,11 @@ class Pages:
         self._reader.cancel()
         self._thread.shutdown(wait=True)
         if self._ahead is not None and self._ahead[1].exception() is None:
-            self._free.append(self._ahead[1].result()[0])
-        for slot in (*self._free, *self._taken.values(), *self._kept):
+            self._kept.append(self._ahead[1].result()[0])
+        for slot in (*self._slots, *self._kept):
             slot.close()
-        self._free.clear()
+        for slots in self._free.values():
+            slots.clear()
         self._taken.clear()
         self._kept.clear()
         self._ahead = None
@@ -74,10 +77,10 @@ class Pages:
 
     def read_ahead(self, page: Page, *, keep: bool = False) -> None:
         """Begin to read a page that will be taken next; does nothing if one is being read."""
-        if self._ahead is None and page.name not in self._taken:
+        if self._ahead is None and page not in self._taken:
             nbytes = self._layout(page).nbytes
-            slot = Slot(nbytes, self._device) if keep else self._slot(nbytes)
-            self._ahead = (page.name, self._thread.submit(self._read, page, slot))
+            slot = Slot(nbytes, self._device) if keep else self._slot(page)
+            self._ahead = (page, self._thread.submit(self._read, page, slot))
 
     def take(self, page: Page, *, keep: bool = False) -> dict[str, Tensor]:
         """The tensors of a page, once they are there.
@@ -89,12 +92,12 @@ class Pages:
         Raises:
             CheckpointError: if a file ends too early, cannot be read, or has changed.
         """
-        assert page.name not in self._taken, f"page {page.name} was not released"
+        assert page not in self._taken, f"page {page.name} was not released"
         start = time.perf_counter()
-        if self._ahead is not None and self._ahead[0] != page.name:
-            other = self._ahead[1].result()[0]  # it is not what is needed
+        if self._ahead is not None and self._ahead[0] is not page:
+            wrong, other = self._ahead[0], self._ahead[1].result()[0]  # it is not what is needed
             self._ahead = None
-            other.close() if keep else self._free.append(other)
+            other.close() if keep else self._free[wrong.is_addition].append(other)
         self.read_ahead(page, keep=keep)
         assert self._ahead is not None
         try:
@@ -104,9 +107,9 @@ class Pages:
         if keep and self._device.type == "cuda":
             self._kept.append(slot)  # on a CPU its tensors hold what they need of it
         elif not keep:
-            self._taken[page.name] = slot
+            self._taken[page] = slot
         read.stall_seconds = time.perf_counter() - start
-        self._statistics.pages.append(read)
+        self.statistics.pages.append(read)
         places = self._layout(page).places
         return {
             name: slot.view(places[name], part.tensor.dtype, part.shape)
@@ -115,9 +118,9 @@ class Pages:
 
     def release(self, page: Page) -> None:
         """Give a page's slot back; nothing may refer to its tensors any more."""
-        slot = self._taken.pop(page.name)
+        slot = self._taken.pop(page)
         slot.let_go()
-        self._free.append(slot)
+        self._free[page.is_addition].append(slot)
 
     def rows(self, tensor: StoredTensor, rows: Int64[np.ndarray, " R"]) -> Tensor:
         """Some rows of a stored matrix, (R, ...), in memory of their own.
@@ -133,25 +136,31 @@ class Pages:
         extents[:, 2] = size
         extents[:, 3] = size * np.arange(len(rows))
         self._read_extents(tensor.name, slot.memory, extents)
-        self._statistics.rows_bytes += size * len(rows)
+        self.statistics.rows_bytes += size * len(rows)
         return slot.view(0, tensor.dtype, (len(rows), *tensor.shape[1:]))
 
     def slot_bytes(self, page: Page) -> int:
         """What a page takes in a slot."""
         return self._layout(page).nbytes
 
-    def _slot(self, nbytes: int) -> Slot:
-        """A free slot of at least that size."""
-        large = [slot for slot in self._free if slot.nbytes >= nbytes]
+    @property
+    def _slots(self) -> list[Slot]:
+        """All but the one that is being read to."""
+        return [*self._free[False], *self._free[True], *self._taken.values()]
+
+    def _slot(self, page: Page) -> Slot:
+        """A free slot that holds a page."""
+        free, nbytes = self._free[page.is_addition], self._layout(page).nbytes
+        large = [slot for slot in free if slot.nbytes >= nbytes]
         if large:
             slot = min(large, key=lambda slot: slot.nbytes)
-            self._free.remove(slot)
+            free.remove(slot)
         else:
-            if self._free:
-                self._free.pop().close()  # too small: given back before a larger one is taken
+            if free:
+                free.pop().close()  # too small: given back before a larger one is taken
             slot = Slot(nbytes, self._device)
-        in_use = sum(each.nbytes for each in (*self._free, *self._taken.values(), slot))
-        self._statistics.slot_bytes = max(self._statistics.slot_bytes, in_use)
+        in_use = slot.nbytes + sum(each.nbytes for each in self._slots)
+        self.statistics.slot_bytes = max(self.statistics.slot_bytes, in_use)
         return slot
 
     def _read(self, page: Page, slot: Slot) -> tuple[Slot, PageRead]:
@@ -185,6 +194,6 @@ class Pages:
         return found
 
     def _layout(self, page: Page) -> Layout:
-        if page.name not in self._layouts:
-            self._layouts[page.name] = lay_out(page.parts, self._files)
-        return self._layouts[page.name]
+        if page not in self._layouts:
+            self._layouts[page] = lay_out(page.parts, self._files)
+        return self._layouts[page]

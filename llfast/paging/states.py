@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ class StateMeter:
         bytes_per_token: the most that was seen.
     """
 
-    def __init__(self, model: Any, room_bytes: int, statistics: LoadingStatistics) -> None:
-        """Args: model: whose weights do not count. room_bytes: for all states of a wave."""
+    def __init__(
+        self, models: Sequence[Any], room_bytes: int, statistics: LoadingStatistics
+    ) -> None:
+        """Args: models: whose weights do not count. room_bytes: for all states of a wave."""
         self.bytes_per_token = 0.0
-        self._model, self._room, self._statistics = model, room_bytes, statistics
+        self._models, self._room, self._statistics = models, room_bytes, statistics
         self._before: set[int] = set()
         self._next = 0.0
 
@@ -34,23 +37,31 @@ class StateMeter:
 
         Few tokens in much memory are not measured: it takes a quarter of a second each time.
         """
-        width = getattr(self._model.config.get_text_config(), "hidden_size", None)
+        model = self._models[0]
+        width = getattr(model.config.get_text_config(), "hidden_size", None)
         self._next = 0.0
-        if width and tokens * width * self._model.dtype.itemsize * _MOST_HIDDEN_STATES < self._room:
+        if width and tokens * width * model.dtype.itemsize * _MOST_HIDDEN_STATES < self._room:
             self._next = float("inf")
         else:
             self._before = set(_live())
 
-    def measure(self, layers: int, tokens: int) -> bool:
+    def measure(self, layers: int, tokens: int, read: Iterable[Tensor]) -> bool:
         """After some layers, of the first wave: learn what a token holds.
+
+        Args:
+            layers: how many.
+            tokens: of all that went through them.
+            read: weights that are there, but in no model.
 
         Returns: whether it was measured; it is now and then.
         """
         if layers < self._next:
             return False
         self._next = layers * _MEASURE_EVERY
-        known = {t.untyped_storage().data_ptr() for t in self._model.parameters()}
-        known |= {t.untyped_storage().data_ptr() for t in self._model.buffers()}
+        known = {tensor.untyped_storage().data_ptr() for tensor in read}
+        for model in self._models:
+            known |= {each.untyped_storage().data_ptr() for each in model.parameters()}
+            known |= {each.untyped_storage().data_ptr() for each in model.buffers()}
         held = sum(size for place, size in _live().items() if place not in self._before | known)
         self._statistics.state_bytes = max(self._statistics.state_bytes, held)
         self.bytes_per_token = max(self.bytes_per_token, held / tokens)

@@ -33,6 +33,8 @@ class LoadingStatistics:
     Attributes:
         pages: every read of a page, in order.
         rows_bytes: read for single rows of the embedding.
+        shared_bytes: needed, but there already: read for another model that has the same.
+        compared_bytes: read to find out what models share; the next time it is known.
         waves: how often the model was gone through.
         order: names of the layers in the order in which the first wave met them.
         slot_bytes: the most that the page slots took.
@@ -43,6 +45,8 @@ class LoadingStatistics:
 
     pages: list[PageRead] = field(default_factory=list)
     rows_bytes: int = 0
+    shared_bytes: int = 0
+    compared_bytes: int = 0
     waves: int = 0
     order: list[str] = field(default_factory=list)
     slot_bytes: int = 0

@@ -27,18 +27,22 @@ class Forward(greenlet.greenlet):
         stopped_at: the name of the layer that it waits for; None before and after.
         result: what the call returned.
         hidden: what went into the head, if it stopped there.
+        member: the number of the model that is called.
     """
 
     def __init__(
         self,
         call: Callable[[], Any],
         at_head: Callable[[Tensor], Tensor] | None = None,
+        *,
+        member: int = 0,
     ) -> None:
         """Args: call: runs the model. at_head: what the head returns; None stops to ask."""
         super().__init__(call)
         # A greenlet begins with an empty context; transformers keeps things in it.
         self.gr_context = contextvars.copy_context()
         self.at_head = at_head
+        self.member = member
         self.stopped_at: str | None = None
         self.result: Any = None
         self.hidden: Tensor | None = None

@@ -17,7 +17,6 @@ from llfast.head import linear_head
 from llfast.linear import PACKED
 from llfast.safetensors_file import StoredTensor
 
-from .layout import Page, tensors_page
 from .skeleton import Skeleton
 
 # A larger table of embeddings is read by rows.
@@ -36,13 +35,13 @@ class Unit:
         name: of its module.
         module: what a forward stops in front of.
         places: the parameters that only it has, by their names in the skeleton.
-        page: the stored tensors that they are made of.
+        sources: the stored tensors that they are made of.
     """
 
     name: str
     module: nn.Module
     places: tuple[str, ...]
-    page: Page
+    sources: tuple[StoredTensor, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +84,14 @@ class Units:
 
     Attributes:
         layers: in the order in which the model lists them, which need not be that of a forward.
-        kept: the page that is read first, and stays.
-        kept_places: what it fills.
+        kept: the stored tensors that are read first, and stay.
+        kept_places: what they fill.
         head: in tiles.
         embedding: by rows; None if it is small, and kept.
     """
 
     layers: tuple[Unit, ...]
-    kept: Page
+    kept: tuple[StoredTensor, ...]
     kept_places: tuple[str, ...]
     head: StoredHead
     embedding: StoredEmbedding | None
@@ -137,23 +136,22 @@ def find_units(skeleton: Skeleton, linear: str) -> Units:
             name=name,
             module=owners[name],
             places=tuple(by_layer[name]),
-            page=_page(skeleton, name, by_layer[name]),
+            sources=_sources(skeleton, by_layer[name]),
         )
         for name in owners
         if name in by_layer
     )
     return Units(
         layers=units,
-        kept=_page(skeleton, "what stays in memory", kept),
+        kept=_sources(skeleton, kept),
         kept_places=tuple(kept),
         head=head,
         embedding=embedding,
     )
 
 
-def _page(skeleton: Skeleton, name: str, places: list[str]) -> Page:
-    sources = (source for place in places for source in skeleton.sources.get(place, ()))
-    return tensors_page(name, sources)
+def _sources(skeleton: Skeleton, places: list[str]) -> tuple[StoredTensor, ...]:
+    return tuple(source for place in places for source in skeleton.sources.get(place, ()))
 
 
 def _owners(

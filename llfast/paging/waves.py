@@ -10,32 +10,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from llfast.batches import Batch, TokenizedTexts
+from llfast.batches import Batch
 from llfast.errors import CannotPageError
 from llfast.forward import BatchInputs
-from llfast.head import (
-    Head,
-    agrees,
-    changed_probe,
-    describe_head,
-    ramp_of,
-    refuse_acausal,
-    run_model,
-)
-from llfast.kernels import PartialLogprobs, TokenStatistics
+from llfast.head import Head, run_model
+from llfast.kernels import PartialLogprobs
 
-from .skeleton import Skeleton
+from .questions import Questions, Run
 from .states import StateMeter
 from .statistics import LoadingStatistics
 from .suspended import HEAD, Forward
-from .units import StoredHead
 from .weights import Weights
 
 _MOST_FORWARDS = 4096  # in a wave; each has a stack
@@ -44,112 +33,155 @@ _MOST_FORWARDS = 4096  # in a wave; each has a stack
 _FORWARDS_WHILE_READING = 16
 
 
-@dataclass(slots=True, eq=False)
-class _Scored:
-    """A batch that is through with the model's body."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A batch for one of the models."""
 
+    member: int
     batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A batch with the log-probabilities of its scored tokens, text after text, on the host."""
+
+    member: int
+    batch: Batch
+    logprobs: Float32[Tensor, " T"]
+
+
+@dataclass(slots=True, eq=False)
+class _Body:
+    """What a batch has become once it is through the model's body."""
+
     hidden: Float[Tensor, "T D"]
     targets: Int64[Tensor, " T"]
+
+
+@dataclass(slots=True, eq=False)
+class _Wave:
+    """The calls that are under way."""
+
+    tasks: list[Task] = field(default_factory=list)
+    forwards: list[Forward] = field(default_factory=list)  # of these
+    questions: dict[int, Questions] = field(default_factory=dict)  # by member
+
+    @property
+    def all(self) -> list[Forward]:
+        asked = (forward for each in self.questions.values() for forward in each.forwards)
+        return [*self.forwards, *asked]
+
+    @property
+    def members(self) -> list[int]:
+        return sorted({forward.member for forward in self.all})
+
+    @property
+    def tokens(self) -> int:
+        return _tokens(self.tasks)
 
 
 class Waves:
     """Gives the log-probabilities of batches, a wave at a time.
 
     Attributes:
-        head: what was found out about the model's head in the first wave.
+        runs: the models; their heads are found in the first wave that each is a part of.
         keeps_weights: whether they stay once they are there.
     """
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        runs: Sequence[Run],
         weights: Weights,
-        stored_head: StoredHead,
-        tokens: TokenizedTexts,
         statistics: LoadingStatistics,
         *,
         room_bytes: int,
-        probe: Int64[Tensor, " S"],
     ) -> None:
-        """Args: room_bytes: for what suspended forwards hold. probe: see `find_head`."""
-        self.head: Head | None = None
+        """Args: room_bytes: for what suspended forwards hold."""
+        self.runs = runs
         self.keeps_weights = weights.keep
-        self._model = skeleton.model
-        self._weights, self._stored_head, self._tokens = weights, stored_head, tokens
-        self._statistics, self._probe = statistics, probe
-        self._meter = StateMeter(skeleton.model, room_bytes, statistics)
+        self._weights, self._statistics = weights, statistics
+        self._meter = StateMeter([run.model for run in runs], room_bytes, statistics)
+        self._measures = True
 
-    def run(self, batches: Sequence[Batch]) -> Iterator[list[tuple[Batch, Float32[Tensor, " T"]]]]:
-        """What each wave scored, on the host.
+    def run(self, tasks: Sequence[Task]) -> Iterator[list[Scored]]:
+        """What each wave scored.
+
+        Args:
+            tasks: of one model after the other: so most waves are of few models, and a wave of one
+                reads no more than that one.
 
         Raises:
             CannotPageError: if a model's forwards do not go through its layers alike.
             UnsupportedModelError: if it is not causal, or its head is not a linear one.
         """
-        pending = deque(batches)
+        pending = deque(tasks)
         while pending:
-            forwards: list[Forward] = []
+            wave = _Wave()
             try:
-                yield self._wave(pending, forwards)
+                yield self._run_wave(pending, wave)
             finally:
                 with ExitStack() as stack:  # all of them, whatever one does
-                    for forward in forwards:
+                    for forward in wave.all:
                         stack.callback(forward.end)
 
-    def _wave(
-        self, pending: deque[Batch], forwards: list[Forward]
-    ) -> list[tuple[Batch, Float32[Tensor, " T"]]]:
+    def _run_wave(self, pending: deque[Task], wave: _Wave) -> list[Scored]:
         """Take batches off `pending`, as many as have room, and score them."""
-        self._weights.begin_wave()
-        questions = None
-        if self.head is None:
-            questions = _Questions(self._model, self._stored_head, self._probe)
-        if questions is not None:
+        self._weights.begin_wave(pending[0].member)
+        if self._measures:
             self._meter.begin(_tokens(pending))
-        batches = [pending.popleft()]
-        forwards.append(self._forward(batches[0]))
-        passed = self._lead(forwards[0])
-        if questions is not None:
-            forwards += questions.forwards
-            self._meter.measure(1, _tokens(batches))
-        self._admit(pending, batches, forwards)
-        followers = forwards[1:]
-        for forward in followers:
+        self._take(pending, wave, ask=False)
+        leader = wave.forwards[0]
+        passed = self._lead(leader)
+        if self._measures:
+            self._meter.measure(1, wave.tokens, self._weights.held)
+        self._ask(wave, leader.member)
+        self._admit(pending, wave)
+        self._weights.expect(wave.members)
+        followers = [forward for forward in wave.all if forward is not leader]
+        for forward in self._batch_by_batch(wave, followers):
             forward.resume()
         for name in passed:
             if followers and self._common_stop(followers) != name:
                 raise self._other_order({name, followers[0].stopped_at})
-            self._weights.need(name)
-            for forward in followers:
-                forward.resume()
-        while stop := self._common_stop(forwards):
-            self._weights.need(stop)
-            for forward in forwards:
-                forward.resume()
+            self._go_through(name, followers)
+        while stop := self._common_stop(wave.all):
+            self._go_through(stop, wave.all)
             passed.append(stop)
-            if questions is not None and self._meter.measure(len(passed), _tokens(batches)):
-                self._shed(pending, batches, forwards)
-        self._statistics.wave_tokens = max(self._statistics.wave_tokens, _tokens(batches))
-        self._weights.more_waves = bool(pending)
-        scored = [f.result for f in forwards if isinstance(f.result, _Scored)]
-        assert len(scored) == len(batches), "every forward must end with its hidden states"
-        return self._score(scored, questions)
+            if self._measures and self._meter.measure(len(passed), wave.tokens, self._weights.held):
+                self._shed(pending, wave)
+        self._measures = False
+        self._statistics.wave_tokens = max(self._statistics.wave_tokens, wave.tokens)
+        self._weights.next_member = pending[0].member if pending else None
+        return self._score(wave)
 
-    def _forward(self, batch: Batch) -> Forward:
-        """A suspended call of the model on a batch; its result is what is scored of it."""
-        inputs = BatchInputs.of(self._tokens, batch, self._model.device)
+    def _take(self, pending: deque[Task], wave: _Wave, *, ask: bool = True) -> None:
+        """One batch off `pending`, with what has to be asked of its model."""
+        task = pending.popleft()
+        if ask:
+            self._ask(wave, task.member)
+        wave.tasks.append(task)
+        wave.forwards.append(self._forward(task))
+
+    def _ask(self, wave: _Wave, member: int) -> None:
+        run = self.runs[member]
+        if run.head is None and member not in wave.questions:
+            wave.questions[member] = Questions(run, member)
+
+    def _forward(self, task: Task) -> Forward:
+        """A suspended call of a model on a batch; its result is what is scored of it."""
+        run = self.runs[task.member]
+        inputs = BatchInputs.of(run.tokens, task.batch, run.model.device)
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor) -> Tensor:
             seen.append(inputs.scored(hidden))
             return hidden.new_zeros(*hidden.shape[:-1], 1)
 
-        def call() -> _Scored:
-            run_model(self._model, inputs.input_ids)
-            return _Scored(batch, seen[0], inputs.targets)
+        def call() -> _Body:
+            run_model(run.model, inputs.input_ids)
+            return _Body(seen[0], inputs.targets)
 
-        return Forward(call, at_head)
+        return Forward(call, at_head, member=task.member)
 
     def _lead(self, forward: Forward) -> list[str]:
         """Take one forward through the first layer; the names of what it went through."""
@@ -157,28 +189,45 @@ class Waves:
         forward.resume()
         if forward.stopped_at not in (None, HEAD):
             passed.append(str(forward.stopped_at))
-            self._weights.need(passed[0])
+            self._weights.need(passed[0], forward.member)
             forward.resume()
         return passed
 
-    def _admit(self, pending: deque[Batch], batches: list[Batch], forwards: list[Forward]) -> None:
+    def _batch_by_batch(self, wave: _Wave, followers: Iterable[Forward]) -> list[Forward]:
+        """Those of one batch after another: its words are looked up once for all models."""
+        order = {
+            forward: task.batch.texts
+            for forward, task in zip(wave.forwards, wave.tasks, strict=True)
+        }
+        return sorted(followers, key=lambda forward: order.get(forward, ()))
+
+    def _go_through(self, name: str, forwards: Sequence[Forward]) -> None:
+        """Resume forwards that stop in front of a layer, one model after the other."""
+        by_member: dict[int, list[Forward]] = {}
+        for forward in forwards:
+            by_member.setdefault(forward.member, []).append(forward)
+        for member in sorted(by_member):
+            self._weights.need(name, member)
+            for forward in by_member[member]:
+                forward.resume()
+
+    def _admit(self, pending: deque[Task], wave: _Wave) -> None:
         """Take batches off `pending` while there is room for them."""
         most = _MOST_FORWARDS
         if self.keeps_weights:
-            most = _FORWARDS_WHILE_READING if self.head is None else 1
-        tokens = _tokens(batches)
-        while pending and len(forwards) < most:
+            most = _FORWARDS_WHILE_READING if wave.questions else 1
+        tokens = wave.tokens
+        while pending and len(wave.forwards) < most:
             tokens += _tokens([pending[0]])
             if not self._meter.has_room(tokens):
                 return
-            batches.append(pending.popleft())
-            forwards.append(self._forward(batches[-1]))
+            self._take(pending, wave)
 
-    def _shed(self, pending: deque[Batch], batches: list[Batch], forwards: list[Forward]) -> None:
+    def _shed(self, pending: deque[Task], wave: _Wave) -> None:
         """Put the last batches back if the wave grew beyond its room; a later wave takes them."""
-        while len(batches) > 1 and self._meter.overflows(_tokens(batches)):
-            forwards.pop().end()
-            pending.appendleft(batches.pop())
+        while len(wave.tasks) > 1 and self._meter.overflows(wave.tokens):
+            wave.forwards.pop().end()
+            pending.appendleft(wave.tasks.pop())
 
     def _common_stop(self, forwards: Sequence[Forward]) -> str | None:
         """The layer that all forwards wait for; None once all are at the head, or through."""
@@ -190,98 +239,65 @@ class Waves:
 
     def _other_order(self, stops: set[str | None]) -> CannotPageError:
         return CannotPageError(
-            f"a {type(self._model).__name__} must go through its layers alike for all texts to be "
-            f"paged, got {sorted(map(str, stops))[:3]} at a time; use weights='resident'"
+            f"a {type(self.runs[0].model).__name__} must go through its layers alike for all texts "
+            f"to be paged, got {sorted(map(str, stops))[:3]} at a time; use weights='resident'"
         )
 
-    def _score(
-        self, scored: Sequence[_Scored], questions: _Questions | None
-    ) -> list[tuple[Batch, Float32[Tensor, " T"]]]:
-        """Go through the head's tiles, with what is scored and what is asked of the head."""
-        head = self.head if questions is None else questions.describe()
-        assert head is not None
-        asked = [(each.hidden, each.targets) for each in scored]
-        if questions is not None:
-            asked.append((questions.hidden, head.probe_targets(self._probe)))
-        partials: list[PartialLogprobs | None] = [None] * len(asked)
-        for first, weight, bias in self._weights.head_tiles():
-            words = max(min(head.vocabulary - first, len(weight)), 0)
-            for number, (hidden, targets) in enumerate(asked if words else ()):
-                part = PartialLogprobs.of_slice(
-                    hidden,
-                    weight[:words],
-                    targets,
-                    first_word=first,
-                    bias=None if bias is None else bias[:words],
-                    scale=head.scale,
-                    softcap=head.softcap,
-                )
-                before = partials[number]
-                partials[number] = part if before is None else before.merge(part)
-            if questions is not None:
-                questions.add_logits(weight, bias)
-        statistics = [part.statistics() for part in partials if part is not None]
-        if questions is not None:
-            questions.judge(head, statistics.pop())
-            self.head = head
+    def _score(self, wave: _Wave) -> list[Scored]:
+        """Go through the tiles of heads, with what is scored and what is asked of the head."""
+        asked: dict[int, list[_Body]] = {member: [] for member in wave.members}
+        heads: dict[int, Head] = {}
+        for task, forward in zip(wave.tasks, wave.forwards, strict=True):
+            assert isinstance(forward.result, _Body), "every forward must end with hidden states"
+            asked[task.member].append(forward.result)
+        for member, run in enumerate(self.runs):
+            if questions := wave.questions.get(member):
+                heads[member] = questions.describe()
+                targets = heads[member].probe_targets(run.probe)
+                asked[member].append(_Body(questions.hidden, targets))
+            elif run.head is not None:
+                heads[member] = run.head
+        partials: dict[_Body, PartialLogprobs] = {}
+        for members, first, weight in self._weights.head_tiles():
+            for member in members:
+                bias = self._weights.head_bias(member)
+                bias = None if bias is None else bias[first : first + len(weight)]
+                _add(partials, asked[member], heads[member], first, weight, bias)
+                if questions := wave.questions.get(member):
+                    questions.add_logits(weight, bias)
+        for member, questions in wave.questions.items():
+            body = asked[member].pop()
+            questions.judge(heads[member], partials[body].statistics())
+            self.runs[member].head = heads[member]
         return [
-            (each.batch, found.logprobs.cpu())
-            for each, found in zip(scored, statistics, strict=True)
+            Scored(task.member, task.batch, partials[forward.result].statistics().logprobs.cpu())
+            for task, forward in zip(wave.tasks, wave.forwards, strict=True)
         ]
 
 
-class _Questions:
-    """The forwards of `find_head`, suspended among those of the first wave."""
-
-    def __init__(self, model: Any, stored: StoredHead, probe: Int64[Tensor, " S"]) -> None:
-        self._model, self._stored, self._probe = model, stored, probe
-        rows = stored.weight.shape[0]
-        self._ramp = ramp_of(rows, self._probe.device)
-        self._own = self._ask(torch.stack((probe, changed_probe(probe))))
-        self._ramped = self._ask(probe[None])
-        ramp = self._ramp
-        self._ramped.at_head = lambda hidden: ramp.expand(*hidden.shape[:-1], rows)
-        self._tiles: list[Tensor] = []
-        self.forwards = [self._own, self._ramped]
-
-    @property
-    def hidden(self) -> Float[Tensor, "S D"]:
-        """What the probe's forward brought to the head."""
-        assert self._own.hidden is not None
-        return self._own.hidden[0]
-
-    def describe(self) -> Head:
-        """The head by what the ramp became."""
-        head = None
-        if self._own.stopped_at == HEAD:
-            head = describe_head(self._stored.module, self._ramp, self._ramped.result[0])
-        if head is None:
-            raise self._unusual_head()
-        return head
-
-    def add_logits(self, weight: Float[Tensor, "W D"], bias: Float[Tensor, " W"] | None) -> None:
-        """The model's own logits of a tile."""
-        assert self._own.hidden is not None
-        self._tiles.append(torch.nn.functional.linear(self._own.hidden, weight, bias))
-
-    def judge(self, head: Head, fused: TokenStatistics) -> None:
-        """Let the forward end with its logits, and compare."""
-        self._own.resume(torch.cat(self._tiles, dim=-1))
-        logits, changed = self._own.result
-        refuse_acausal(self._model, logits, changed)
-        if not agrees(logits, fused, head.probe_targets(self._probe)):
-            raise self._unusual_head()
-
-    def _ask(self, input_ids: Int64[Tensor, "B S"]) -> Forward:
-        model = self._model
-        return Forward(lambda: run_model(model, input_ids))
-
-    def _unusual_head(self) -> CannotPageError:
-        return CannotPageError(
-            f"model must have a linear head to be paged, got a {type(self._model).__name__} that "
-            "does more; use weights='resident'"
+def _add(
+    partials: dict[_Body, PartialLogprobs],
+    asked: Sequence[_Body],
+    head: Head,
+    first: int,
+    weight: Float[Tensor, "W D"],
+    bias: Float[Tensor, " W"] | None,
+) -> None:
+    """Take the words of a tile into what is known of hidden states."""
+    words = max(min(head.vocabulary - first, len(weight)), 0)
+    for body in asked if words else ():
+        part = PartialLogprobs.of_slice(
+            body.hidden,
+            weight[:words],
+            body.targets,
+            first_word=first,
+            bias=None if bias is None else bias[:words],
+            scale=head.scale,
+            softcap=head.softcap,
         )
+        before = partials.get(body)
+        partials[body] = part if before is None else before.merge(part)
 
 
-def _tokens(batches: Iterable[Batch]) -> int:
-    return sum(batch.shape[0] * batch.shape[1] for batch in batches)
+def _tokens(tasks: Iterable[Task]) -> int:
+    return sum(task.batch.shape[0] * task.batch.shape[1] for task in tasks)

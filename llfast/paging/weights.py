@@ -1,85 +1,89 @@
-"""The weights of a paged model: which of them are in place, and which are on their way."""
+"""The weights of paged models: which of them are in place, and which are on their way.
+
+Several models of one kind can be gone through together. Then a layer is there for one model after
+the other, and what is read for a model is what none of those before it brought already.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
-from llfast.dtypes import STORED_DTYPES
-from llfast.kernels.inputs import GROUP
-from llfast.linear import PACKED, linear_layers
+from llfast.linear import linear_layers
+from llfast.safetensors_file import StoredTensor
 
-from .layout import Page, Part, row_bytes
+from .layout import Page
+from .members import KEPT, Member, Plan, tensors_of
 from .pages import Pages
-from .skeleton import Skeleton, get_tensor
+from .sharing import at_place
+from .skeleton import get_tensor
 from .statistics import LoadingStatistics
-from .units import StoredEmbedding, StoredHead, Units
+from .tables import Rows, RowsOnDemand
 
 
 class Weights:
-    """Puts pages into a skeleton, one layer at a time, and reads the next one meanwhile.
+    """Puts pages into skeletons, one layer at a time, and reads the next one meanwhile.
 
     Attributes:
-        layers: what can be asked for, by name.
-        largest: the layer with the largest page.
-        more_waves: whether the model will be gone through again.
-        keep: whether layers stay once they are there.
+        plan: which pages there are.
+        next_member: whose layer the next wave will ask for first; None if there is none.
+        keep: whether layers stay once they are there; for one member only.
     """
 
     def __init__(
         self,
-        skeleton: Skeleton,
-        units: Units,
+        members: Sequence[Member],
         pages: Pages,
         statistics: LoadingStatistics,
         *,
-        linear: str,
         rows: int,
     ) -> None:
         """Prepare; `with` reads what stays in memory.
 
         Args:
-            skeleton: the model.
-            units: its parts.
-            pages: of its checkpoint.
+            members: models with layers of the same names, in one dtype on one device.
+            pages: of the files of all.
             statistics: filled in.
-            linear: what `linear_layers` is given for every layer.
-            rows: the same.
+            rows: how many rows linear layers will mostly be given.
         """
-        self._skeleton, self._units, self._pages = skeleton, units, pages
-        self._statistics = statistics
-        self._linear, self._rows = linear, rows
+        self._members, self._pages, self._statistics = members, pages, statistics
+        self._rows = rows
         self.keep = False
-        self.layers = {unit.name: unit for unit in units.layers}
-        self.largest = max(units.layers, key=lambda unit: pages.slot_bytes(unit.page))
-        self.more_waves = False
-        self._tiles = _tiles(units.head, pages.slot_bytes(self.largest.page))
-        self._pages_by_name = {unit.name: unit.page for unit in units.layers}
-        self._pages_by_name |= {tile.name: tile for tile in self._tiles}
-        self._listed = list(self._pages_by_name)
-        self._before: list[str] = []  # what the wave before this one asked for
+        self.plan = Plan(members, pages.slot_bytes)
+        self.next_member: int | None = None
+        self._lead: tuple[int, ...] = (0,)  # who goes first
+        self._wave: tuple[int, ...] | None = None  # members of the wave, once they are known
+        self._before: list[str] = []  # the layers that the wave before this one asked for
         self._asked: list[str] = []  # and this one, so far
-        self._in_place: list[str] = []  # layers and tiles: one, unless they are kept
-        self._layers = ExitStack()  # what is to be undone when they go
-        self._tile_weights: dict[str, Tensor] = {}
+        self._layer: tuple[str, int] | None = None  # in place, and whose
+        self._kept: set[str] = set()  # layers that stay in place
+        self._there: dict[StoredTensor, Tensor] = {}  # of this layer
+        self._held: list[Page] = []  # which they lie in
+        self._places = ExitStack()  # what is to be undone when the layer goes
+        self._tile_weights: dict[Page, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        skeleton, units = self._skeleton, self._units
-        skeleton.put(units.kept_places, self._pages.take(units.kept, keep=True))
-        skeleton.evict(name for name in skeleton.places if name not in units.kept_places)
-        kept = (get_tensor(skeleton.model, name).nbytes for name in units.kept_places)
-        self._statistics.kept_bytes = sum(kept)
-        self._stack.enter_context(self._linear_layers(skeleton.model))
-        if units.embedding is not None:
-            # Also where layers are kept: reading the rows of a text is faster than the table.
-            self._stack.enter_context(_RowsOnDemand(skeleton, self._pages, units.embedding))
+        there: dict[StoredTensor, Tensor] = {}
+        cache = Rows(self._pages, remember=len(self._members) > 1)
+        for number, member in enumerate(self._members):
+            skeleton, units = member.skeleton, member.units
+            page = self.plan.page(KEPT, range(number + 1))
+            if page.parts or not number:
+                there |= self._tensors(page, self._pages.take(page, keep=True))
+            self._put(member, units.kept_places, units.kept, page, there)
+            skeleton.evict(name for name in skeleton.places if name not in units.kept_places)
+            self._stack.enter_context(self._linear_layers(member, skeleton.model))
+            if units.embedding is not None:
+                # Also where layers are kept: reading the rows of a text is faster than the table.
+                table = member.read(units.embedding.weight)
+                rows = RowsOnDemand(skeleton, cache, units.embedding, table)
+                self._stack.enter_context(rows)
+        self._statistics.kept_bytes = self.plan.kept_places_bytes
         return self
 
     def __exit__(
@@ -89,143 +93,173 @@ class Weights:
         trace: TracebackType | None,
     ) -> None:
         self._let_go()
+        self._places.close()
         self._stack.close()
         self._tile_weights.clear()
-        self._skeleton.evict(self._units.kept_places)
+        for member in self._members:
+            member.skeleton.evict(member.units.kept_places)
 
     @property
-    def paged_bytes(self) -> int:
-        """What they take in memory: what stays, two slots, and a page in another form."""
-        places = self._skeleton.places
-        packed = 1 if self._linear == PACKED else 0
-        kept = sum(places[name].empty.nbytes for name in self._units.kept_places)
-        copies = [0]  # of one page: converted, and packed
-        for unit in self._units.layers:
-            converted = 0 if self._skeleton.is_as_stored(unit.places) else 1
-            nbytes = sum(places[name].empty.nbytes for name in unit.places)
-            copies.append((converted + packed) * nbytes)
-        for tile in self._tiles:
-            part = tile.parts["weight"]
-            if STORED_DTYPES.get(part.tensor.dtype) != self._units.head.dtype:
-                copies.append(math.prod(part.shape) * self._units.head.dtype.itemsize)
-        return (1 + packed) * kept + self._slots_bytes + max(copies)
+    def held(self) -> Iterable[Tensor]:
+        """What was read of the layer in place, as it was stored."""
+        return self._there.values()
 
-    @property
-    def kept_bytes(self) -> int:
-        """What they take in memory if all of them stay, and two pages on their way."""
-        copies = 2 if self._linear == PACKED else 1
-        places = self._skeleton.places.values()
-        return copies * sum(place.empty.nbytes for place in places) + self._slots_bytes
-
-    @property
-    def _slots_bytes(self) -> int:
-        return 2 * max(self._pages.slot_bytes(page) for page in self._pages_by_name.values())
-
-    def begin_wave(self) -> None:
-        """Expect the order of the last wave again."""
+    def begin_wave(self, member: int = 0) -> None:
+        """Expect the order of the last wave again, beginning with this member."""
         self._before, self._asked = self._asked, []
+        self._wave = (0,) if len(self._members) == 1 else None
+        self._lead = (member,)
         self._statistics.waves += 1
 
-    def need(self, name: str) -> None:
-        """Have the weights of a layer in place; those of others go, unless they are kept."""
-        if name in self._in_place:
-            return
-        unit = self.layers[name]
-        if not self._before:
-            self._statistics.order.append(name)
-        self._skeleton.put(unit.places, self._bring(name))
-        self._layers.callback(self._skeleton.evict, unit.places)
-        self._layers.enter_context(self._linear_layers(unit.module))
+    def expect(self, members: Iterable[int]) -> None:
+        """Say which members take part in the wave; the one that leads it among them."""
+        is_news = self._wave is None
+        self._wave = tuple(sorted(members))
+        assert self._wave[:1] == self._lead, "members must come in their order"
+        if is_news and self._layer is not None:
+            self._read_ahead(self._after(*self._layer))
 
-    def head_tiles(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(first word, rows of the head, their biases), over all of its rows.
+    def need(self, name: str, member: int = 0) -> None:
+        """Have a layer of a member in place; others go, unless they are kept."""
+        if (name, member) == self._layer or name in self._kept:
+            return
+        wave = self._wave or self._lead
+        if self._layer is not None and self._layer[0] == name and self._layer[1] < member:
+            self._leave(wave[wave.index(member) :])
+        else:
+            self._let_go()
+            if not self._before:
+                self._statistics.order.append(name)
+            self._asked.append(name)
+        self._layer = (name, member)
+        unit, page = self.plan.layers[member][name], self.plan.page(name, self._until(member))
+        self._bring(page, self._after(name, member))
+        self._put(self._members[member], unit.places, unit.sources, page, self._there)
+        self._places.callback(self._members[member].skeleton.evict, unit.places)
+        self._places.enter_context(self._linear_layers(self._members[member], unit.module))
+        if self.keep:
+            self._kept.add(name)
+            self._there.clear()
+
+    def head_tiles(self) -> Iterator[tuple[list[int], int, Tensor]]:
+        """(members, first word, rows of their head), over all rows of all heads of the wave.
 
         What is yielded is gone when the next is asked for.
         """
-        head = self._units.head
-        bias = None if head.bias is None else get_tensor(self._skeleton.model, head.bias)
-        for tile in self._tiles:
-            weight = self._tile_weights.get(tile.name)
+        tiles = list(self._wave_tiles())
+        for number, (members, tile) in enumerate(tiles):
+            head = self._members[members[0]].units.head
+            weight = self._tile_weights.get(tile)
             if weight is None:
-                weight = self._bring(tile.name)["weight"].to(self._skeleton.device, head.dtype)
+                if not self.keep:
+                    self._let_go()
+                later = [each for _, each in tiles[number + 1 :]]
+                self._bring(tile, later[0] if later else self._next_wave())
+                part = tile.parts["weight"]
+                weight = self._there.pop(part.tensor).to(head.module.weight.device, head.dtype)
+                self._statistics.shared_bytes += (len(members) - 1) * tile.nbytes
             if self.keep:
-                self._tile_weights[tile.name] = weight
-            first = tile.parts["weight"].first
-            yield first, weight, None if bias is None else bias[first : first + len(weight)]
+                self._tile_weights[tile] = weight
+            yield members, tile.parts["weight"].first, weight
             del weight
         if not self.keep:
             self._let_go()
 
-    def _bring(self, name: str) -> dict[str, Tensor]:
-        """A page, and the next one on its way."""
-        if not self.keep:
-            self._let_go()
-        tensors = self._pages.take(self._pages_by_name[name], keep=self.keep)
-        self._in_place.append(name)
-        self._asked.append(name)
-        if (following := self._following(name)) and following not in self._in_place:
-            self._pages.read_ahead(self._pages_by_name[following], keep=self.keep)
-        return tensors
+    def head_bias(self, member: int) -> Tensor | None:
+        """Of all words; it stays in memory."""
+        found = self._members[member]
+        name = found.units.head.bias
+        return None if name is None else get_tensor(found.skeleton.model, name)
 
-    def _let_go(self) -> None:
-        """Empty what is in place, and give slots back."""
-        self._layers.close()
-        for name in self._in_place if not self.keep else ():
-            self._pages.release(self._pages_by_name[name])
-        self._in_place.clear()
+    def _until(self, member: int) -> tuple[int, ...]:
+        """The members of the wave up to this one."""
+        return tuple(each for each in self._wave or self._lead if each <= member)
 
-    def _following(self, name: str) -> str | None:
-        """What is likely asked for next: as the last wave did, or else as the model lists it."""
-        order = self._before or self._listed
-        place = len(self._asked) if self._before else order.index(name) + 1
-        if place < len(order):
-            return order[place]
-        return self._asked[0] if self.more_waves else None
-
-    def _linear_layers(self, module: nn.Module) -> Any:
-        return linear_layers(
-            module, self._linear, rows=self._rows, leave_out=self._units.head.module
+    def _put(
+        self,
+        member: Member,
+        places: Iterable[str],
+        sources: Sequence[StoredTensor],
+        page: Page,
+        there: Mapping[StoredTensor, Tensor],
+    ) -> None:
+        """Put what is there into a member's places, where its own file would have it."""
+        skeleton, own = member.skeleton, {}
+        for place in places:
+            is_as_stored = skeleton.is_as_stored([place])
+            for source in skeleton.sources.get(place, ()):
+                tensor = there[member.read(source)]
+                own[source.name] = at_place(tensor, source.begin) if is_as_stored else tensor
+        skeleton.put(places, own)
+        self._statistics.shared_bytes += (
+            sum(each.end - each.begin for each in sources) - page.nbytes
         )
 
+    def _bring(self, page: Page, following: Page | None) -> None:
+        """Have a page there, and the next one on its way."""
+        if page.parts:
+            tensors = self._pages.take(page, keep=self.keep)
+            self._there |= self._tensors(page, tensors)
+            if not self.keep:
+                self._held.append(page)
+        self._read_ahead(following)
 
-def _tiles(head: StoredHead, page_bytes: int) -> list[Page]:
-    """The head's rows in pages of at most that size, cut where partial results may be cut."""
-    rows = head.weight.shape[0]
-    step = max(page_bytes // max(row_bytes(head.weight), 1) // GROUP, 1) * GROUP
-    return [
-        Page(f"rows {first} of the head", {"weight": Part(head.weight, first, last)})
-        for first in range(0, rows, step)
-        for last in [min(first + step, rows)]
-    ]
+    def _read_ahead(self, page: Page | None) -> None:
+        if page is not None and page.parts:
+            self._pages.read_ahead(page, keep=self.keep)
 
+    def _tensors(self, page: Page, tensors: Mapping[str, Tensor]) -> dict[StoredTensor, Tensor]:
+        return {part.tensor: tensors[name] for name, part in page.parts.items()}
 
-class _RowsOnDemand:
-    """An embedding that has only the rows that a call asks for."""
+    def _leave(self, following: Sequence[int] = ()) -> None:
+        """Empty the member's places; slots go that none of the following ones needs."""
+        self._places.close()
+        needed = set() if self._layer is None else self.plan.needed(self._layer[0], following)
+        for page in list(self._held):
+            if needed.isdisjoint(tensors_of(page)):
+                for tensor in tensors_of(page):
+                    self._there.pop(tensor, None)
+                self._pages.release(page)
+                self._held.remove(page)
 
-    def __init__(self, skeleton: Skeleton, pages: Pages, embedding: StoredEmbedding) -> None:
-        self._skeleton, self._pages, self._embedding = skeleton, pages, embedding
-        self._handles: list[Any] = []
+    def _let_go(self) -> None:
+        if not self.keep:
+            self._leave()
+            self._there.clear()
+        self._layer = None
 
-    def __enter__(self) -> None:
-        module = self._embedding.module
-        self._padding, module.padding_idx = module.padding_idx, None  # which is for gradients
-        self._handles = [
-            module.register_forward_pre_hook(self._gather, prepend=True),
-            module.register_forward_hook(self._forget),
-        ]
+    def _after(self, layer: str, member: int) -> Page | None:
+        """What is likely read next: as the last wave went, or else as models are listed."""
+        if self._wave is None:
+            return None
+        for later in self._wave[self._wave.index(member) + 1 :]:
+            if (page := self.plan.page(layer, self._until(later))).parts:
+                return page
+        order = self._before or self.plan.listed
+        place = len(self._asked) if self._before else order.index(layer) + 1
+        if place < len(order):
+            following = order[place]
+            return None if following in self._kept else self.plan.page(following, self._wave[:1])
+        tile = next(self._wave_tiles())[1]
+        return None if tile in self._tile_weights else tile
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._embedding.module.padding_idx = self._padding
+    def _next_wave(self) -> Page | None:
+        """What the next wave begins with."""
+        if self.next_member is None or self._asked[0] in self._kept:
+            return None
+        return self.plan.page(self._asked[0], (self.next_member,))
 
-    def _gather(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        ids, *others = given
-        words, places = torch.unique(ids, return_inverse=True)
-        rows = self._pages.rows(self._embedding.weight, words.cpu().numpy())
-        rows = rows.to(self._skeleton.device, self._embedding.dtype)
-        module.weight = nn.Parameter(rows, requires_grad=False)
-        return (places, *others)
+    def _wave_tiles(self) -> Iterator[tuple[list[int], Page]]:
+        """Tiles of the heads of a wave, and who has them."""
+        users: dict[StoredTensor, list[int]] = {}
+        for number in self._wave or self._lead:
+            member = self._members[number]
+            users.setdefault(member.read(member.units.head.weight), []).append(number)
+        for weight, members in users.items():
+            for tile in self.plan.tiles[weight]:
+                yield members, tile
 
-    def _forget(self, *_: object) -> None:
-        self._skeleton.evict([self._embedding.place])
+    def _linear_layers(self, member: Member, module: nn.Module) -> Any:
+        return linear_layers(
+            module, member.linear, rows=self._rows, leave_out=member.units.head.module
+        )

@@ -108,7 +108,8 @@ def models_list(checkpoints, tmp_path_factory):
 @pytest.fixture(scope="session")
 def filled(models_list, texts, tmp_path_factory):
     """A store with three models, which no test changes."""
-    from llfast.fleet import read_model_list, score_models
+    from llfast.fleet import score_models
+    from llfast.model_list import read_model_list
 
     folder = tmp_path_factory.mktemp("stores") / "filled"
     with one_thread():

@@ -17,10 +17,9 @@ from llfast.batches import given_tokens
 from llfast.batchwise import plan_for
 from llfast.borrowing import borrowed
 from llfast.errors import CannotPageError, LlfastError, LlfastWarning
-from llfast.paging import LoadingStatistics, PagedModel, units, waves
+from llfast.paging import LoadingStatistics, PagedModel, Task, open_waves, questions, units, waves
 from llfast.paging.pages import Pages
 from llfast.paging.states import StateMeter
-from llfast.traits import probe_tokens
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import make_model, one_thread, save
 
@@ -62,16 +61,16 @@ def running(paged, memory_bytes=1 << 30):
     tokens = given_tokens(IDS, 256)
     with (
         borrowed(paged.model),
-        paged.waves(
-            tokens,
+        open_waves(
+            [paged],
+            [tokens],
             memory_bytes=memory_bytes,
             may_keep=False,
             rows=32,
-            probe=probe_tokens(paged.model),
             statistics=LoadingStatistics(),
         ) as found,
     ):
-        yield found, plan_for(paged.model, tokens, 32)
+        yield found, [Task(0, batch) for batch in plan_for(paged.model, tokens, 32)]
 
 
 def state(model):
@@ -98,7 +97,8 @@ def forwards(monkeypatch):
             super().__init__(*arguments, **options)
             found.append(self)
 
-    monkeypatch.setattr(waves, "Forward", Watched)
+    for module in (waves, questions):
+        monkeypatch.setattr(module, "Forward", Watched)
     return found
 
 
@@ -212,9 +212,10 @@ def test_a_model_can_be_gone_through_again_after_an_error(folder, expected):
         raise KeyError
     totals = np.full(len(IDS), np.nan)
     with running(paged) as (found, batches):
-        for batch, logprobs in (each for wave in found.run(batches) for each in wave):
-            counts = [len(IDS[text]) - 1 for text in batch.texts]
-            for text, part in zip(batch.texts, logprobs.split(counts), strict=True):
+        for each in (each for wave in found.run(batches) for each in wave):
+            texts = each.batch.texts
+            counts = [len(IDS[text]) - 1 for text in texts]
+            for text, part in zip(texts, each.logprobs.split(counts), strict=True):
                 totals[text] = part.double().sum()
     np.testing.assert_allclose(totals, expected.values, rtol=1e-6)
 
@@ -237,7 +238,7 @@ def test_a_forward_that_is_told_to_end_by_others_loses_no_text(folder, monkeypat
         running(make_paged(folder)) as (found, plan),
     ):
         batches += plan
-        done = [batch for wave in found.run(batches) for batch, _ in wave]
+        done = [each for wave in found.run(batches) for each in wave]
     assert calls.count(layer) >= 6
     assert done is None or len(done) == len(batches)
 

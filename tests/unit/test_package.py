@@ -9,17 +9,17 @@ PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
     "errors memory files cache texts results batches kernels safetensors_file checkpoint "
-    "processor dtypes loading models head forward linear paging traits partial progress "
-    "devices borrowing batchwise engines verify scoring shards store importing intervals "
-    "mixed spacefile space search estimate fleet nearest mapping zoo_corpora zoo_training "
-    "zoo_plan zoo demo output about cli_options bench cli_bench cli __main__"
+    "processor dtypes loading models head forward linear traits paging partial progress "
+    "devices borrowing batchwise engines verify runs scoring shards store importing intervals "
+    "mixed spacefile space search estimate model_list outcomes fleet nearest mapping zoo_corpora "
+    "zoo_training zoo_plan zoo demo output about cli_options bench cli_bench cli __main__"
 ).split()
 ONLY_IN = {
     "faiss": {"search"},
     "peft": {"loading"},
     "matplotlib": {"mapping"},
     "adjustText": {"mapping"},
-    "transformers": {"linear", "loading", "models", "paging", "scoring", "zoo_training"},
+    "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training"},
     "greenlet": {"paging"},
     "pyarrow": {"shards", "store", "importing"},
     "typer": {"cli", "cli_bench", "cli_options"},

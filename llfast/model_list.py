@@ -1,0 +1,78 @@
+"""Which models are to be scored, and files that list them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """One model to score.
+
+    Attributes:
+        model: a checkpoint folder or Hub id.
+        name: what to call it; its path or id by default.
+        revision: branch, tag or commit of a Hub id.
+        tokenizer: the folder of another tokenizer.
+        adapter_base: the model that a LoRA adapter belongs to.
+        dtype: what it runs in, if not what all others do.
+        metadata: columns to keep with the result.
+    """
+
+    model: str
+    name: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    adapter_base: str | None = None
+    dtype: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_model_list(path: str | Path) -> list[ModelRequest]:
+    """Models from a file: a name or path a line, or (.jsonl) one object a line.
+
+    An object has `model`, and may have the other fields of `ModelRequest`; what else it has is
+    metadata. Empty lines and lines that begin with # are passed over.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: with the line, if one cannot be used.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got {error}") from None
+    requests = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        requests.append(
+            _parse_request(line, f"{path}, line {number}")
+            if path.suffix == ".jsonl"
+            else ModelRequest(model=line.strip())
+        )
+    return requests
+
+
+def _parse_request(line: str, where: str) -> ModelRequest:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be a JSON object, got {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
+        raise ValueError(f'{where} must be an object with a string "model", got {line[:60]!r}')
+    own: dict[str, Any] = {}
+    for name in ("model", "name", "revision", "tokenizer", "adapter_base", "dtype"):
+        value = fields.pop(name, None)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{where}: {name} must be a string, got {value!r}")
+        own[name] = value
+    nested = fields.pop("metadata", None) or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"{where}: metadata must be an object, got {nested!r}")
+    return ModelRequest(**own, metadata=fields | nested)
