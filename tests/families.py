@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import make_model, save
 
 
-def make_family(folder, kind, tokenizer, changes, **sizes):
+def make_family(folder, kind, tokenizer, changes, dtype=torch.float32, **sizes):
     """A base, and for each of `changes` a checkpoint that differs from it where it says.
 
     A change is (seed, predicate of stored names): equal seeds make equal numbers. Files are older
     than what a cache would take for still being written.
     """
-    base = save(make_model(kind, **sizes), tokenizer, folder / f"{kind}-base")
+    base = save(make_model(kind, **sizes).to(dtype), tokenizer, folder / f"{kind}-base")
     members = [base]
     for number, (seed, is_changed) in enumerate(changes):
         members.append(fine_tune(base, folder / f"{kind}-{number}", seed, is_changed))

@@ -60,11 +60,11 @@ def find_equals(
         statistics.compared_bytes += hashed_bytes
     equals: list[Equals] = [{} for _ in checkpoints]
     for group in groups:
-        first: dict[object, StoredTensor] = {}
+        first: dict[object, tuple[int, StoredTensor]] = {}
         for number, tensor in group:
             content = digests.get(contents[tensor], contents[tensor])
-            same = first.setdefault(content, tensor)
-            if same is not tensor:
+            owner, same = first.setdefault(content, (number, tensor))
+            if owner != number:
                 equals[number][tensor.name] = same
     return equals
 

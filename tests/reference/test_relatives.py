@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import llfast
 from llfast import engines, models
@@ -151,25 +152,40 @@ def test_eight_that_share_three_quarters(tmp_path, tokenizer, monkeypatch):
 
 
 @pytest.mark.usefixtures("limits")
-def test_files_that_lie_differently(tmp_path, tokenizer):
-    """Longer headers, and shards: equal bytes at other addresses."""
-    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1000}
-    (base,) = make_family(tmp_path, "llama", tokenizer, [], **wide)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_that_lie_differently(dtype, tmp_path, tokenizer, monkeypatch):
+    """Longer headers, and shards: weights are where each one's own file would have them."""
+    for place in (engines, paged_model):
+        monkeypatch.setattr(place, "linear_path", lambda *_, **__: "torch")
+    (base,) = make_family(tmp_path, "llama", tokenizer, [], dtype=dtype, hidden_size=64)
     folders = [base]
     for number in range(1, 5):
         note = {"note": "x" * (8 * number + 1)}
         folders.append(fine_tune(base, tmp_path / str(number), 1, second_layer, metadata=note))
-    begins = [
-        Checkpoint.open(folder).tensors["model.layers.0.mlp.up_proj.weight"].begin % 64
-        for folder in folders
-    ]
-    assert len(set(begins)) > 3
     with quiet():
-        model = models.open_model(folders[-1]).load(torch.float32, torch.device("cpu"))
-        model.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+        model = models.open_model(folders[-1]).load(dtype, torch.device("cpu"))
+        model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     tokenizer.save_pretrained(tmp_path / "shards")
     age(tmp_path / "shards")
-    loading = check_together([*folders, tmp_path / "shards"], dtype="float32")
+    folders.append(tmp_path / "shards")
+    places, own = [], LlamaAttention.forward
+
+    def watch(self, *arguments, **options):
+        places.append((self.layer_idx, self.q_proj.weight.data_ptr() % 64))
+        return own(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaAttention, "forward", watch)
+        together(folders)
+    expected = {
+        (layer, Checkpoint.open(folder).tensors[name].begin % 64)
+        for folder in folders
+        for layer in (0, 1)
+        for name in [f"model.layers.{layer}.self_attn.q_proj.weight"]
+    }
+    assert set(places) == expected
+    assert len(expected) > 6
+    loading = check_together(folders)
     assert loading.shared_bytes > loading.nbytes
 
 
