@@ -94,6 +94,12 @@ class Outcome:
                 "read_bytes_per_second": self.loading.read_rate,
                 "stall_seconds": self.loading.stall_seconds,
             }
+        if self.result is not None and self.loading is not None and self.loading.verified_bytes:
+            facts["verified"] = {
+                "bytes": self.loading.verified_bytes,
+                "seconds": self.loading.verify_seconds,
+                "waited_seconds": self.loading.verify_wait_seconds,
+            }
         return facts
 
 

@@ -74,6 +74,7 @@ def print_outcome(outcome: Any) -> None:
             + _named(facts["truncated_ids"], "truncated")
             + _named(facts["unscored_ids"], "without a token")
             + _paged(facts.get("paged"))
+            + _verified(facts.get("verified"))
         )
     else:
         reason = f": {outcome.error}" if outcome.error else ": in the store already"
@@ -95,6 +96,15 @@ def _paged(facts: Mapping[str, Any] | None) -> str:
         f", {human_bytes(facts['bytes'])} of weights read in {waves} at "
         f"{human_bytes(facts['read_bytes_per_second'])}/s, waited "
         f"{human_seconds(facts['stall_seconds'])} for them"
+    )
+
+
+def _verified(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    return (
+        f", {human_bytes(facts['bytes'])} verified meanwhile in {human_seconds(facts['seconds'])}, "
+        f"waited {human_seconds(facts['waited_seconds'])} for that"
     )
 
 

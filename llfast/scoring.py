@@ -110,7 +110,7 @@ def score(
         partial: a file in which finished texts are kept while the run goes on, so that a killed
             run can continue with the same bits; remove it once the result is stored.
         progress: show a bar; None means if standard error is a terminal.
-        loading: filled in with what paging took, while it goes on.
+        loading: filled in with what paging and verifying take, while it goes on.
 
     Returns:
         (N,) log-likelihoods in nats, with all that names how they were made.
@@ -174,7 +174,8 @@ def score(
         tokens = tokenize(texts, own, convention, model_max_length(source.config, own, convention))
         adds_bos = convention != "paper" or added_bos(own) is not None
 
-    verification = _verification(source, verify)
+    loading = LoadingStatistics() if loading is None else loading
+    verification = _verification(source, verify, loading)
     job = Job(
         source=source,
         tokens=tokens,
@@ -183,7 +184,7 @@ def score(
         device=place,
         token_budget=budget,
         memory_bytes=memory_bytes,
-        statistics=LoadingStatistics() if loading is None else loading,
+        statistics=loading,
     )
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(open_engine(job, weights))
@@ -269,12 +270,14 @@ def _keep(
         scores.keep(text, total, part, finished.token_budget)
 
 
-def _verification(source: ModelSource, verify: bool | str | PathLike[str]) -> Verification | None:
+def _verification(
+    source: ModelSource, verify: bool | str | PathLike[str], loading: LoadingStatistics
+) -> Verification | None:
     if verify is False:
         return None
     if source.checkpoint is None:
         raise ValueError(f"verify must be False for a loaded model, got {verify!r}")
-    return Verification(source.checkpoint, None if verify is True else Path(verify))
+    return Verification(source.checkpoint, None if verify is True else Path(verify), loading)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Every command, from its arguments to what it prints, against what the library returns."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -149,6 +150,29 @@ def test_dry_run_counts_what_scoring_then_does(command, checkpoints, texts, text
         for shown in (f"{each['parameters']:,}", f"{each['tokens']:,}", "KiB", " 0.0 s "):
             assert shown in line
     assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+@pytest.mark.parametrize("weights", ["auto", "paged"])
+def test_what_verifying_took_is_told(command, checkpoints, texts_file, tmp_path, weights):
+    path = checkpoints / "llama" / "model.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "sums").write_text(f"{digest}  {path.name}\n")
+
+    def score(store, *options):
+        arguments = ("score", path.parent, "--texts", texts_file, "--weights", weights, "--store")
+        return command(*arguments, tmp_path / store, *options)
+
+    verified = ("--manifest", tmp_path / "sums")
+    (facts,) = score("json", *verified, "--json").json
+    assert set(facts["verified"]) == {"bytes", "seconds", "waited_seconds"}
+    assert facts["verified"]["bytes"] == path.stat().st_size
+    assert 0 < facts["verified"]["seconds"] < facts["seconds"]
+    assert 0 < facts["verified"]["waited_seconds"] < facts["seconds"]
+    assert ("paged" in facts) == (weights == "paged")
+    told = r", [\d.]+ KiB verified meanwhile in [\d.]+ s, waited [\d.]+ s for that\n$"
+    assert re.search(told, score("lines", *verified).out)
+    assert "verified" not in score("plain-json", "--json").json[0]
+    assert "verified" not in score("plain").out
 
 
 def test_search_finds_what_the_index_finds(command, filled, space):
