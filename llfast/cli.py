@@ -199,6 +199,8 @@ def score_command(
         "dtype": dtype,
         "device": device,
         "token_budget": token_budget,
+        "weights": weights,
+        "memory_budget": memory_budget,
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
     }
@@ -212,8 +214,6 @@ def score_command(
         requests,
         text_set,
         Store(store),
-        weights=weights,
-        memory_budget=memory_budget,
         verify=verify if manifest is None else manifest,
         report=None if as_json else print_outcome,
         **options,

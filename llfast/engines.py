@@ -86,6 +86,21 @@ class Engine(Protocol):
         """What is open, as it gets done; after each list, all of it may be kept."""
 
 
+def check_budget(weights: str, memory_budget: int | str | None) -> int | None:
+    """The budget in bytes.
+
+    Raises:
+        ValueError: if there is no such way of running a model, or it has no budget.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
+    if memory_budget is not None and weights == "resident":
+        raise ValueError(
+            f"memory_budget must be left out with resident weights, got {memory_budget}"
+        )
+    return None if memory_budget is None else memory.parse_bytes(memory_budget)
+
+
 @contextlib.contextmanager
 def open_engine(job: Job, weights: str) -> Iterator[Engine]:
     """The way asked for.
@@ -98,25 +113,37 @@ def open_engine(job: Job, weights: str) -> Iterator[Engine]:
         UnsupportedModelError: if it cannot be scored, or not be paged where that is asked for.
     """
     with _ONE_AT_A_TIME:
-        if weights == "paged":
-            yield _Paged(job, _skeleton(job), auto=False)
+        skeleton = as_pages(job, weights)
+        if skeleton is not None:
+            yield _Paged(job, skeleton, auto=weights == "auto")
             return
-        # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
-        is_first_choice = job.device.type == "cpu" or not _fits(job)
-        if weights == "auto" and is_first_choice and _why_whole(job.source) is None:
-            try:
-                skeleton = _skeleton(job)
-            except UnsupportedModelError as error:
-                if not _fits(job):
-                    _warn_of_loading(error, fits=False)
-            else:
-                yield _Paged(job, skeleton, auto=True)
-                return
         with _Resident.open(job) as engine:
             yield engine
 
 
-def _memory_bytes(job: Job) -> int:
+def as_pages(job: Job, weights: str) -> PagedModel | None:
+    """The model without its weights if they are read as pages, None if it is loaded whole.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fill it.
+        UnsupportedModelError: if it cannot be paged where that is asked for.
+    """
+    with _ONE_AT_A_TIME:
+        if weights == "paged":
+            return _skeleton(job)
+        # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
+        is_first_choice = job.device.type == "cpu" or not _fits(job)
+        if weights == "auto" and is_first_choice and _why_whole(job.source) is None:
+            try:
+                return _skeleton(job)
+            except UnsupportedModelError as error:
+                if not _fits(job):
+                    _warn_of_loading(error, fits=False)
+        return None
+
+
+def memory_bytes(job: Job) -> int:
+    """What weights and suspended forwards may take."""
     if job.memory_bytes is not None:
         return job.memory_bytes
     free = memory.available_bytes(job.device)
@@ -150,13 +177,13 @@ def _skeleton(job: Job) -> PagedModel:
 def _fits(job: Job) -> bool:
     """Whether all weights have room in memory."""
     checkpoint = job.source.checkpoint
-    return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= _memory_bytes(job)
+    return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= memory_bytes(job)
 
 
 def _warn_of_loading(error: Exception, *, fits: bool) -> None:
     what = "a model" if fits else "a model that may not fit into memory"
     message = f"{what} is loaded whole, for {one_line(error)}"
-    warnings.warn(message, LlfastWarning, stacklevel=6)
+    warnings.warn(message, LlfastWarning, stacklevel=7)
 
 
 class _Resident:
@@ -229,7 +256,7 @@ class _Paged:
                 borrowed(self.model),
                 self._paged.waves(
                     job.tokens,
-                    memory_bytes=_memory_bytes(job),
+                    memory_bytes=memory_bytes(job),
                     may_keep=self._auto,
                     rows=job.token_budget,
                     probe=probe_tokens(self.model),

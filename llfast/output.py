@@ -110,17 +110,20 @@ def _verified(facts: Mapping[str, Any] | None) -> str:
 
 def print_estimates(estimates: Sequence[Any]) -> None:
     """What each model would take."""
-    columns = ["model", "dtype", "device", "parameters", "to read", "memory", "tokens", "compute"]
+    columns = "model, dtype, device, parameters, weights, to read, memory, tokens, compute"
     print_table(
-        columns,
+        columns.split(", "),
         [
             (
                 each.model,
                 each.dtype,
                 each.device,
                 each.parameters,
-                human_bytes(each.read_bytes),
-                human_bytes(each.memory_bytes),
+                each.weights,
+                human_bytes(each.read_bytes) + (" a wave" if each.weights == "paged" else ""),
+                f"over {human_bytes(each.weights_bytes)}"
+                if each.weights == "paged"
+                else human_bytes(each.memory_bytes),
                 each.tokens,
                 human_seconds(each.seconds),
             )

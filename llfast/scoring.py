@@ -32,10 +32,9 @@ from .batches import (
     tokenize,
 )
 from .devices import default_token_budget, device_name, resolve_device
-from .engines import WEIGHTS, Engine, Finished, Job, open_engine
+from .engines import Engine, Finished, Job, check_budget, open_engine
 from .errors import CheckpointError, ScoringError
 from .kernels import instruction_set
-from .memory import parse_bytes
 from .models import FolderSource, MemorySource, ModelSource, open_model
 from .paging import LoadingStatistics
 from .partial import PartialScores
@@ -143,13 +142,7 @@ def score(
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
     budget = default_token_budget(place) if token_budget is None else token_budget
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
-    if memory_budget is not None and weights == "resident":
-        raise ValueError(
-            f"memory_budget must be left out with resident weights, got {memory_budget}"
-        )
-    memory_bytes = None if memory_budget is None else parse_bytes(memory_budget)
+    memory_bytes = check_budget(weights, memory_budget)
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
     if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:
         raise ValueError(

@@ -18,14 +18,13 @@ from llfast.head import linear_head
 from llfast.linear import linear_path
 
 from .pages import Pages
+from .room import Room, share_out
 from .skeleton import Skeleton, why_not
 from .statistics import LoadingStatistics
 from .suspended import stops
 from .units import find_units
 from .waves import Waves
 from .weights import Weights
-
-_ROOM_FOR_WORK = 1.1  # times the weights, where all of them are to stay
 
 
 class PagedModel:
@@ -67,6 +66,19 @@ class PagedModel:
         self.head = self._units.head.module
         self._skeleton.evict(self._skeleton.places)
 
+    def room(self, memory_bytes: int, *, may_keep: bool) -> Room:
+        """How `waves` would share memory out; reads no weights.
+
+        Raises:
+            ValueError: as `waves`.
+        """
+        statistics = LoadingStatistics()
+        with Pages(self._checkpoint, self._skeleton.device, statistics) as pages:
+            weights = Weights(
+                self._skeleton, self._units, pages, statistics, linear=self.linear, rows=1
+            )
+            return share_out(weights, memory_bytes, may_keep=may_keep, name=self._name)
+
     @contextmanager
     def waves(
         self,
@@ -101,15 +113,8 @@ class PagedModel:
                 linear=self.linear,
                 rows=rows,
             )
-            weights.keep = may_keep and weights.kept_bytes * _ROOM_FOR_WORK <= memory_bytes
-            room = memory_bytes - (weights.kept_bytes if weights.keep else weights.paged_bytes)
-            if room <= 0:
-                largest = weights.largest
-                raise ValueError(
-                    f"memory_budget must hold two pages of {self._name}, whose largest is "
-                    f"{largest.name} with {largest.page.nbytes:,} bytes, and what stays in memory, "
-                    f"got {memory_bytes:,}; it takes more than {weights.paged_bytes:,}"
-                )
+            room = share_out(weights, memory_bytes, may_keep=may_keep, name=self._name)
+            weights.keep = room.keeps_weights
             stack.enter_context(weights)
             layers = {name: unit.module for name, unit in weights.layers.items()}
             stack.enter_context(stops(layers, self.head))
@@ -119,6 +124,6 @@ class PagedModel:
                 self._units.head,
                 tokens,
                 statistics,
-                room_bytes=room,
+                room_bytes=room.states_bytes,
                 probe=probe,
             )
