@@ -16,8 +16,8 @@ from .errors import CheckpointError, LlfastError
 from .paging import LoadingStatistics
 
 # The digest alone takes 0.56 s of a core a GB here, reading like this 0.09 s more. Past the page
-# cache it is 0.02 s less, at half the rate; and what is in the cache is not read from the disk once
-# more for a page.
+# cache it is 0.02 s less, at half the rate; and pages find in the cache what was verified before
+# them, so that a cold paged run reads 1.3 to 1.6 times its bytes from the disk, not twice.
 _CHUNK_BYTES = 8 << 20
 
 
