@@ -39,6 +39,7 @@ import numpy as np
 from loading_aims import aims_of, memory_of
 from loading_limits import WAYS, memory_copy_rate, read_rate
 from loading_peers import drop
+from loading_verify import measure_verify
 from make_checkpoint import MOST_SHARD_BYTES, Shape, make_checkpoint
 
 from llfast.bench import report
@@ -287,6 +288,9 @@ def main() -> None:
     parser.add_argument(
         "--rate-only", action="store_true", help="measure the disk again, into what was written"
     )
+    parser.add_argument(
+        "--verify-only", action="store_true", help="measure `verify` again, into what was written"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "loading.json")
     options = parser.parse_args()
     if options.quick and options.out == RESULTS / "loading.json":
@@ -301,15 +305,19 @@ def main() -> None:
             repetitions=1 if options.quick else options.repetitions,
             slow_repetitions=1 if options.quick else options.slow_repetitions,
         )
-        if options.rate_only:
+        sizes = QUICK if options.quick else Sizes()
+        if options.rate_only or options.verify_only:
             found = json.loads(options.out.read_text())
-            found["rate"] = measure_rate(bench, Sizes())
+            if options.rate_only:
+                part, found["rate"] = "rate", measure_rate(bench, sizes)
+            else:
+                part, found["verify"] = "verify", measure_verify(bench, (sizes.few, sizes.peers))
             before = found["commit"]
-            before = before["all else"] if isinstance(before, dict) else before
-            found["commit"] = {"rate": report.commit(), "all else": before}
+            before = before if isinstance(before, dict) else {"all else": before}
+            found["commit"] = {**before, part: report.commit()}
             found["aims"] = aims_of(found)
         else:
-            found = run_all(bench, QUICK if options.quick else Sizes(), quick=options.quick)
+            found = run_all(bench, sizes, quick=options.quick)
         report.write(found, options.out)
     for aim in found["aims"]:
         word = "met   " if aim["met"] else "MISSED"
@@ -338,6 +346,7 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
         )
     ]
     peers = measure_peers(bench, sizes)
+    verify = measure_verify(bench, (sizes.few, sizes.peers))
     found = {
         "benchmark": "loading",
         "command": f"python benchmarks/bench_loading.py --repetitions {bench.repetitions} "
@@ -351,6 +360,7 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
         "rate": rate,
         "overlap": overlap,
         "peers": peers,
+        "verify": verify,
         "memory": {
             f"{name} tokens": memory_of(section["runs"][-1], shape.hidden)
             for name, section in (

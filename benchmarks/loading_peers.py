@@ -42,6 +42,7 @@ class Task:
         cold: whether the files are dropped from the page cache first, and before every batch of a
             peer: so it finds a checkpoint that is larger than memory.
         memory_budget, token_budget: of `llfast.score`.
+        verify: a manifest for it; empty for none.
         shards: where AirLLM has its copies of checkpoints.
     """
 
@@ -53,6 +54,7 @@ class Task:
     cold: bool = True
     memory_budget: str = "2GiB"
     token_budget: int | None = None
+    verify: str = ""
     shards: str = ""
 
     def ids(self) -> list[np.ndarray]:
@@ -99,6 +101,7 @@ def run_paged(task: Task) -> Outcome:
         weights="paged",
         memory_budget=task.memory_budget,
         token_budget=task.token_budget,
+        verify=task.verify or False,
         loading=loading,
         progress=False,
     )
@@ -109,6 +112,7 @@ def run_paged(task: Task) -> Outcome:
         for name in (
             *("nbytes", "read_seconds", "stall_seconds", "waves", "slot_bytes", "kept_bytes"),
             *("state_bytes", "wave_tokens", "rows_bytes"),
+            *("verified_bytes", "verify_seconds", "verify_wait_seconds"),
         )
     }
     first = loading.pages[1].stall_seconds if len(loading.pages) > 1 else 0.0
@@ -248,7 +252,7 @@ def cached_share(files: Sequence[Path]) -> float:
 def measured(provider: Callable[[Task], Outcome], task: Task) -> dict[str, Any]:
     """A provider's outcome, with what the system says of this process."""
     tiny = {**asdict(task), "folder": task.tiny, "texts": TINY_TEXTS, "tokens": TINY_TOKENS}
-    provider(Task(**{**tiny, "cold": False}))
+    provider(Task(**{**tiny, "cold": False, "verify": ""}))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     if task.cold:

@@ -312,6 +312,14 @@ def loading(found: dict[str, Any]) -> list[str]:
             f"alone, and {_times(case['over_resident'])} of what they take once all weights are in "
             f"memory; {memory['peak_mib']:,.0f} MiB are the most beyond the interpreter."
         )
+    if verified := [
+        f"{case['tokens']:,} tokens take {_times(case['over_plain'])} of what they take without, "
+        f"and wait {case['wait_seconds']['median']:.1f} s for digests that take "
+        f"{case['verify_seconds']['median']:.1f} s"
+        for case in found.get("verify", ())
+    ]:
+        meanwhile = "With the sha256 of every file compared meanwhile (`--verify`), "
+        notes.append(f"{meanwhile}{'; '.join(verified)}.")
     notes.append(
         f"torch {versions['torch']}, transformers {versions['transformers']}, accelerate "
         f"{versions['accelerate']}, AirLLM {versions['airllm']}; medians, least to most in "

@@ -203,6 +203,8 @@ def score_command(
         "dtype": dtype,
         "device": device,
         "token_budget": token_budget,
+        "weights": weights,
+        "memory_budget": memory_budget,
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
     }
@@ -216,8 +218,6 @@ def score_command(
         requests,
         text_set,
         Store(store),
-        weights=weights,
-        memory_budget=memory_budget,
         verify=verify if manifest is None else manifest,
         together=together,
         report=None if as_json else print_outcome,

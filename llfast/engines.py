@@ -104,6 +104,21 @@ class Engine(Protocol):
         """What is open of a model, as it gets done; after each list, all of it may be kept."""
 
 
+def check_budget(weights: str, memory_budget: int | str | None) -> int | None:
+    """The budget in bytes.
+
+    Raises:
+        ValueError: if there is no such way of running a model, or it has no budget.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
+    if memory_budget is not None and weights == "resident":
+        raise ValueError(
+            f"memory_budget must be left out with resident weights, got {memory_budget}"
+        )
+    return None if memory_budget is None else memory.parse_bytes(memory_budget)
+
+
 @contextlib.contextmanager
 def open_engine(jobs: Sequence[Job], weights: str) -> Iterator[Engine]:
     """The way asked for.
@@ -121,21 +136,14 @@ def open_engine(jobs: Sequence[Job], weights: str) -> Iterator[Engine]:
         UnsupportedModelError: if it cannot be scored, or not be paged where that is asked for.
     """
     with _ONE_AT_A_TIME:
-        if weights == "paged" or len(jobs) > 1:
+        if len(jobs) > 1:
             yield _Paged(jobs, [_skeleton(job) for job in jobs], auto=False)
             return
         (job,) = jobs
-        # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
-        is_first_choice = job.device.type == "cpu" or not _fits(job)
-        if weights == "auto" and is_first_choice and _why_whole(job.source) is None:
-            try:
-                skeleton = _skeleton(job)
-            except UnsupportedModelError as error:
-                if not _fits(job):
-                    _warn_of_loading(error, fits=False)
-            else:
-                yield _Paged([job], [skeleton], auto=True)
-                return
+        skeleton = as_pages(job, weights)
+        if skeleton is not None:
+            yield _Paged([job], [skeleton], auto=weights == "auto")
+            return
         with _Resident.open(job) as engine:
             yield engine
 
@@ -170,7 +178,29 @@ def find_relatives(
     return sorted(groups)
 
 
-def _memory_bytes(job: Job) -> int:
+def as_pages(job: Job, weights: str) -> PagedModel | None:
+    """The model without its weights if they are read as pages, None if it is loaded whole.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fill it.
+        UnsupportedModelError: if it cannot be paged where that is asked for.
+    """
+    with _ONE_AT_A_TIME:
+        if weights == "paged":
+            return _skeleton(job)
+        # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
+        is_first_choice = job.device.type == "cpu" or not _fits(job)
+        if weights == "auto" and is_first_choice and _why_whole(job.source) is None:
+            try:
+                return _skeleton(job)
+            except UnsupportedModelError as error:
+                if not _fits(job):
+                    _warn_of_loading(error, fits=False)
+        return None
+
+
+def memory_bytes(job: Job) -> int:
+    """What weights and suspended forwards may take."""
     if job.memory_bytes is not None:
         return job.memory_bytes
     free = memory.available_bytes(job.device)
@@ -204,13 +234,13 @@ def _skeleton(job: Job) -> PagedModel:
 def _fits(job: Job) -> bool:
     """Whether all weights have room in memory."""
     checkpoint = job.source.checkpoint
-    return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= _memory_bytes(job)
+    return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= memory_bytes(job)
 
 
 def _warn_of_loading(error: Exception, *, fits: bool) -> None:
     what = "a model" if fits else "a model that may not fit into memory"
     message = f"{what} is loaded whole, for {one_line(error)}"
-    warnings.warn(message, LlfastWarning, stacklevel=6)
+    warnings.warn(message, LlfastWarning, stacklevel=7)
 
 
 class _Resident:
@@ -294,7 +324,7 @@ class _Paged:
                     open_waves(
                         self._paged,
                         [job.tokens for job in self._jobs],
-                        memory_bytes=_memory_bytes(first),
+                        memory_bytes=memory_bytes(first),
                         may_keep=self._auto,
                         rows=first.token_budget,
                         statistics=first.statistics,

@@ -11,9 +11,13 @@ import torch
 
 from .batches import model_max_length, plan_batches, tokenize
 from .devices import default_token_budget, resolve_device
+from .engines import Job, as_pages, check_budget, memory_bytes
+from .errors import CannotPageError
 from .linear import PACKED, linear_layers, linear_path
 from .models import ModelSource
+from .paging import LoadingStatistics
 from .texts import TextSet
+from .traits import check_fit
 
 _MEASURE_SECONDS = 0.3
 
@@ -28,10 +32,15 @@ class Estimate:
         device: where.
         parameters: stored numbers; of pickles, which are not opened for that, as many as have
             room in the files.
-        read_bytes: size of the weight files.
-        memory_bytes: weights in `dtype` and packed (see `linear.py`), plus a batch's activations
-            (hidden states and one feed-forward layer); a mixture of experts and long attention
-            take more.
+        weights: "resident", "kept" (read as pages, which then stay) or "paged", as the result will
+            say; a model that turns out to be one that cannot be paged is loaded whole after all.
+        read_bytes: size of the weight files; weights that are paged are read once a wave.
+        weights_bytes: of memory, for weights alone: if they are paged, two pages and what stays,
+            and a memory budget must be larger; otherwise all of them. Texts on their way come on
+            top: what they hold is known once the first has run.
+        memory_bytes: if all of it is in memory: weights in `dtype` and packed (see `linear.py`),
+            plus a batch's activations (hidden states and one feed-forward layer); a mixture of
+            experts and long attention take more.
         tokens: scored tokens.
         padded_tokens: tokens that run, padding and dummy rows included.
         truncated_texts: texts that are longer than the model takes.
@@ -44,7 +53,9 @@ class Estimate:
     dtype: str
     device: str
     parameters: int
+    weights: str
     read_bytes: int
+    weights_bytes: int
     memory_bytes: int
     tokens: int
     padded_tokens: int
@@ -61,12 +72,18 @@ def estimate(
     dtype: str = "auto",
     device: str = "auto",
     token_budget: int | None = None,
+    weights: str = "auto",
+    memory_budget: int | str | None = None,
 ) -> Estimate:
     """Estimate what `score` would take; tokenises the texts, reads no weights.
 
     Raises:
-        ValueError: for a model in memory, whose weights are there already.
+        CheckpointError: if the checkpoint does not fill its model, or the tokens do not fit it.
+        UnsupportedModelError: if it cannot be paged where that is asked for.
+        ValueError: for a memory budget that is too small, and for a model in memory, whose weights
+            are there already.
     """
+    budget_bytes = check_budget(weights, memory_budget)
     if source.checkpoint is None:
         raise ValueError("model must be a folder or Hub id for an estimate, got a loaded model")
     place = resolve_device(device, source)
@@ -91,12 +108,25 @@ def estimate(
     body = max(parameters - embedding - looked_up, 0)
     stored = parameters + (body if linear_path(place, body_dtype) == PACKED else 0)
     largest = max((b.shape[0] * b.shape[1] for b in batches), default=0)
+    job = Job(
+        source=source,
+        tokens=tokens,
+        ids=texts.ids,
+        dtype=body_dtype,
+        device=place,
+        token_budget=budget,
+        memory_bytes=budget_bytes,
+        statistics=LoadingStatistics(),
+    )
+    way, paged_bytes = _way(job, weights)
     return Estimate(
         model=source.name,
         dtype=str(body_dtype).removeprefix("torch."),
         device=str(place),
         parameters=parameters,
+        weights=way,
         read_bytes=source.checkpoint.weight_bytes,
+        weights_bytes=parameters * itemsize if way == "resident" else paged_bytes,
         memory_bytes=(stored + largest * (6 * hidden + 3 * feed_forward)) * itemsize,
         tokens=int(tokens.token_counts.sum()),
         padded_tokens=padded,
@@ -104,6 +134,22 @@ def estimate(
         matmul_flops=flops,
         seconds=2.0 * max(parameters - looked_up, 0) * padded / flops,
     )
+
+
+def _way(job: Job, weights: str) -> tuple[str, int]:
+    """How `open_engine` and a run would have the weights, and what pages then take of memory."""
+    paged = as_pages(job, weights)
+    if paged is None:
+        return "resident", 0
+    check_fit(paged.model, job.tokens, job.ids)
+    try:
+        room = paged.room(memory_bytes(job), may_keep=weights == "auto")
+    except (ValueError, CannotPageError) as error:
+        asked_for = isinstance(error, ValueError) and job.memory_bytes is not None
+        if weights == "paged" or asked_for:
+            raise
+        return "resident", 0  # the run warns that it may not fit
+    return "kept" if room.keeps_weights else "paged", room.weights_bytes
 
 
 def _room(source: ModelSource) -> int:

@@ -16,11 +16,10 @@ import torch
 from .batches import CONVENTIONS
 from .devices import resolve_device
 from .dtypes import parse_dtype
-from .engines import WEIGHTS, find_relatives
+from .engines import check_budget, find_relatives
 from .errors import CheckpointError, LlfastError, MissingDependencyError, StoreError
 from .estimate import Estimate, estimate
 from .files import as_utf8
-from .memory import parse_bytes
 from .model_list import ModelRequest
 from .models import ModelSource, open_model
 from .outcomes import Outcome
@@ -81,10 +80,7 @@ def score_models(
         MissingDependencyError: if a model needs a package that is not installed.
     """
     _refuse_unknown_options(requests, convention, dtype)
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
-    if memory_budget is not None:
-        memory_budget = parse_bytes(memory_budget)
+    memory_budget = check_budget(weights, memory_budget)
     if not isinstance(verify, bool):
         read_manifest(Path(verify))  # what is wrong with it is wrong for all
     store.prepare()

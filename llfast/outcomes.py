@@ -66,4 +66,10 @@ class Outcome:
                     "relatives": self.relatives,
                     "shared_bytes": self.loading.shared_bytes,
                 }
+        if self.result is not None and self.loading is not None and self.loading.verified_bytes:
+            facts["verified"] = {
+                "bytes": self.loading.verified_bytes,
+                "seconds": self.loading.verify_seconds,
+                "waited_seconds": self.loading.verify_wait_seconds,
+            }
         return facts

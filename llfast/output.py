@@ -74,6 +74,7 @@ def print_outcome(outcome: Any) -> None:
             + _named(facts["truncated_ids"], "truncated")
             + _named(facts["unscored_ids"], "without a token")
             + _paged(facts.get("paged"))
+            + _verified(facts.get("verified"))
         )
     else:
         reason = f": {outcome.error}" if outcome.error else ": in the store already"
@@ -102,19 +103,31 @@ def _paged(facts: Mapping[str, Any] | None) -> str:
     )
 
 
+def _verified(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    return (
+        f", {human_bytes(facts['bytes'])} verified meanwhile in {human_seconds(facts['seconds'])}, "
+        f"waited {human_seconds(facts['waited_seconds'])} for that"
+    )
+
+
 def print_estimates(estimates: Sequence[Any]) -> None:
     """What each model would take."""
-    columns = ["model", "dtype", "device", "parameters", "to read", "memory", "tokens", "compute"]
+    columns = "model, dtype, device, parameters, weights, to read, memory, tokens, compute"
     print_table(
-        columns,
+        columns.split(", "),
         [
             (
                 each.model,
                 each.dtype,
                 each.device,
                 each.parameters,
-                human_bytes(each.read_bytes),
-                human_bytes(each.memory_bytes),
+                each.weights,
+                human_bytes(each.read_bytes) + (" a wave" if each.weights == "paged" else ""),
+                f"over {human_bytes(each.weights_bytes)}"
+                if each.weights == "paged"
+                else human_bytes(each.memory_bytes),
                 each.tokens,
                 human_seconds(each.seconds),
             )

@@ -26,10 +26,9 @@ from .batches import (
     tokenize,
 )
 from .devices import default_token_budget, device_name, resolve_device
-from .engines import WEIGHTS, Engine, Finished, Job, Ready, open_engine
+from .engines import Engine, Finished, Job, Ready, check_budget, open_engine
 from .errors import CheckpointError, ScoringError
 from .kernels import instruction_set
-from .memory import parse_bytes
 from .models import ModelSource
 from .paging import LoadingStatistics
 from .partial import PartialScores
@@ -206,13 +205,7 @@ def prepare(
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
     budget = default_token_budget(place) if token_budget is None else token_budget
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be {', '.join(WEIGHTS)}, got {weights!r}")
-    if memory_budget is not None and weights == "resident":
-        raise ValueError(
-            f"memory_budget must be left out with resident weights, got {memory_budget}"
-        )
-    memory_bytes = None if memory_budget is None else parse_bytes(memory_budget)
+    memory_bytes = check_budget(weights, memory_budget)
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
     if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:
         raise ValueError(
@@ -255,7 +248,7 @@ def prepare(
         per_token=per_token,
         metadata=dict(metadata or {}),
         partial=partial,
-        verification=_verification(source, verify),
+        verification=_verification(source, verify, loading),
     )
 
 
@@ -300,12 +293,14 @@ def _bar(
     return progress_bar(name, done=done, total=total, show=show)
 
 
-def _verification(source: ModelSource, verify: bool | str | PathLike[str]) -> Verification | None:
+def _verification(
+    source: ModelSource, verify: bool | str | PathLike[str], loading: LoadingStatistics
+) -> Verification | None:
     if verify is False:
         return None
     if source.checkpoint is None:
         raise ValueError(f"verify must be False for a loaded model, got {verify!r}")
-    return Verification(source.checkpoint, None if verify is True else Path(verify))
+    return Verification(source.checkpoint, None if verify is True else Path(verify), loading)
 
 
 @contextlib.contextmanager

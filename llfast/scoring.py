@@ -85,7 +85,7 @@ def score(
         partial: a file in which finished texts are kept while the run goes on, so that a killed
             run can continue with the same bits; remove it once the result is stored.
         progress: show a bar; None means if standard error is a terminal.
-        loading: filled in with what paging took, while it goes on.
+        loading: filled in with what paging and verifying take, while it goes on.
 
     Returns:
         (N,) log-likelihoods in nats, with all that names how they were made.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,20 +13,27 @@ from typing import Self
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, LlfastError
+from .paging import LoadingStatistics
 
+# The digest alone takes 0.56 s of a core a GB here, reading like this 0.09 s more. Past the page
+# cache it is 0.02 s less, at half the rate; and pages find in the cache what was verified before
+# them, so that a cold paged run reads 1.3 to 1.6 times its bytes from the disk, not twice.
 _CHUNK_BYTES = 8 << 20
 
 
 class Verification:
     """sha256 of every byte of a checkpoint's weights, in a thread of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, manifest: Path | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, manifest: Path | None, statistics: LoadingStatistics
+    ) -> None:
         """Begin with `with`.
 
         Args:
             checkpoint: what is verified.
             manifest: as `sha256sum` writes it; None for the names that the Hub's cache gives to
                 files, which are their digests.
+            statistics: filled in with what it takes.
 
         Raises:
             CheckpointError: if a weight file has no digest to be compared with.
@@ -42,6 +50,7 @@ class Verification:
                     "manifest made by `sha256sum`"
                 )
             self._expected[path] = digest
+        self._statistics = statistics
         self._error: Exception | None = None
         self._stop = threading.Event()
 
@@ -74,11 +83,14 @@ class Verification:
             CheckpointError: if a file is not what it should be.
         """
         if wait:
+            start = time.perf_counter()
             self._thread.join()
+            self._statistics.verify_wait_seconds += time.perf_counter() - start
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
+        start = time.perf_counter()
         try:
             for path, expected in self._expected.items():
                 found = self._digest(path)
@@ -89,6 +101,8 @@ class Verification:
                     return
         except OSError as error:
             self._error = error
+        finally:
+            self._statistics.verify_seconds += time.perf_counter() - start
 
     def _digest(self, path: Path) -> str | None:
         """None if it was told to stop."""
@@ -99,6 +113,7 @@ class Verification:
                 if self._stop.is_set():
                     return None
                 digest.update(buffer[:count])
+                self._statistics.verified_bytes += count
         return digest.hexdigest()
 
 

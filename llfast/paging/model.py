@@ -17,9 +17,10 @@ from llfast.linear import linear_path
 from llfast.safetensors_file import StoredTensor
 from llfast.traits import probe_tokens
 
-from .members import Member
+from .members import Member, Plan
 from .pages import Pages
 from .questions import Run
+from .room import Room, share_out
 from .sharing import find_equals
 from .skeleton import Skeleton, why_not
 from .statistics import LoadingStatistics
@@ -27,8 +28,6 @@ from .suspended import stops
 from .units import find_units
 from .waves import Waves
 from .weights import Weights
-
-_ROOM_FOR_WORK = 1.1  # times the weights, where all of them are to stay
 
 
 class PagedModel:
@@ -80,6 +79,16 @@ class PagedModel:
             equals=equals,
         )
 
+    def room(self, memory_bytes: int, *, may_keep: bool) -> Room:
+        """How `open_waves` would share memory out; reads no weights.
+
+        Raises:
+            ValueError: if `memory_bytes` does not hold two pages.
+        """
+        with Pages(self.checkpoint.weights, self.device, LoadingStatistics()) as pages:
+            plan = Plan([self.member({})], pages.slot_bytes)
+            return share_out(plan, memory_bytes, may_keep=may_keep, name=self.name)
+
 
 @contextmanager
 def open_waves(
@@ -117,18 +126,10 @@ def open_waves(
     with ExitStack() as stack:
         pages = stack.enter_context(Pages(files, models[0].device, statistics))
         weights = Weights(members, pages, statistics, rows=rows)
-        plan = weights.plan
-        weights.keep = (
-            may_keep and len(members) == 1 and plan.kept_bytes * _ROOM_FOR_WORK <= memory_bytes
-        )
-        room = memory_bytes - (plan.kept_bytes if weights.keep else plan.paged_bytes)
-        if room <= 0:
-            what = models[0].name if len(models) == 1 else f"{len(models)} models"
-            raise ValueError(
-                f"memory_budget must hold two pages of {what}, whose largest is "
-                f"{plan.largest.name} with {plan.largest.nbytes:,} bytes, and what stays in "
-                f"memory, got {memory_bytes:,}; it takes more than {plan.paged_bytes:,}"
-            )
+        name = models[0].name if len(models) == 1 else f"{len(models)} models"
+        may_keep = may_keep and len(models) == 1
+        room = share_out(weights.plan, memory_bytes, may_keep=may_keep, name=name)
+        weights.keep = room.keeps_weights
         stack.enter_context(weights)
         for member, modules in zip(members, layers, strict=True):
             stack.enter_context(stops(modules, member.units.head.module))
@@ -141,4 +142,4 @@ def open_waves(
             )
             for member, own in zip(members, tokens, strict=True)
         ]
-        yield Waves(runs, weights, statistics, room_bytes=room)
+        yield Waves(runs, weights, statistics, room_bytes=room.states_bytes)

@@ -41,6 +41,9 @@ class LoadingStatistics:
         kept_bytes: weights that stay in memory from the start.
         state_bytes: the most that the suspended forwards of a wave held.
         wave_tokens: the most tokens in a wave, padding included.
+        verified_bytes: of weight files whose sha256 was taken, whichever way a model is run.
+        verify_seconds: how long that took, beside all else.
+        verify_wait_seconds: how long the run waited for it once all texts were scored.
     """
 
     pages: list[PageRead] = field(default_factory=list)
@@ -53,6 +56,9 @@ class LoadingStatistics:
     kept_bytes: int = 0
     state_bytes: int = 0
     wave_tokens: int = 0
+    verified_bytes: int = 0
+    verify_seconds: float = 0.0
+    verify_wait_seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:

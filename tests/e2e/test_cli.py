@@ -1,6 +1,7 @@
 """Every command, from its arguments to what it prints, against what the library returns."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -149,6 +150,58 @@ def test_dry_run_counts_what_scoring_then_does(command, checkpoints, texts, text
         for shown in (f"{each['parameters']:,}", f"{each['tokens']:,}", "KiB", " 0.0 s "):
             assert shown in line
     assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+def test_dry_run_says_which_way_the_run_then_goes(command, checkpoints, texts_file, tmp_path):
+    arguments = ["score", checkpoints / "llama", "--texts", texts_file]
+    ways = {"--weights paged": "paged", "--weights resident": "resident", "": "kept"}
+    for options, way in ways.items():
+        estimate = command(*arguments, "--dry-run", "--json", *options.split()).json[0]
+        assert estimate["weights"] == way
+        store = Store(tmp_path / way)
+        assert command(*arguments, "--store", store.folder, *options.split()).code == 0
+        assert store.load(store.rows()[0]).provenance["weights"] == way
+        shown = command(*arguments, "--dry-run", *options.split()).out
+        assert f" {way} " in shown
+        assert ("a wave" in shown, " over " in shown) == (way == "paged",) * 2
+        if way == "paged":
+            least = estimate["weights_bytes"]
+    for budget, taken in ((least, False), (least + 1, True)):
+        given = ("--weights", "paged", "--memory-budget", budget)
+        runs = (
+            command(*arguments, "--dry-run", *given),
+            command(*arguments, "--store", tmp_path / str(budget), *given),
+        )
+        assert [run.code for run in runs] == [0 if taken else 1] * 2
+        if not taken:
+            reason = runs[0].error.removeprefix("llfast: error: ")
+            assert f"got {least:,}; it takes more than {least:,}" in reason
+            assert reason in runs[1].out
+    run = command(*arguments, "--dry-run", "--weights", "resident", "--memory-budget", "1GiB")
+    assert "memory_budget must be left out with resident weights" in run.error
+
+
+@pytest.mark.parametrize("weights", ["auto", "paged"])
+def test_what_verifying_took_is_told(command, checkpoints, texts_file, tmp_path, weights):
+    path = checkpoints / "llama" / "model.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "sums").write_text(f"{digest}  {path.name}\n")
+
+    def score(store, *options):
+        arguments = ("score", path.parent, "--texts", texts_file, "--weights", weights, "--store")
+        return command(*arguments, tmp_path / store, *options)
+
+    verified = ("--manifest", tmp_path / "sums")
+    (facts,) = score("json", *verified, "--json").json
+    assert set(facts["verified"]) == {"bytes", "seconds", "waited_seconds"}
+    assert facts["verified"]["bytes"] == path.stat().st_size
+    assert 0 < facts["verified"]["seconds"] < facts["seconds"]
+    assert 0 < facts["verified"]["waited_seconds"] < facts["seconds"]
+    assert ("paged" in facts) == (weights == "paged")
+    told = r", [\d.]+ KiB verified meanwhile in [\d.]+ s, waited [\d.]+ s for that\n$"
+    assert re.search(told, score("lines", *verified).out)
+    assert "verified" not in score("plain-json", "--json").json[0]
+    assert "verified" not in score("plain").out
 
 
 def test_search_finds_what_the_index_finds(command, filled, space):

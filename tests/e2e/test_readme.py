@@ -75,6 +75,26 @@ def test_tables_are_what_the_results_say(monkeypatch):
         assert readme.with_tables(page) == page
 
 
+def test_what_verifying_costs_is_told_once_it_is_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    def told(verify):
+        found = {name: each for name, each in readme.load("loading").items() if name != "verify"}
+        return readme.loading(found if verify is None else {**found, "verify": verify})[-1]
+
+    case = {
+        "tokens": 4096,
+        "over_plain": {"median": 1.234, "min": 1.1, "max": 1.301},
+        "verify_seconds": {"median": 4.26, "min": 4.0, "max": 5.0},
+        "wait_seconds": {"median": 0.51, "min": 0.0, "max": 0.6},
+    }
+    assert "--verify" not in told(None)
+    line = "4,096 tokens take 1.23 (1.10 to 1.30) of what they take without, and wait 0.5 s for "
+    assert f"(`--verify`), {line}digests that take 4.3 s. torch" in told([case])
+    assert told([case, {**case, "tokens": 16}]).count("and wait 0.5 s") == 2
+
+
 def test_files_named_are_there():
     named = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert named

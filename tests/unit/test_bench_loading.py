@@ -1,12 +1,16 @@
 """The benchmark of loading, on a checkpoint of a few kilobytes."""
 
+import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import llfast
 from llfast.bench import loading
 from llfast.checkpoint import Checkpoint
+from llfast.verify import read_manifest
+from tests.conftest import ROOT
 from tests.tiny import make_model, make_tokenizer, save
 
 
@@ -49,3 +53,33 @@ def test_rates_are_shown_side_by_side(found, capsys):
 def test_what_cannot_be_measured(tmp_path):
     with pytest.raises(llfast.CheckpointError, match="must be a checkpoint folder"):
         loading.measure(str(tmp_path / "nothing"))
+
+
+def test_runs_with_and_without_verifying_take_turns(tmp_path, monkeypatch):
+    """The benchmark's part for `--verify`, with runs that say how long they took."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from loading_verify import measure_verify
+
+    shards = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for number, path in enumerate(shards):
+        path.write_bytes(bytes([number]) * 1000)
+    seconds = iter((2.0, 3.0, 4.0, 4.0, 10.0, 20.0))
+    asked = []
+
+    def run(provider, size, verify=None):
+        asked.append((provider, size, verify))
+        extra = {"verified_bytes": 2000, "verify_seconds": 1.5, "verify_wait_seconds": 0.5}
+        return {"seconds": next(seconds), "disk_bytes": 3000 if verify else 2000, "extra": extra}
+
+    bench = SimpleNamespace(shards=shards, folder=tmp_path / "c", repetitions=3, run=run)
+    (case,) = measure_verify(bench, [(8, 64)])
+    manifest = str(tmp_path / "c.sha256")
+    assert asked == [("llfast", (8, 64), None), ("llfast", (8, 64), manifest)] * 3
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
+    assert read_manifest(tmp_path / "c.sha256") == digests
+    assert (case["tokens"], case["verified_bytes"]) == (512, 2000)
+    assert case["plain_seconds"] == {"median": 4.0, "min": 2.0, "max": 10.0}
+    assert case["verified_seconds"] == {"median": 4.0, "min": 3.0, "max": 20.0}
+    assert case["over_plain"] == {"median": 1.5, "min": 1.0, "max": 2.0}, "within a repetition"
+    assert case["disk_bytes_over_plain"]["median"] == 1.5
+    assert case["wait_seconds"]["median"] == 0.5

@@ -2,14 +2,17 @@
 
 import hashlib
 import shutil
+import threading
+import time
 
 import pytest
 
 import llfast
 import llfast.models
 import llfast.partial
-from llfast import CheckpointError
-from llfast.verify import read_manifest
+from llfast import CheckpointError, LoadingStatistics
+from llfast.checkpoint import Checkpoint
+from llfast.verify import Verification, read_manifest
 from tests.tiny import TEXTS, make_model, make_tokenizer, save
 
 
@@ -71,6 +74,51 @@ def test_wrong_bytes_give_no_result_and_are_not_kept(folder, tmp_path, weights):
     with pytest.raises(CheckpointError, match=r"must have the sha256 \w{64}, got"):
         llfast.score(folder, TEXTS, weights=weights, verify=manifest, partial=partial)
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("weights", ["resident", "auto", "paged"])
+def test_what_it_took_is_measured(folder, weights):
+    """Every byte of the files is read once, their headers too, and no time is made up."""
+    size = (folder / "model.safetensors").stat().st_size
+    options = {"verify": manifest_of(folder), "weights": weights}
+    loading = LoadingStatistics()
+    start = time.perf_counter()
+    llfast.score(folder, TEXTS, loading=loading, **options)
+    seconds = time.perf_counter() - start
+    assert loading.verified_bytes == size
+    assert 0 < loading.verify_seconds < seconds
+    assert 0 < loading.verify_wait_seconds < seconds
+    llfast.score(folder, TEXTS, loading=loading, **options)
+    assert loading.verified_bytes == 2 * size, "it grows"
+    llfast.score(folder, TEXTS, loading=(plain := LoadingStatistics()), weights=weights)
+    assert (plain.verified_bytes, plain.verify_seconds, plain.verify_wait_seconds) == (0, 0, 0)
+
+
+def test_what_is_waited_for_is_what_was_left_to_hash(folder, monkeypatch):
+    """A thread that does not get on until it is waited for, on a clock that only it moves."""
+    now = [0.0]
+    began, waited_for = threading.Event(), threading.Event()
+    digest_of, join = Verification._digest, threading.Thread.join
+
+    def hold(self, path):
+        began.set()
+        waited_for.wait(60)
+        now[0] += 7.0
+        return digest_of(self, path)
+
+    def release(self, timeout=None):
+        waited_for.set()
+        join(self, timeout)
+
+    monkeypatch.setattr("llfast.verify.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Verification, "_digest", hold)
+    loading = LoadingStatistics()
+    with Verification(Checkpoint.open(folder), manifest_of(folder), loading) as verification:
+        began.wait(60)
+        now[0] = 3.0  # texts are scored
+        monkeypatch.setattr(threading.Thread, "join", release)
+        verification.check(wait=True)
+    assert (loading.verify_seconds, loading.verify_wait_seconds) == (10.0, 7.0)
 
 
 def test_wrong_bytes_in_the_hub_cache(folder):
