@@ -131,8 +131,9 @@ def score(
 
 def score_many(
     models: Sequence[Any],
-    texts: TextSet | Iterable[str],
+    texts: TextSet | Iterable[str] | None = None,
     *,
+    token_ids: Sequence[Any] | None = None,
     convention: str = "paper",
     dtype: str = "auto",
     device: str = "auto",
@@ -159,6 +160,7 @@ def score_many(
         models: each is what `score` takes; for a name, revision or adapter of its own, what
             `models.open_model` returns.
         texts: as for `score`, and so are:
+        token_ids: of all texts, the same for every model.
         convention: which tokens are fed and scored.
         dtype: "auto" or a dtype.
         device: "auto" or a device.
@@ -190,13 +192,14 @@ def score_many(
     for name, given in (("metadata", metadata), ("partials", partials)):
         if given is not None and len(given) != len(sources):
             raise ValueError(f"{name} must be one a model ({len(sources)}), got {len(given)}")
-    texts = texts if isinstance(texts, TextSet) else TextSet.from_texts(texts)
+    if texts is not None and not isinstance(texts, TextSet):
+        texts = TextSet.from_texts(texts)
     loading = LoadingStatistics() if loading is None else loading
     runs = [
         prepare(
             source,
             texts,
-            token_ids=None,
+            token_ids=token_ids,
             convention=convention,
             dtype=dtype,
             device=device,

@@ -7,6 +7,7 @@ import torch
 
 import llfast
 from llfast.paging import units
+from tests.families import make_family
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import TEXTS, make_model, make_tokenizer, save
 
@@ -26,6 +27,21 @@ def test_paged_equals_resident(tmp_path, monkeypatch, kind, dtype):
         result, statistics = score_paged(folder, TEXTS, memory_budget=budget, **options)
         check_same(result, expected)
         assert statistics.nbytes > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_relatives_together(tmp_path, monkeypatch, kind):
+    for limit in LIMITS:
+        monkeypatch.setattr(units, limit, 0)
+    changes = [(seed, lambda name: "layers.1." in name) for seed in range(3)]
+    folders = make_family(tmp_path, kind, make_tokenizer(adds_bos=True), changes)
+    loading = llfast.LoadingStatistics()
+    options = {**OPTIONS, "weights": "paged", "per_token": True}
+    for result, folder in zip(
+        llfast.score_many(folders, TEXTS, loading=loading, **options), folders, strict=True
+    ):
+        check_same(result, llfast.score(folder, TEXTS, **options))
+    assert loading.shared_bytes > 0
 
 
 def test_memory_is_given_back(tmp_path):

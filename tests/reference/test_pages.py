@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class Files:
     """As much of a checkpoint as pages ask for."""
 
     weights: tuple[Path, ...]
+    pages: dict = field(default_factory=dict)  # that were asked for, by their names
 
     @property
     def tensors(self):
@@ -54,7 +55,7 @@ def same_bits(one, other):
 
 
 def pages_of(files):
-    return Pages(files, torch.device("cpu"), LoadingStatistics())
+    return Pages(files.weights, torch.device("cpu"), LoadingStatistics())
 
 
 def plain_file(path, tensors):
@@ -90,7 +91,10 @@ def files(tmp_path):
 
 
 def page(files, *names):
-    return tensors_page("+".join(names), [files.tensors[name] for name in names])
+    if names not in files.pages:
+        tensors = [files.tensors[name] for name in names]
+        files.pages[names] = tensors_page("+".join(names), tensors)
+    return files.pages[names]
 
 
 def truth(files):
@@ -182,7 +186,7 @@ def test_single_rows(files):
         for rows in ([3], [0, 40], list(range(41)), [7, 7, 2], []):
             found = pages.rows(files.tensors["1.1"], np.array(rows, dtype=np.int64))
             same_bits(found, expected[rows])
-        assert pages._statistics.rows_bytes == (1 + 2 + 41 + 3) * 50 * 4
+        assert pages.statistics.rows_bytes == (1 + 2 + 41 + 3) * 50 * 4
 
 
 def test_rows_stay_when_the_reader_is_gone(files):
@@ -207,9 +211,9 @@ def test_two_slots_take_turns(files):
             del found
             pages.release(page(files, name))
         largest = max(pages.slot_bytes(page(files, name)) for name in names)
-        assert pages._statistics.slot_bytes <= 2 * largest
-        assert len(pages._free) <= 2
-        assert [read.name for read in pages._statistics.pages] == names
+        assert pages.statistics.slot_bytes <= 2 * largest
+        assert len(pages._slots) <= 2
+        assert [read.name for read in pages.statistics.pages] == names
 
 
 def test_a_page_is_not_written_over_before_it_is_released(files):
@@ -236,8 +240,8 @@ def test_another_page_than_was_read_ahead(files):
             found = pages.take(page(files, right))
             same_bits(found[right], truth(files)[right])
             pages.release(page(files, right))
-        assert [read.name for read in pages._statistics.pages] == ["0.1", "1.1", "0.2"]
-        assert len(pages._free) <= 2
+        assert [read.name for read in pages.statistics.pages] == ["0.1", "1.1", "0.2"]
+        assert len(pages._slots) <= 2
 
 
 def test_wrong_guesses_are_not_kept(files):
@@ -247,7 +251,7 @@ def test_wrong_guesses_are_not_kept(files):
         for right, wrong in zip(names[::2], names[1::2], strict=True):
             pages.read_ahead(page(files, wrong), keep=True)
             same_bits(pages.take(page(files, right), keep=True)[right], truth(files)[right])
-        assert sum(slot.nbytes for slot in pages._free) <= 2 * pages.slot_bytes(page(files, "0.5"))
+        assert sum(slot.nbytes for slot in pages._slots) <= 2 * pages.slot_bytes(page(files, "0.5"))
 
 
 def test_a_page_is_taken_once_and_given_back(files):
@@ -260,6 +264,28 @@ def test_a_page_is_taken_once_and_given_back(files):
             pages.release(page(files, "0.0"))
         with pytest.raises(KeyError):
             pages.release(page(files, "0.1"))
+
+
+def test_additions_lie_beside_pages(files):
+    """In slots of their own, of their own size."""
+    expected = truth(files)
+    with pages_of(files) as pages:
+        for name, addition in (("0.5", "1.0"), ("0.4", "1.1"), ("0.3", "1.0")):
+            large = page(files, name, "1.5")
+            small = Page(f"{addition} of another", page(files, addition).parts, is_addition=True)
+            found = pages.take(large)
+            pages.read_ahead(small)
+            added = pages.take(small)
+            pages.read_ahead(page(files, "0.2", "1.4"))
+            same_bits(found[name], expected[name])
+            same_bits(added[addition], expected[addition])
+            del found, added
+            pages.release(large)
+            pages.release(small)
+        largest = pages.slot_bytes(page(files, "0.5", "1.5"))
+        addition = pages.slot_bytes(page(files, "1.1"))
+        assert pages.statistics.slot_bytes <= 2 * (largest + addition)
+        assert sum(slot.nbytes for slot in pages._slots) <= 2 * (largest + addition)
 
 
 def test_memory_outlives_the_reader_and_not_the_tensors(files):
