@@ -43,7 +43,8 @@ def requests(folders, **fields):
 def rows(store, texts):
     """What a store says of each model: all that it keeps, but not how weights came."""
     found = {}
-    for result in map(store.load, store.rows(texts.digest)):
+    complete = (row for row in store.rows(texts.digest) if row.error is None)
+    for result in map(store.load, complete):
         provenance = {**result.provenance, "weights": ""}
         facts = result.revision, result.metadata, provenance
         found[result.model] = result.values.tobytes(), *facts
