@@ -54,7 +54,7 @@ class PagedModel:
         """
         self._checkpoint = checkpoint
         self._name = name
-        self._skeleton = Skeleton(checkpoint.tensors, config, dtype=dtype, device=device, name=name)
+        self._skeleton = Skeleton(checkpoint.plain, config, dtype=dtype, device=device, name=name)
         if self._skeleton.converts and (problem := why_not()) is not None:
             raise CannotPageError(
                 f"{name} must be loaded whole by transformers {transformers.__version__}, whose "

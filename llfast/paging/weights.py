@@ -101,7 +101,7 @@ class Weights:
         kept = sum(places[name].empty.nbytes for name in self._units.kept_places)
         copies = [0]  # of one page: converted, and packed
         for unit in self._units.layers:
-            converted = 0 if self._skeleton.is_as_stored(unit.places) else 1
+            converted = self._skeleton.copies(unit.places)
             nbytes = sum(places[name].empty.nbytes for name in unit.places)
             copies.append((converted + packed) * nbytes)
         for tile in self._tiles:

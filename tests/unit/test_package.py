@@ -8,8 +8,8 @@ import llfast
 PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
-    "errors memory files cache texts results batches kernels safetensors_file checkpoint "
-    "processor dtypes loading models head forward linear paging traits partial progress "
+    "errors memory files cache texts results batches kernels safetensors_file quantised checkpoint "
+    "processor dtypes dequantise loading models head forward linear paging traits partial progress "
     "devices borrowing batchwise engines verify scoring shards store importing intervals "
     "mixed spacefile space search estimate fleet nearest mapping zoo_corpora zoo_training "
     "zoo_plan zoo demo output about cli_options bench cli_bench cli __main__"

@@ -1,0 +1,91 @@
+"""Quantised weights turned back into plain ones, as transformers dequantises them.
+
+The same function does it for a model that is loaded whole and for a page of one, so both have the
+same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .quantised import QuantisedWeight
+from .safetensors_file import short
+
+_ROWS_AT_ONCE = 256  # so that what is in fp32 meanwhile stays small
+
+
+class LazyWeight:
+    """Stands in for a weight in what transformers loads; dequantised when it is asked for.
+
+    Attributes:
+        shape: of the weight.
+    """
+
+    def __init__(self, weight: QuantisedWeight, stored: Mapping[str, Any]) -> None:
+        """Prepare.
+
+        Args:
+            weight: which one.
+            stored: tensors, or slices of a file, by name.
+        """
+        self.shape = weight.shape
+        self._weight = weight
+        self._parts = [stored[part.name] for part in weight.parts]
+
+    def __getitem__(self, _: object) -> LazyWeight:
+        return self
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The weight's numbers.
+
+        Raises:
+            CheckpointError: if scales are not finite.
+        """
+        numbers, scales = (part[...].to(device) for part in self._parts)
+        return dequantise(self._weight, numbers, scales, dtype or torch.float32)
+
+
+def dequantise(
+    weight: QuantisedWeight, numbers: Tensor, scales: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Numbers times scales in fp32, rounded once.
+
+    Equals transformers' `Fp8Dequantize` wherever that takes the blocks for what they are.
+
+    Raises:
+        CheckpointError: if scales are not finite.
+    """
+    if scales.dtype == torch.uint8:  # exponents of two
+        scales = scales.view(torch.float8_e8m0fnu)
+    scales = scales.float()
+    if not scales.isfinite().all():
+        part = weight.parts[1]
+        raise CheckpointError(
+            f"{part.path}'s {short(part.name)} must be finite, for it scales weights, got "
+            f"{scales[~scales.isfinite()][0].item()}; download or save it again"
+        )
+    rows, columns = weight.shape[-2:]
+    height, width = weight.block
+    plain = torch.empty(weight.shape, dtype=dtype, device=numbers.device)
+    if not plain.numel():
+        return plain
+    matrices = zip(
+        plain.view(-1, rows, columns),
+        numbers.reshape(-1, rows, columns),
+        scales.reshape(-1, -(-rows // height), -(-columns // width)),
+        strict=True,
+    )
+    for to, given, scale in matrices:
+        of_row = scale.repeat_interleave(height, 0)
+        for first in range(0, rows, _ROWS_AT_ONCE):
+            strip = slice(first, first + _ROWS_AT_ONCE)
+            of_number = of_row[strip].repeat_interleave(width, 1)[:, :columns]
+            to[strip] = given[strip].float().mul_(of_number[: len(given[strip])])
+    return plain
