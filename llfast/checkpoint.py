@@ -60,6 +60,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: if something is missing or damaged.
+            MissingDependencyError: if its weights take a package that is not there.
             UnsupportedModelError: for adapters, GGUF files, weights quantised in a way that is not
                 turned back, and pickles unless allowed.
         """

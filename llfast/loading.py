@@ -16,9 +16,9 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import Checkpoint
-from .dequantise import LazyWeight
 from .errors import CheckpointError, LlfastWarning, MissingDependencyError
 from .quantised import QuantisedWeight
+from .quantised.dequantise import LazyWeight
 
 _QUIET_LOCK = threading.Lock()
 _BEFORE: list[tuple[int, bool]] = []  # verbosity and bars, once for each that is quiet

@@ -16,11 +16,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llfast.dequantise import LazyWeight
 from llfast.dtypes import STORED_DTYPES
 from llfast.errors import CannotPageError, CheckpointError
 from llfast.loading import one_line, quiet, refuse_incomplete
 from llfast.quantised import QuantisedWeight
+from llfast.quantised.dequantise import LazyWeight
 from llfast.safetensors_file import StoredTensor
 
 # Models that change their weights in a forward, which a page does not outlive.

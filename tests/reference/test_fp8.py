@@ -12,13 +12,13 @@ import transformers
 import llfast
 from llfast import CheckpointError, loading
 from llfast.checkpoint import Checkpoint
-from llfast.dequantise import dequantise
 from llfast.dtypes import fast_dtype
 from llfast.errors import CannotPageError
 from llfast.models import open_model
 from llfast.paging import units
 from llfast.paging.skeleton import Skeleton
-from llfast.quantised import QuantisedWeight
+from llfast.quantised.dequantise import multiplied
+from llfast.quantised.weight import Fp8Weight
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.quantised import KINDS, edit, is_quantised, quantise, save_fp8, save_plain, spread
 from tests.tiny import TEXTS, make_model, make_tokenizer, one_thread, quiet
@@ -147,14 +147,14 @@ def test_every_layer_pages_alone(plain, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(3, 300, 200), (576, 192), (1, 1), (0, 5), (128, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dequantise(shape, dtype):
+def test_multiplied(shape, dtype):
     torch.manual_seed(0)
     numbers = torch.randn(shape).to(torch.float8_e4m3fn)
     grid = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
     scales = torch.rand(grid)
     expected = (numbers.float() * spread(scales, shape, (128, 128))).to(dtype)
-    weight = QuantisedWeight("w", shape, (), (128, 128))
-    found = dequantise(weight, numbers, scales, dtype)
+    weight = Fp8Weight("w", shape, (), (128, 128))
+    found = multiplied(weight, numbers, scales, dtype)
     assert found.dtype == dtype
     assert torch.equal(found, expected)
 

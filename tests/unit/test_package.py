@@ -9,7 +9,7 @@ PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
     "errors memory files cache texts results batches kernels safetensors_file quantised checkpoint "
-    "processor dtypes dequantise loading models head forward linear paging traits partial progress "
+    "processor dtypes loading models head forward linear paging traits partial progress "
     "devices borrowing batchwise engines verify scoring shards store importing intervals "
     "mixed spacefile space search estimate fleet nearest mapping zoo_corpora zoo_training "
     "zoo_plan zoo demo output about cli_options bench cli_bench cli __main__"
@@ -17,6 +17,7 @@ ORDER = (
 ONLY_IN = {
     "faiss": {"search"},
     "peft": {"loading"},
+    "compressed_tensors": {"quantised"},
     "matplotlib": {"mapping"},
     "adjustText": {"mapping"},
     "transformers": {"linear", "loading", "models", "paging", "scoring", "zoo_training"},

@@ -6,15 +6,16 @@ same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
-from .quantised import QuantisedWeight
-from .safetensors_file import short
+from llfast.errors import CheckpointError
+from llfast.safetensors_file import short
+
+from .weight import CompressedWeight, Fp8Weight, QuantisedWeight
 
 _ROWS_AT_ONCE = 256  # so that what is in fp32 meanwhile stays small
 
@@ -48,20 +49,16 @@ class LazyWeight:
         Raises:
             CheckpointError: if scales are not finite.
         """
-        numbers, scales = (part[...].to(device) for part in self._parts)
-        return dequantise(self._weight, numbers, scales, dtype or torch.float32)
+        parts = [part[...].to(device) for part in self._parts]
+        dtype = torch.float32 if dtype is None else dtype
+        _refuse_infinite(self._weight, parts[1])
+        if isinstance(self._weight, Fp8Weight):
+            return multiplied(self._weight, parts[0], parts[1], dtype)
+        assert isinstance(self._weight, CompressedWeight)
+        return decompressed(self._weight, parts).to(dtype)
 
 
-def dequantise(
-    weight: QuantisedWeight, numbers: Tensor, scales: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Numbers times scales in fp32, rounded once.
-
-    Equals transformers' `Fp8Dequantize` wherever that takes the blocks for what they are.
-
-    Raises:
-        CheckpointError: if scales are not finite.
-    """
+def _refuse_infinite(weight: QuantisedWeight, scales: Tensor) -> None:
     if scales.dtype == torch.uint8:  # exponents of two
         scales = scales.view(torch.float8_e8m0fnu)
     scales = scales.float()
@@ -71,6 +68,16 @@ def dequantise(
             f"{part.path}'s {short(part.name)} must be finite, for it scales weights, got "
             f"{scales[~scales.isfinite()][0].item()}; download or save it again"
         )
+
+
+def multiplied(weight: Fp8Weight, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers times scales in fp32, rounded once.
+
+    Equals transformers' `Fp8Dequantize` wherever that takes the blocks for what they are.
+    """
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    scales = scales.float()
     rows, columns = weight.shape[-2:]
     height, width = weight.block
     plain = torch.empty(weight.shape, dtype=dtype, device=numbers.device)
@@ -88,4 +95,21 @@ def dequantise(
             strip = slice(first, first + _ROWS_AT_ONCE)
             of_number = of_row[strip].repeat_interleave(width, 1)[:, :columns]
             to[strip] = given[strip].float().mul_(of_number[: len(given[strip])])
+    return plain
+
+
+def decompressed(weight: CompressedWeight, parts: Sequence[Tensor]) -> Tensor:
+    """What compressed-tensors makes of it, in the dtype of its scales.
+
+    The package does it with each layer of a model by itself, and so it is done here.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    prefix = weight.name.removesuffix("weight")
+    named = zip(weight.parts, parts, strict=True)
+    state = {part.name.removeprefix(prefix): tensor for part, tensor in named}
+    compressor: Any = BaseCompressor.get_value_from_registry(weight.format)
+    scheme = QuantizationScheme.model_validate(weight.scheme)
+    plain: Tensor = compressor.decompress(state, scheme)["weight"]
     return plain
