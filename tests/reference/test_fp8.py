@@ -17,7 +17,7 @@ from llfast.errors import CannotPageError
 from llfast.models import open_model
 from llfast.paging import units
 from llfast.paging.skeleton import Skeleton
-from llfast.quantised.dequantise import multiplied
+from llfast.quantised.dequantise import in_fp32, multiplied
 from llfast.quantised.weight import Fp8Weight
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.quantised import KINDS, edit, is_quantised, quantise, save_fp8, save_plain, spread
@@ -181,6 +181,21 @@ def test_files_are_asked_by_one_thread(plain, tmp_path, monkeypatch):
     folder = save_fp8(plain("llama"), tmp_path / "m")
     open_model(folder).load(torch.bfloat16, torch.device("cpu"))
     assert set(asked) == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_in_fp32(dtype):
+    """Every number that there is, with and without those that are none."""
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    finite = every[every.float().isfinite()]
+    assert len(finite) == (254 if dtype == torch.float8_e4m3fn else 248)
+    for numbers in (every, finite, finite[:0], finite.reshape(2, -1).T):
+        found = in_fp32(numbers)
+        assert found.dtype == torch.float32
+        assert torch.equal(found.isnan(), numbers.float().isnan())
+        where = ~found.isnan()
+        assert torch.equal(found[where], numbers.float()[where])
+        assert torch.equal(found[where].signbit(), numbers.float()[where].signbit())
 
 
 # ------------------------------------------------------------------------------ what is told
