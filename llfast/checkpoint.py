@@ -11,6 +11,7 @@ from typing import Any
 
 from . import cache
 from .errors import CheckpointError, UnsupportedModelError
+from .quantised import QuantisedWeight, plain_weights, quantisation
 from .safetensors_file import StoredTensor, read_header, refuse_pointer, short, unique_keys
 
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -30,11 +31,14 @@ class Checkpoint:
         config: the content of config.json.
         weights: the weight files, in name order.
         pickled: whether they are pickles rather than safetensors.
-        parameters: stored numbers; 0 if pickled, for then they cannot be counted unread.
+        parameters: stored numbers, without the scales of quantised ones; 0 if pickled, for then
+            they cannot be counted unread.
         weight_bytes: size of the weight files.
         stored_dtype: the safetensors dtype of most parameters ("BF16"); "" if pickled.
+        quantised: how weights are, by transformers' name ("fp8"); "" if they are not.
         state: size, time of change and inode of config and weights when they were looked at.
         tensors: what is stored where, by name, file after file; empty if pickled.
+        plain: the same once quantised weights are turned back, by the names that they then have.
     """
 
     folder: Path
@@ -44,9 +48,11 @@ class Checkpoint:
     parameters: int
     weight_bytes: int
     stored_dtype: str
+    quantised: str
     state: tuple[tuple[int, int, int], ...]
     # There may be a million. What they are follows from the files, which `state` tells apart.
     tensors: Mapping[str, StoredTensor] = field(repr=False, compare=False)
+    plain: Mapping[str, StoredTensor | QuantisedWeight] = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -54,19 +60,20 @@ class Checkpoint:
 
         Raises:
             CheckpointError: if something is missing or damaged.
-            UnsupportedModelError: for adapters, GGUF files, quantised weights, and pickles unless
-                allowed.
+            MissingDependencyError: if its weights take a package that is not there.
+            UnsupportedModelError: for adapters, GGUF files, weights quantised in a way that is not
+                turned back, and pickles unless allowed.
         """
         config = _read_config(folder)
-        if quantised := config.get("quantization_config"):
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise UnsupportedModelError(
-                f"{folder} must hold plain weights, got quantised ones ({method}); use the "
-                "checkpoint that they were made from"
-            )
+        quantised = quantisation(folder, config)
         weights, index = _weight_files(folder, "model.safetensors")
         if not weights:
             pickles = _pickles(folder, allow_pickle)
+            if quantised:
+                raise UnsupportedModelError(
+                    f"{folder} must hold .safetensors weights, for they are quantised "
+                    f"({quantised}), got pickled ones ({pickles[0].name})"
+                )
             state = _state(folder, pickles)
             return cls(
                 folder=folder,
@@ -76,13 +83,16 @@ class Checkpoint:
                 parameters=0,
                 weight_bytes=sum(path.stat().st_size for path in pickles),
                 stored_dtype="",
+                quantised="",
                 state=state,
                 tensors={},
+                plain={},
             )
         state = _state(folder, weights)
         tensors = _stored_tensors(weights, index)
+        plain = plain_weights(folder, config, tensors)
         counts: dict[str, int] = {}
-        for tensor in tensors.values():
+        for tensor in plain.values():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.parameters
         return cls(
             folder=folder,
@@ -92,8 +102,10 @@ class Checkpoint:
             parameters=sum(counts.values()),
             weight_bytes=sum(path.stat().st_size for path in weights),
             stored_dtype=max(counts, key=lambda dtype: counts[dtype], default=""),
+            quantised=quantised,
             state=state,
             tensors=tensors,
+            plain=plain,
         )
 
     def refuse_changes(self) -> None:

@@ -215,7 +215,8 @@ def _why_whole(source: ModelSource) -> str | None:
         return "pickled weights"
     if source.adapter is not None:
         return "a LoRA adapter"
-    return "one with code of its own" if "auto_map" in source.checkpoint.config else None
+    brings_code = source.trust_remote_code and "auto_map" in source.checkpoint.config
+    return "one with code of its own" if brings_code else None
 
 
 def _skeleton(job: Job) -> PagedModel:

@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, LlfastWarning, MissingDependencyError
+from .quantised import QuantisedWeight
+from .quantised.dequantise import LazyWeight
 
 _QUIET_LOCK = threading.Lock()
 _BEFORE: list[tuple[int, bool]] = []  # verbosity and bars, once for each that is quiet
@@ -28,25 +30,54 @@ def load_whole(
     """A model on the CPU with all its weights, and transformers' report of what it found.
 
     Raises:
-        CheckpointError: if transformers cannot read it.
+        CheckpointError: if transformers cannot read it, or scales are not finite.
     """
+    options = {"dtype": dtype, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # `refuse_incomplete` refuses them by name
+    auto = transformers.AutoModelForCausalLM
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=not checkpoint.pickled,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `refuse_incomplete` refuses them by name
-        )
-    except (torch.OutOfMemoryError, MemoryError):
+        if checkpoint.quantised:
+            with torch.device("meta"):
+                kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
+            with _dequantised(checkpoint) as weights:
+                model, report = kind.from_pretrained(
+                    None, config=config, state_dict=weights, **options
+                )
+        else:
+            model, report = auto.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                use_safetensors=not checkpoint.pickled,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
+    except (torch.OutOfMemoryError, MemoryError, CheckpointError):
         raise
     except Exception as error:
         raise CheckpointError(
             f"{name} must be a checkpoint that transformers loads, got: {one_line(error)}"
         ) from error
     return model, report
+
+
+@contextlib.contextmanager
+def _dequantised(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """What transformers asks for weights, by the names of a plain checkpoint; read when asked.
+
+    Not transformers' own way, which cuts some weights into the wrong blocks: see `quantised`.
+    """
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, "pt")) for path in checkpoint.weights}
+        # A slice for each, for they are read in threads, and a file must not be asked by two.
+        stored = {
+            name: files[tensor.path].get_slice(name) for name, tensor in checkpoint.tensors.items()
+        }
+        yield {
+            name: LazyWeight(weight, stored)
+            if isinstance(weight, QuantisedWeight)
+            else stored[name]
+            for name, weight in checkpoint.plain.items()
+        }
 
 
 def refuse_incomplete(name: str, model: Any, report: Mapping[str, Any]) -> None:

@@ -44,7 +44,9 @@ class FolderSource:
         """The dtype asked for, else the checkpoint's own where this device is fast in it."""
         if asked != "auto":
             return parse_dtype(asked)
-        stored: Any = STORED_DTYPES.get(self.checkpoint.stored_dtype)
+        # Quantised weights run in the dtype that they were made from.
+        kind = "" if self.checkpoint.quantised else self.checkpoint.stored_dtype
+        stored: Any = STORED_DTYPES.get(kind)
         stored = stored or getattr(self.config, "dtype", None)
         return fast_dtype(stored if stored in DTYPES.values() else torch.float32, device)
 
@@ -264,9 +266,10 @@ def _find_folder(
 
 
 def _load_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's, as if its weights were plain: `Checkpoint` knows how they are quantised."""
     with quiet():
         try:
-            return transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
         except Exception as error:
@@ -278,6 +281,10 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
             raise UnsupportedModelError(
                 f"{folder} must have a config that transformers understands, got: {one_line(error)}"
             ) from error
+    for each in (config, config.get_text_config()):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
+    return config
 
 
 def _refuse_other_kinds(name: str, config: Any) -> None:

@@ -110,10 +110,10 @@ class Plan:
         for member in self._members:
             places, head = member.skeleton.places, member.units.head
             for unit in member.units.layers:
-                is_copied = not member.skeleton.is_as_stored(unit.places)
-                is_copied |= in_other_places(unit.sources, member.equals)
+                is_moved = in_other_places(unit.sources, member.equals)
+                converted = max(member.skeleton.copies(unit.places), is_moved)
                 nbytes = sum(places[name].empty.nbytes for name in unit.places)
-                copies.append((is_copied + (member.linear == PACKED)) * nbytes)
+                copies.append((converted + (member.linear == PACKED)) * nbytes)
             if STORED_DTYPES.get(head.weight.dtype) != head.dtype:
                 tiles = self.tiles[member.read(head.weight)]
                 shapes = (tile.parts["weight"].shape for tile in tiles)

@@ -57,7 +57,7 @@ class PagedModel:
             CannotPageError: if it cannot be paged; `score` can load it whole.
         """
         self.checkpoint, self.device, self.name = checkpoint, device, name
-        self._skeleton = Skeleton(checkpoint.tensors, config, dtype=dtype, device=device, name=name)
+        self._skeleton = Skeleton(checkpoint.plain, config, dtype=dtype, device=device, name=name)
         if self._skeleton.converts and (problem := why_not()) is not None:
             raise CannotPageError(
                 f"{name} must be loaded whole by transformers {transformers.__version__}, whose "

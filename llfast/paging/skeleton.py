@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from llfast.dtypes import STORED_DTYPES
 from llfast.errors import CannotPageError, CheckpointError
 from llfast.loading import one_line, quiet, refuse_incomplete
+from llfast.quantised import QuantisedWeight
+from llfast.quantised.dequantise import LazyWeight
 from llfast.safetensors_file import StoredTensor
 
 # Models that change their weights in a forward, which a page does not outlive.
@@ -66,7 +68,7 @@ class Skeleton:
 
     def __init__(
         self,
-        tensors: Mapping[str, StoredTensor],
+        weights: Mapping[str, StoredTensor | QuantisedWeight],
         config: Any,
         *,
         dtype: torch.dtype,
@@ -76,7 +78,7 @@ class Skeleton:
         """Build the model.
 
         Args:
-            tensors: all that its checkpoint holds.
+            weights: all that its checkpoint holds, by the names of a plain one.
             config: the model's.
             dtype: that it runs in.
             device: where it runs.
@@ -91,7 +93,7 @@ class Skeleton:
             raise CannotPageError(
                 f"{name} must leave its weights as they are to be paged, got a {config.model_type}"
             )
-        shapes = {key: _Shape(tensor.shape) for key, tensor in tensors.items()}
+        shapes = {key: _Shape(weight.shape) for key, weight in weights.items()}
         try:
             with quiet():
                 with torch.device("meta"):
@@ -117,12 +119,18 @@ class Skeleton:
         first_names = {each: first for first, place in self.places.items() for each in place.names}
         self.sources: dict[str, list[StoredTensor]] = {}
         self._converted: set[str] = set()
+        self._quantised: dict[str, list[QuantisedWeight]] = {}
         try:
             self._config = _loading_config(self.model, dtype, device)
-            for key, target, is_converted in _targets(self.model, self._config, tensors):
+            for key, target, is_converted in _targets(self.model, self._config, weights):
                 if target in first_names:
-                    name = first_names[target]
-                    self.sources.setdefault(name, []).append(tensors[key])
+                    name, weight = first_names[target], weights[key]
+                    sources = self.sources.setdefault(name, [])
+                    if isinstance(weight, QuantisedWeight):
+                        self._quantised.setdefault(name, []).append(weight)
+                        sources.extend(weight.parts)
+                    else:
+                        sources.append(weight)
                     if is_converted:
                         self._converted.add(name)
         except Exception as error:
@@ -133,12 +141,18 @@ class Skeleton:
 
     def is_plain(self, name: str) -> bool:
         """Whether a parameter is stored as it is, under whatever name and in whatever dtype."""
-        return name not in self._converted and len(self.sources.get(name, ())) == 1
+        return len(self.sources.get(name, ())) == 1 and self._is_alone(name)
+
+    def _is_alone(self, name: str) -> bool:
+        """Whether a parameter is one weight of a plain checkpoint, if it may be a quantised one."""
+        quantised = self._quantised.get(name, [])
+        others = len(self.sources.get(name, ())) - sum(len(each.parts) for each in quantised)
+        return name not in self._converted and len(quantised) + others == 1
 
     @property
     def converts(self) -> bool:
         """Whether stored tensors are put together or taken apart."""
-        return not all(self.is_plain(name) for name in self.sources)
+        return not all(self._is_alone(name) for name in self.sources)
 
     def is_as_stored(self, names: Iterable[str]) -> bool:
         """Whether parameters can be the very bytes of a file."""
@@ -147,6 +161,12 @@ class Skeleton:
             and STORED_DTYPES.get(self.sources[name][0].dtype) == self.places[name].empty.dtype
             for name in names
         )
+
+    def copies(self, names: Iterable[str]) -> int:
+        """How often parameters are in memory beside their page while they are put in place."""
+        names = list(names)
+        is_merged = any(name in self._quantised and not self._is_alone(name) for name in names)
+        return 2 if is_merged else int(not self.is_as_stored(names))
 
     def put(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
         """Put weights in their places, converted as transformers converts them.
@@ -159,20 +179,26 @@ class Skeleton:
         Raises:
             CheckpointError: if they do not fill the places.
         """
-        others = dict(tensors)
+        names = list(names)
+        others: dict[str, Any] = dict(tensors)
+        for weight in (weight for name in names for weight in self._quantised.get(name, ())):
+            for part in weight.parts:
+                del others[part.name]
+            others[weight.name] = LazyWeight(weight, tensors)
         converted = []
         for name in names:
             empty = self.places[name].empty
-            if self.is_plain(name):  # transformers takes 36 ms a layer to say the same
-                tensor = others.pop(self.sources[name][0].name).to(self.device, empty.dtype)
-                self._set(name, tensor)
+            if self._is_alone(name):  # transformers takes 36 ms a layer to say the same
+                key = self._quantised[name][0].name if name in self._quantised else None
+                tensor = others.pop(key or self.sources[name][0].name)
+                self._set(name, tensor.to(self.device, empty.dtype))
             else:
                 self._set(name, empty)  # whose shape and dtype transformers asks for
                 converted.append(name)
         if converted:
             self._convert(converted, others)
 
-    def _convert(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    def _convert(self, names: Sequence[str], tensors: Mapping[str, Any]) -> None:
         """Let transformers fill places of tensors that have to be put together or taken apart."""
         with quiet():
             report, _ = _internals().convert_and_load_state_dict_in_model(

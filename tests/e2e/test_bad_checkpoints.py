@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import llfast
 from llfast import ScoringError, Store
+from tests.quantised import edit, save_fp8
 from tests.tiny import TEXTS, copy_checkpoint, make_model, make_tokenizer, save
 
 
@@ -84,6 +85,16 @@ def adapter(checkpoints, folder):
     (folder / "adapter_config.json").write_text("{}")
 
 
+def gptq(checkpoints, folder):
+    copy_checkpoint(checkpoints / "llama", folder)
+    edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def a_scale_short(checkpoints, folder):
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    save_fp8(checkpoints / "llama", folder, change=lambda tensors: tensors.pop(name))
+
+
 def empty(checkpoints, folder):
     folder.mkdir()
 
@@ -103,6 +114,8 @@ BROKEN = [
     (broken_config, "config.json must be JSON", True),
     (encoder, "must be a causal language model, got BertForMaskedLM", True),
     (encoder_decoder, "must be a causal decoder, got an encoder-decoder: T5", True),
+    (gptq, r"got quantised ones \('gptq'\); use the checkpoint that they were made from", True),
+    (a_scale_short, "'model.layers.1.mlp.up_proj.weight' must come with scales .*, got none", True),
     (gguf, "got GGUF files; use the checkpoint that they were converted from", True),
     (adapter, "got a LoRA adapter; pass the model .* with --adapter-base", True),
     (no_tokenizer, "must hold a tokenizer, got none", False),

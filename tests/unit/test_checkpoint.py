@@ -237,11 +237,47 @@ def test_other_formats_are_refused_by_name(tmp_path):
             assert f"got none by the names that transformers knows, but {name}" in line
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "nonsense"])
-def test_quantised_weights_are_refused_by_name(tmp_path, method):
-    config = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": method}})
-    line = refused(make(tmp_path / "small", **{"config.json": config}), UnsupportedModelError)
-    assert f"got quantised ones ({method}); use the checkpoint" in line
+METHODS = (
+    "gptq awq bitsandbytes aqlm quanto quark fouroversix fp_quant eetq higgs hqq fbgemm_fp8 "
+    "torchao bitnet vptq spqr gguf nvfp4 mxfp4 mxfp8 auto-round metal sinq gemma modelopt nonsense"
+).split()
+
+
+@pytest.mark.parametrize("where", ["quantization_config", "compression_config", "text_config"])
+@pytest.mark.parametrize("method", METHODS)
+def test_quantised_weights_are_refused_by_name(tmp_path, method, where):
+    settings = {"quant_method": method}
+    if where == "text_config":
+        settings = {"quantization_config": settings}
+    config = json.dumps({"model_type": "llama", where: settings})
+    folder = make(tmp_path / "small", **{"config.json": config})
+    (folder / "model.safetensors").write_bytes(b"not looked at")
+    line = refused(folder, UnsupportedModelError)
+    assert f"got quantised ones ('{method}'); use the checkpoint that they were made" in line
+
+
+@pytest.mark.parametrize("settings", ["int4", {"bits": 4}, ["gptq"], {"load_in_4bit": True}])
+def test_quantised_in_a_way_that_has_no_name(tmp_path, settings):
+    config = json.dumps({"model_type": "llama", "quantization_config": settings})
+    line = refused(make(tmp_path / "m", **{"config.json": config}), UnsupportedModelError)
+    assert "got quantised ones (" in line
+
+
+@pytest.mark.parametrize("block", [128, [128], [0, 128], [128.0, 128], ["128", 1], [True, 1], {}])
+def test_blocks_that_are_none(tmp_path, block):
+    settings = {"quant_method": "fp8", "weight_block_size": block}
+    config = json.dumps({"model_type": "llama", "quantization_config": settings})
+    line = refused(make(tmp_path / "m", **{"config.json": config}))
+    assert "config.json must give weight_block_size as two sizes, got " in line
+
+
+def test_quantised_pickles_are_refused_even_if_allowed(tmp_path):
+    """Their scales cannot be told from weights unread."""
+    config = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
+    files = {"model.safetensors": None, "pytorch_model.bin": b"\x80\x04.", "config.json": config}
+    folder = make(tmp_path / "m", **files)
+    line = refused(folder, UnsupportedModelError, allow_pickle=True)
+    assert "must hold .safetensors weights, for they are quantised (fp8), got pickled ones" in line
 
 
 def test_pickles_are_refused_unless_allowed(tmp_path):

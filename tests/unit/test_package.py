@@ -8,8 +8,8 @@ import llfast
 PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
-    "errors memory files cache texts results batches kernels safetensors_file checkpoint "
-    "processor dtypes loading models head forward linear traits paging partial progress "
+    "errors memory files cache texts results batches kernels safetensors_file quantised "
+    "checkpoint processor dtypes loading models head forward linear traits paging partial progress "
     "devices borrowing batchwise engines verify runs scoring shards store importing intervals "
     "mixed spacefile space search estimate model_list outcomes fleet nearest mapping zoo_corpora "
     "zoo_training zoo_plan zoo demo output about cli_options bench cli_bench cli __main__"
@@ -17,6 +17,7 @@ ORDER = (
 ONLY_IN = {
     "faiss": {"search"},
     "peft": {"loading"},
+    "compressed_tensors": {"quantised"},
     "matplotlib": {"mapping"},
     "adjustText": {"mapping"},
     "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training"},
