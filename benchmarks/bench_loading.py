@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 from loading_aims import aims_of, memory_of
 from loading_limits import WAYS, memory_copy_rate, read_rate
+from loading_others import PEERS, described, measure_peers, measure_read_bound
 from loading_peers import drop
 from loading_verify import measure_verify
 from make_checkpoint import MOST_SHARD_BYTES, Shape, make_checkpoint
@@ -52,7 +53,6 @@ TINY = Shape(
 QUICK_SHAPE = Shape(
     layers=6, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_dim=64, vocabulary=8192
 )
-PEERS = ("accelerate", "AirLLM")
 TOLERANCE = 2e-2  # of a log-likelihood in bf16, to peers that make other batches
 
 
@@ -61,13 +61,14 @@ class Sizes:
     """How much is scored: (texts, tokens of each)."""
 
     few: tuple[int, int] = (1, 16)
+    read_bound: tuple[int, int] = (8, 16)
     many: tuple[tuple[int, int], ...] = ((2, 256), (16, 256))
     peers: tuple[int, int] = (8, 64)
     limit_mib: int = 1024
     batch: int | None = None  # of peers; found out if it is not given
 
 
-QUICK = Sizes(few=(1, 16), many=((16, 32),), peers=(8, 16), limit_mib=32, batch=4)
+QUICK = Sizes(many=((16, 32),), peers=(8, 16), limit_mib=32, batch=4)
 
 
 @dataclass(slots=True)
@@ -214,64 +215,6 @@ def measure_overlap(
     }
 
 
-def measure_peers(bench: Bench, sizes: Sizes) -> dict[str, Any]:
-    """The same texts with weights on disk: in the largest batches that fit, and one a batch."""
-    texts, _ = sizes.peers
-    found: dict[str, Any] = {"texts": sizes.peers, "limit_mib": sizes.limit_mib, "peers": {}}
-    batches = {peer: sizes.batch or _largest_batch(bench, peer, sizes) for peer in PEERS}
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(bench.slow_repetitions):
-        runs.setdefault("llfast", []).append(bench.run("llfast", sizes.peers))
-        runs.setdefault("from_pretrained", []).append(bench.run("from_pretrained", sizes.peers))
-        for peer, batch in batches.items():
-            for each in sorted({1, batch}):
-                if done := bench.peer(peer, sizes.peers, batch=each):
-                    runs.setdefault(f"{peer}, {each} a batch", []).append(done)
-    mine = runs["llfast"]
-    for name, outcomes in runs.items():
-        peer, _, batch = name.removesuffix(" a batch").partition(", ")
-        times = [each["seconds"] for each in outcomes]
-        found["peers"][name] = {
-            "seconds": report.spread(times),
-            "bytes_a_text": report.spread([each["disk_bytes"] / texts for each in outcomes]),
-            "peak_mib": report.spread([each["peak_mib"] for each in outcomes]),
-        }
-        if batch and len(outcomes) == len(mine):
-            number = -(-texts // int(batch))
-            found["peers"][name] |= {
-                "batches": number,
-                "largest_batch": int(batch) == batches[peer],
-                "over_llfast": report.paired(times, [each["seconds"] for each in mine]),
-                "llfast_bytes_times_batches": report.spread(
-                    [
-                        number * own["disk_bytes"] / each["disk_bytes"]
-                        for own, each in zip(mine, outcomes, strict=True)
-                    ]
-                ),
-            }
-    return {**found, "runs": [described(each) for each in mine], "left_out": bench.left_out}
-
-
-def _largest_batch(bench: Bench, peer: str, sizes: Sizes) -> int:
-    """How many texts fit into memory, from what one and four of them take; 1 if not even one."""
-    texts, tokens = sizes.peers
-    peaks = []
-    for count in (1, 4):
-        done = bench.peer(peer, (count, tokens), batch=count, cold=False)
-        peaks.append(done["peak_mib"] if done else 0.0)
-    a_text = max((peaks[1] - peaks[0]) / 3, 0.1)
-    return min(max(1 + int((sizes.limit_mib - peaks[0]) / a_text), 1), texts)
-
-
-def described(run: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON keeps of a run: its measurements, but not its values."""
-    kept = {name: value for name, value in run.items() if name not in ("values", "extra")}
-    return {
-        name: float(f"{value:.6g}") if isinstance(value, float) else value
-        for name, value in {**kept, **run["extra"]}.items()
-    }
-
-
 # ------------------------------------------------------------------------------------------ main
 
 
@@ -286,10 +229,7 @@ def main() -> None:
     parser.add_argument("--slow-repetitions", type=int, default=2, help="of 4,096 tokens and peers")
     parser.add_argument("--quick", action="store_true", help="a tiny checkpoint")
     parser.add_argument(
-        "--rate-only", action="store_true", help="measure the disk again, into what was written"
-    )
-    parser.add_argument(
-        "--verify-only", action="store_true", help="measure `verify` again, into what was written"
+        "--only", choices=PARTS, nargs="+", help="measure these again, into what was written"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "loading.json")
     options = parser.parse_args()
@@ -306,15 +246,13 @@ def main() -> None:
             slow_repetitions=1 if options.quick else options.slow_repetitions,
         )
         sizes = QUICK if options.quick else Sizes()
-        if options.rate_only or options.verify_only:
+        if options.only:
             found = json.loads(options.out.read_text())
-            if options.rate_only:
-                part, found["rate"] = "rate", measure_rate(bench, sizes)
-            else:
-                part, found["verify"] = "verify", measure_verify(bench, (sizes.few, sizes.peers))
             before = found["commit"]
-            before = before if isinstance(before, dict) else {"all else": before}
-            found["commit"] = {**before, part: report.commit()}
+            found["commit"] = before if isinstance(before, dict) else {"all else": before}
+            for part in options.only:
+                found[part] = PARTS[part](bench, sizes)
+                found["commit"][part] = report.commit()
             found["aims"] = aims_of(found)
         else:
             found = run_all(bench, sizes, quick=options.quick)
@@ -346,7 +284,6 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
         )
     ]
     peers = measure_peers(bench, sizes)
-    verify = measure_verify(bench, (sizes.few, sizes.peers))
     found = {
         "benchmark": "loading",
         "command": f"python benchmarks/bench_loading.py --repetitions {bench.repetitions} "
@@ -360,7 +297,8 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
         "rate": rate,
         "overlap": overlap,
         "peers": peers,
-        "verify": verify,
+        "read_bound": measure_read_bound(bench, sizes),
+        "verify": _verify(bench, sizes),
         "memory": {
             f"{name} tokens": memory_of(section["runs"][-1], shape.hidden)
             for name, section in (
@@ -376,6 +314,14 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
         "commit": report.commit(),
     }
     return {**found, "aims": aims_of(found)}
+
+
+def _verify(bench: Bench, sizes: Sizes) -> list[dict[str, Any]]:
+    return measure_verify(bench, (sizes.few, sizes.peers))
+
+
+# What can be measured by itself.
+PARTS = {"rate": measure_rate, "read_bound": measure_read_bound, "verify": _verify}
 
 
 def prepare(bench: Bench, sizes: Sizes) -> None:

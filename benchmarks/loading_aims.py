@@ -38,8 +38,8 @@ def aims_of(found: dict[str, Any]) -> list[dict[str, Any]]:
         if "batches" in peer and peer["largest_batch"]:
             figure = peer["llfast_bytes_times_batches"]["median"]
             add(f"bytes a text, times batches, over {name}", figure, 1.0)
-        if peer.get("batches") == found["peers"]["texts"][0]:
-            add(f"faster than {name}", peer["over_llfast"]["median"], LEAST_SPEEDUP, more=True)
+    for name, over in found.get("read_bound", {}).get("over_llfast", {}).items():
+        add(f"faster than {name}, where both read", over["median"], LEAST_SPEEDUP, more=True)
     for what, each in found["memory"].items():
         add(f"peak MiB of {what}", each["peak_mib"], each["allowed_mib"])
     return [

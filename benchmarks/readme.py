@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from readme_loading import loading, relatives
 
 from llfast.mapping import draw_map
 
@@ -272,66 +273,6 @@ def kernel_resources(found: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Triton {found['triton']}. Command: `{command}`."]
 
 
-def loading(found: dict[str, Any]) -> list[str]:
-    """Weights from disk: what each provider takes for the same texts."""
-    peers, chip, versions = found["peers"], found["hardware"], found["versions"]
-    titles = {"llfast": "**llfast, paged**", "from_pretrained": "transformers, all in memory"}
-    lines = [
-        "| | seconds | over llfast's | read a text | peak memory |",
-        "|---|---|---|---|---|",
-    ]
-    for name, each in peers["peers"].items():
-        over = each.get("over_llfast")
-        cells = (
-            titles.get(name, name),
-            f"{each['seconds']['median']:.1f}",
-            "" if over is None else f"{over['median']:.1f}",
-            f"{each['bytes_a_text']['median'] / 1e9:.2f} GB",
-            f"{each['peak_mib']['median']:,.0f} MiB",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    texts, tokens = peers["texts"]
-    rate = found["rate"]
-    notes = [
-        (
-            f"{texts} texts of {tokens} tokens, a {found['model']['shape']} "
-            f"({found['model']['weight_bytes'] / 1e9:.1f} GB in bf16) whose files no cache holds, "
-            f"on {chip['threads']} threads of {chip['processor']}."
-        ),
-        (
-            f"Pages come at {rate['read_gb_a_second']['median']:.2f} GB/s, "
-            f"{_times(rate['share_of_raw'])} of what {rate['fastest_way']}, the fastest of five "
-            "ways, takes from the disk from end to end past the cache."
-        ),
-    ]
-    for case in found["overlap"]:
-        memory = found["memory"][f"{case['tokens']} tokens"]
-        notes.append(
-            f"{case['tokens']:,} tokens take {case['paged_seconds']['median']:.0f} s, "
-            f"{_times(case['over_floor'])} of what the longer of reading and computing takes "
-            f"alone, and {_times(case['over_resident'])} of what they take once all weights are in "
-            f"memory; {memory['peak_mib']:,.0f} MiB are the most beyond the interpreter."
-        )
-    if verified := [
-        f"{case['tokens']:,} tokens take {_times(case['over_plain'])} of what they take without, "
-        f"and wait {case['wait_seconds']['median']:.1f} s for digests that take "
-        f"{case['verify_seconds']['median']:.1f} s"
-        for case in found.get("verify", ())
-    ]:
-        meanwhile = "With the sha256 of every file compared meanwhile (`--verify`), "
-        notes.append(f"{meanwhile}{'; '.join(verified)}.")
-    notes.append(
-        f"torch {versions['torch']}, transformers {versions['transformers']}, accelerate "
-        f"{versions['accelerate']}, AirLLM {versions['airllm']}; medians, least to most in "
-        f"brackets. Command: `{found['command']}`."
-    )
-    return [*lines, "", " ".join(notes)]
-
-
-def _times(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-
-
 def load(name: str) -> dict[str, Any]:
     """A report that was committed."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
@@ -342,6 +283,7 @@ TABLES = {
     "scoring": scoring,
     "scoring_bfloat16": scoring,
     "loading": loading,
+    "relatives": relatives,
     "cpu_kernel_avx512_bf16": cpu_kernel,
     "cpu_kernel_avx2": cpu_kernel,
     "intervals": intervals,

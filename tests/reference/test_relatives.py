@@ -19,6 +19,7 @@ from llfast.paging import waves as waves_module
 from llfast.paging.pages import Pages
 from tests.families import age, fine_tune, make_family
 from tests.paging import LIMITS, check_same, least_budget
+from tests.quantised import KINDS, save_fp8
 from tests.tiny import TEXTS, make_model, make_tokenizer, one_thread, quiet, save
 
 FEW = TEXTS[1::2]
@@ -44,6 +45,10 @@ def limits(request, monkeypatch):
 
 def second_layer(name):
     return "layers.1." in name or "h.1." in name
+
+
+def second_norm(name):
+    return "layers.1." in name and norm(name)
 
 
 def embedding(name):
@@ -338,3 +343,16 @@ def test_verified_together(tmp_path, tokenizer):
     manifest.write_text(manifest_of(folders[0]).read_text())
     with pytest.raises(CheckpointError, match="must have the sha256"):
         together(folders, verify=manifest)
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_quantised_ones(kind, tmp_path, tokenizer):
+    """Small numbers and scales are shared as they are stored."""
+    plain = save(make_model(kind, **KINDS[kind]).bfloat16(), tokenizer, tmp_path / "plain")
+    folders = [save_fp8(plain, tmp_path / "base")]
+    age(folders[0])
+    for seed in (1, 2):
+        folders.append(fine_tune(folders[0], tmp_path / str(seed), seed, second_norm))
+    loading = check_together(folders, dtype="float32")
+    assert loading.shared_bytes > 1.9 * loading.nbytes
