@@ -246,6 +246,7 @@ def main() -> None:
             slow_repetitions=1 if options.quick else options.slow_repetitions,
         )
         sizes = QUICK if options.quick else Sizes()
+        prepare(bench, sizes, quick=options.quick)
         if options.only:
             found = json.loads(options.out.read_text())
             before = found["commit"]
@@ -267,15 +268,6 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
     """All of the measurements, as what the JSON holds."""
     start = time.perf_counter()
     shape = QUICK_SHAPE if quick else Shape()
-    for folder, each in ((bench.tiny, TINY), (bench.folder, shape)):
-        if not (folder / "config.json").exists():
-            say(f"writing {folder}")
-            make_checkpoint(
-                folder, each, most_shard_bytes=16_000_000 if quick else MOST_SHARD_BYTES
-            )
-    if not quick:
-        prepare(bench, sizes)
-    drop(bench.shards)
     rate = measure_rate(bench, sizes)
     overlap = [
         measure_overlap(bench, size, rate["fastest_way"], repetitions)
@@ -324,14 +316,22 @@ def _verify(bench: Bench, sizes: Sizes) -> list[dict[str, Any]]:
 PARTS = {"rate": measure_rate, "read_bound": measure_read_bound, "verify": _verify}
 
 
-def prepare(bench: Bench, sizes: Sizes) -> None:
-    """Correctness before time, of every provider; and what is done once in a checkpoint's life."""
+def prepare(bench: Bench, sizes: Sizes, *, quick: bool) -> None:
+    """Checkpoints; correctness before time; and what is done once in a checkpoint's life."""
+    shape, most_bytes = (QUICK_SHAPE, 16_000_000) if quick else (Shape(), MOST_SHARD_BYTES)
+    for folder, each in ((bench.tiny, TINY), (bench.folder, shape)):
+        if not (folder / "config.json").exists():
+            say(f"writing {folder}")
+            make_checkpoint(folder, each, most_shard_bytes=most_bytes)
+    if quick:
+        return
     for provider in ("llfast", "resident", "from_pretrained", *PEERS):
         run = bench.peer if provider in PEERS else bench.run
         run(provider, (4, 16), folder=str(bench.tiny), cold=False)
     for provider in ("llfast", "resident", "AirLLM"):
         run = bench.peer if provider in PEERS else bench.run
         run(provider, sizes.few, cold=False, token_budget=sizes.few[1])
+    drop(bench.shards)
 
 
 def _airllm_version(folder: Path | None) -> str:
