@@ -15,6 +15,7 @@ import llfast
 from llfast import CheckpointError, TextSet, UnsupportedModelError
 from llfast.errors import LlfastWarning
 from llfast.models import FolderSource, open_model
+from tests.paging import score_paged
 from tests.tiny import (
     COMMON,
     TEXTS,
@@ -337,4 +338,5 @@ def test_code_beside_a_known_architecture_is_left_alone(llama, trap):
     (llama / "modeling_mine.py").write_text(MODEL.format(trap=str(trap)))
     assert isinstance(open_model(llama), FolderSource)
     assert same_weights(load(llama), make_model("llama"))
+    score_paged(llama, ["one two three"])
     assert not list(trap.iterdir())
