@@ -208,6 +208,8 @@ def score_command(
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
     }
+    if dry_run and together:
+        raise UsageError("--together goes with a run; --dry-run says what each model takes alone")
     if dry_run:
         estimates = estimate_models(requests, text_set, **options)
         print_json(estimates) if as_json else print_estimates(estimates)

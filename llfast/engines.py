@@ -25,7 +25,16 @@ from .head import Head, find_head
 from .linear import linear_layers, linear_path
 from .loading import one_line
 from .models import FolderSource, ModelSource
-from .paging import CannotPageError, LoadingStatistics, PagedModel, Task, open_waves, relatives
+from .paging import (
+    CannotPageError,
+    Equals,
+    LoadingStatistics,
+    PagedModel,
+    Relatives,
+    Task,
+    open_waves,
+    relatives,
+)
 from .traits import check_fit, probe_tokens
 
 WEIGHTS = ("auto", "resident", "paged")
@@ -120,16 +129,19 @@ def check_budget(weights: str, memory_budget: int | str | None) -> int | None:
 
 
 @contextlib.contextmanager
-def open_engine(jobs: Sequence[Job], weights: str) -> Iterator[Engine]:
+def open_engine(
+    jobs: Sequence[Job], weights: str, equals: Sequence[Equals] = ({},)
+) -> Iterator[Engine]:
     """The way asked for.
 
     "auto" reads a model as it pages one, so that it computes while it reads, and keeps what it has
     read if that fits into memory. What cannot be paged is loaded whole.
 
     Args:
-        jobs: one; or several of `relatives`, which are paged together. What is not the model's own
-            must be the same for all.
+        jobs: one; or several of `find_relatives`, which are paged together. What is not the
+            model's own must be the same for all.
         weights: one of `WEIGHTS`.
+        equals: what relatives share.
 
     Raises:
         CheckpointError: if a model cannot be loaded.
@@ -137,12 +149,13 @@ def open_engine(jobs: Sequence[Job], weights: str) -> Iterator[Engine]:
     """
     with _ONE_AT_A_TIME:
         if len(jobs) > 1:
-            yield _Paged(jobs, [_skeleton(job) for job in jobs], auto=False)
+            paged = [_skeleton(job) for job in jobs]
+            yield _Paged(jobs, paged, equals, auto=weights == "auto")
             return
         (job,) = jobs
         skeleton = as_pages(job, weights)
         if skeleton is not None:
-            yield _Paged([job], [skeleton], auto=weights == "auto")
+            yield _Paged([job], [skeleton], equals, auto=weights == "auto")
             return
         with _Resident.open(job) as engine:
             yield engine
@@ -152,8 +165,8 @@ def find_relatives(
     models: Sequence[tuple[ModelSource, torch.dtype, torch.device]],
     weights: str,
     statistics: LoadingStatistics | None = None,
-) -> list[list[int]]:
-    """Numbers of models in groups that can be opened, and are worth being opened, together.
+) -> list[Relatives]:
+    """Models in groups that can be opened, and are worth being opened, together.
 
     Args:
         models: what they are, what they run in, and where.
@@ -163,19 +176,19 @@ def find_relatives(
     Raises:
         CheckpointError: if weights cannot be read.
     """
-    groups: list[list[int]] = []
+    groups: list[Relatives] = []
     pageable: dict[object, list[int]] = {}
     for number, (source, dtype, device) in enumerate(models):
         is_paged = weights == "paged" or (weights == "auto" and device.type == "cpu")
         if is_paged and _why_whole(source) is None:
             pageable.setdefault((dtype, device), []).append(number)
         else:
-            groups.append([number])
+            groups.append(Relatives.alone(number))
     for numbers in pageable.values():
         checkpoints = (models[number][0].checkpoint for number in numbers)
         found = relatives([each for each in checkpoints if each is not None], statistics)
-        groups += [[numbers[place] for place in group] for group in found]
-    return sorted(groups)
+        groups += [group.among(numbers) for group in found]
+    return sorted(groups, key=lambda group: group.numbers)
 
 
 def as_pages(job: Job, weights: str) -> PagedModel | None:
@@ -272,8 +285,15 @@ class _Resident:
 
 
 class _Paged:
-    def __init__(self, jobs: Sequence[Job], paged: Sequence[PagedModel], *, auto: bool) -> None:
-        self._jobs, self._paged, self._auto = jobs, paged, auto
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        paged: Sequence[PagedModel],
+        equals: Sequence[Equals],
+        *,
+        auto: bool,
+    ) -> None:
+        self._jobs, self._paged, self._equals, self._auto = jobs, paged, equals, auto
         self.weights = "paged"
         self.ready = [Ready(model=each.model, linear=each.linear) for each in paged]
         for job, each in zip(jobs, paged, strict=True):
@@ -296,7 +316,7 @@ class _Paged:
 
     def _may_load_after(self, error: Exception) -> bool:
         """Whether to load the model whole after all; warns if that may matter."""
-        if not self._auto:
+        if not self._auto or len(self._jobs) > 1:
             return False
         if isinstance(error, CheckpointError) and not isinstance(error, CannotPageError):
             return False
@@ -325,6 +345,7 @@ class _Paged:
                     open_waves(
                         self._paged,
                         [job.tokens for job in self._jobs],
+                        self._equals,
                         memory_bytes=memory_bytes(first),
                         may_keep=self._auto,
                         rows=first.token_budget,
@@ -333,8 +354,8 @@ class _Paged:
                 )
                 self.weights = "kept" if waves.keeps_weights else "paged"
                 for wave in waves.run(tasks):
-                    for ready, run in zip(self.ready, waves.runs, strict=True):
-                        ready.head = run.head
+                    for ready, subject in zip(self.ready, waves.subjects, strict=True):
+                        ready.head = subject.head
                     yield [
                         Finished(each.member, each.batch, each.logprobs, first.token_budget)
                         for each in wave
@@ -346,6 +367,8 @@ class _Paged:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if len(self._jobs) > 1:
+                raise CannotPageError("memory must hold several models, got too little") from error
             raise ScoringError(
                 "memory must hold two pages of weights and a wave of texts, got too little; use a "
                 "smaller memory_budget, or token_budget"

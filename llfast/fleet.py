@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from .files import as_utf8
 from .model_list import ModelRequest
 from .models import ModelSource, open_model
 from .outcomes import Outcome
-from .paging import LoadingStatistics
+from .paging import LoadingStatistics, Relatives
 from .results import LogLikelihoods, ResultKey
-from .runs import SCORING_VERSION
-from .scoring import score, score_many
+from .runs import SCORING_VERSION, carry_out_together, prepare
+from .scoring import score
 from .store import Store
 from .texts import TextSet
 from .verify import read_manifest
@@ -113,7 +113,7 @@ def score_models(
             else:
                 opened[number] = found
         for group in session.groups(opened):
-            for number, outcome in zip(group, session.score(opened, group), strict=True):
+            for number, outcome in session.score(opened, group):
                 note(number, outcome)
     return [outcomes[number] for number in numbers]
 
@@ -159,6 +159,7 @@ class _Session:
         self._texts, self._store, self._convention, self._device = texts, store, convention, device
         self._options = {"convention": convention, "device": device, **options}
         self._completed = store.completed()
+        self._compared_bytes = 0  # to find out who is related, and not reported yet
 
     def open(
         self, request: ModelRequest, dtype: str, trust_remote_code: bool, allow_pickle: bool
@@ -187,54 +188,74 @@ class _Session:
         opened = _Opened(request=request, source=source, key=key, dtype=own, device=place)
         return self._skipped(opened) if key in self._completed else opened
 
-    def groups(self, opened: Mapping[int, _Opened]) -> Iterable[list[int]]:
-        """The numbers of models, relatives together."""
-        numbers = list(opened)
-        if len(numbers) < 2:
-            return [numbers] if numbers else []
-        kinds = [(each.source, each.dtype, each.device) for each in opened.values()]
+    def groups(self, opened: Mapping[int, _Opened]) -> list[Relatives]:
+        """The numbers of models, relatives together; what is there twice is in one of them once."""
+        alone = [Relatives.alone(number) for number in opened]
+        if len(opened) < 2:
+            return alone
+        numbers: list[int] = []
+        others: list[int] = []
+        keys: set[ResultKey] = set()
+        for number, each in opened.items():
+            is_fit = each.key not in keys and _is_unchanged(each)
+            (numbers if is_fit else others).append(number)
+            keys.add(each.key)
+        fit = [opened[number] for number in numbers]
+        kinds = [(each.source, each.dtype, each.device) for each in fit]
+        statistics = LoadingStatistics()
         try:
-            found = find_relatives(kinds, self._options["weights"])
-        except CheckpointError:  # one that cannot be read: it will say so when it is alone
-            return [[number] for number in numbers]
-        return [[numbers[place] for place in group] for group in found]
+            found = find_relatives(kinds, self._options["weights"], statistics)
+        except CheckpointError:  # of one that cannot be read: it will say so when it is alone
+            return alone
+        self._compared_bytes += statistics.compared_bytes
+        return [*(group.among(numbers) for group in found), *map(Relatives.alone, others)]
 
-    def score(self, opened: Mapping[int, _Opened], group: Sequence[int]) -> Iterator[Outcome]:
-        """The outcomes of a group, in its order."""
-        todo = {opened[number].key: opened[number] for number in reversed(group)}
-        todo = {key: each for key, each in todo.items() if key not in self._completed}
-        known = self._together([*todo.values()][::-1]) if len(todo) > 1 else {}
-        for number in group:
-            each = opened[number]
+    def score(
+        self, opened: Mapping[int, _Opened], group: Relatives
+    ) -> Iterator[tuple[int, Outcome]]:
+        """The outcomes of a group, by number."""
+        members = [opened[number] for number in group.numbers]
+        known = self._together(members, group) if len(members) > 1 else {}
+        for number, each in zip(group.numbers, members, strict=True):
             if each.key in self._completed:  # it was twice in the list
-                yield self._skipped(each)
+                yield number, self._skipped(each)
                 continue
             outcome = known.get(each.key) or self._alone(each)
             if outcome.status == "scored":
                 self._completed.add(each.key)
-            yield outcome
+            yield number, outcome
 
-    def _together(self, group: Sequence[_Opened]) -> dict[ResultKey, Outcome]:
+    def _together(self, members: Sequence[_Opened], group: Relatives) -> dict[ResultKey, Outcome]:
         """The outcomes of relatives; none if anything is wrong with one of them."""
         _refuse_read_only(self._store.folder)
-        start, loading = time.monotonic(), LoadingStatistics()
+        start = time.monotonic()
+        loading = LoadingStatistics(compared_bytes=self._compared_bytes)
+        self._compared_bytes = 0
+        options = {**self._options}
+        progress = options.pop("progress")
         try:
-            results = score_many(
-                [each.source for each in group],
-                self._texts,
-                dtype=group[0].key.dtype,
-                metadata=[each.request.metadata for each in group],
-                partials=[self._store.partial_path(each.key) for each in group],
-                loading=loading,
-                **self._options,
-            )
+            runs = [
+                prepare(
+                    each.source,
+                    self._texts,
+                    token_ids=None,
+                    dtype=each.key.dtype,
+                    per_token=False,
+                    metadata=each.request.metadata,
+                    partial=self._store.partial_path(each.key),
+                    loading=loading,
+                    **options,
+                )
+                for each in members
+            ]
+            results = carry_out_together(runs, group.equals, options["weights"], progress)
         except Exception as error:
             self._raise_if_of_all(error)
-            return {}  # alone, each says what is wrong with it; what was finished is kept
-        seconds = (time.monotonic() - start) / len(group)
+            results = None  # alone, each says what is wrong with it; what was finished is kept
+        seconds = (time.monotonic() - start) / len(members)
         return {
-            each.key: self._keep(each, result, seconds, loading, relatives=len(group) - 1)
-            for each, result in zip(group, results, strict=True)
+            each.key: self._keep(each, result, seconds, loading, relatives=len(members) - 1)
+            for each, result in zip(members, results or (), strict=False)
         }
 
     def _alone(self, opened: _Opened) -> Outcome:
@@ -295,6 +316,16 @@ class _Session:
         if isinstance(error, OSError) and _is_of_store(error, self._store):
             error.filename = error.filename or str(self._store.folder)
             raise error
+
+
+def _is_unchanged(opened: _Opened) -> bool:
+    """Whether a model's files are still what they were when it was looked up."""
+    try:
+        if opened.source.checkpoint is not None:
+            opened.source.checkpoint.refuse_changes()
+    except (CheckpointError, OSError):
+        return False
+    return True
 
 
 def _open(request: ModelRequest, trust_remote_code: bool, allow_pickle: bool) -> ModelSource:

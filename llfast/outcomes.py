@@ -65,6 +65,7 @@ class Outcome:
                 facts["paged"] |= {
                     "relatives": self.relatives,
                     "shared_bytes": self.loading.shared_bytes,
+                    "compared_bytes": self.loading.compared_bytes,
                 }
         if self.result is not None and self.loading is not None and self.loading.verified_bytes:
             facts["verified"] = {

@@ -95,7 +95,7 @@ def _paged(facts: Mapping[str, Any] | None) -> str:
     together = ""
     if others := facts.get("relatives"):
         shared = human_bytes(facts["shared_bytes"])
-        together = f" for {others + 1} relatives together, which share {shared}"
+        together = f" for {others + 1} relatives together, which saved {shared}"
     return (
         f", {human_bytes(facts['bytes'])} of weights read in {waves} at "
         f"{human_bytes(facts['read_bytes_per_second'])}/s{together}, waited "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -27,10 +28,11 @@ from .batches import (
 )
 from .devices import default_token_budget, device_name, resolve_device
 from .engines import Engine, Finished, Job, Ready, check_budget, open_engine
-from .errors import CheckpointError, ScoringError
+from .errors import CannotPageError, CheckpointError, LlfastError, LlfastWarning, ScoringError
 from .kernels import instruction_set
+from .loading import one_line
 from .models import ModelSource
-from .paging import LoadingStatistics
+from .paging import Equals, LoadingStatistics
 from .partial import PartialScores
 from .progress import progress_bar
 from .results import LogLikelihoods
@@ -252,14 +254,47 @@ def prepare(
     )
 
 
-def carry_out(runs: Sequence[Run], weights: str, progress: bool | None) -> list[LogLikelihoods]:
-    """Run one model, or several of `relatives` together.
+def carry_out(run: Run, weights: str, progress: bool | None) -> LogLikelihoods:
+    """Run a model.
+
+    Raises:
+        LlfastError: for whatever is wrong with it or its numbers.
+    """
+    return _carry_out([run], ({},), weights, progress)[0]
+
+
+def carry_out_together(
+    runs: Sequence[Run], equals: Sequence[Equals], weights: str, progress: bool | None
+) -> list[LogLikelihoods] | None:
+    """Run several of `find_relatives` as one.
+
+    Args:
+        runs: of each model.
+        equals: what they share.
+        weights: one of `WEIGHTS`.
+        progress: show a bar.
+
+    Returns: their results; None, with a warning, if they have to be run one after the other.
 
     Raises:
         LlfastError: for whatever is wrong with a model or its numbers.
     """
+    try:
+        return _carry_out(runs, equals, weights, progress)
+    except Exception as error:
+        # What may be right alone: memory, and what pages alone cannot do.
+        if isinstance(error, LlfastError) and not isinstance(error, CannotPageError):
+            raise
+        message = f"{len(runs)} relatives are scored one after the other, for {one_line(error)}"
+        warnings.warn(message, LlfastWarning, stacklevel=3)
+        return None
+
+
+def _carry_out(
+    runs: Sequence[Run], equals: Sequence[Equals], weights: str, progress: bool | None
+) -> list[LogLikelihoods]:
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(open_engine([run.job for run in runs], weights))
+        engine = stack.enter_context(open_engine([run.job for run in runs], weights, equals))
         for run, ready in zip(runs, engine.ready, strict=True):
             stack.enter_context(run.begun(ready))
         advance = stack.enter_context(_bar(runs, progress))

@@ -10,18 +10,16 @@ score ── open_model (models.py) ── tokenize (batches.py) ── open_eng
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from .engines import find_relatives
-from .errors import CannotPageError, LlfastWarning
-from .loading import one_line
 from .models import FolderSource, MemorySource, open_model
 from .paging import LoadingStatistics
 from .results import LogLikelihoods
-from .runs import Run, carry_out, prepare
+from .runs import carry_out, carry_out_together, prepare
 from .texts import TextSet
 
 
@@ -126,7 +124,7 @@ def score(
         partial=partial,
         loading=LoadingStatistics() if loading is None else loading,
     )
-    return carry_out([run], weights, progress)[0]
+    return carry_out(run, weights, progress)
 
 
 def score_many(
@@ -189,6 +187,8 @@ def score_many(
         else open_model(each, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         for each in models
     ]
+    if partials is not None and len({Path(each).resolve() for each in partials}) < len(partials):
+        raise ValueError("partials must be different files, got one twice")
     for name, given in (("metadata", metadata), ("partials", partials)):
         if given is not None and len(given) != len(sources):
             raise ValueError(f"{name} must be one a model ({len(sources)}), got {len(given)}")
@@ -217,17 +217,11 @@ def score_many(
     results: dict[int, LogLikelihoods] = {}
     kinds = [(run.job.source, run.job.dtype, run.job.device) for run in runs]
     for group in find_relatives(kinds, weights, loading):
-        found = _together([runs[number] for number in group], weights, progress)
-        results |= dict(zip(group, found, strict=True))
+        members = [runs[number] for number in group.numbers]
+        found = None
+        if len(members) > 1:
+            found = carry_out_together(members, group.equals, weights, progress)
+        if found is None:
+            found = [carry_out(each, weights, progress) for each in members]
+        results |= dict(zip(group.numbers, found, strict=True))
     return [results[number] for number in range(len(runs))]
-
-
-def _together(runs: Sequence[Run], weights: str, progress: bool | None) -> list[LogLikelihoods]:
-    """Relatives in one pass, if they can be; else one after the other."""
-    if len(runs) > 1:
-        try:
-            return carry_out(runs, weights, progress)
-        except (CannotPageError, ValueError) as error:  # of the budget, too
-            message = f"{len(runs)} relatives are scored one after the other, for {one_line(error)}"
-            warnings.warn(message, LlfastWarning, stacklevel=3)
-    return [carry_out([run], weights, progress)[0] for run in runs]

@@ -10,15 +10,17 @@ from __future__ import annotations
 from llfast.errors import CannotPageError
 
 from .model import PagedModel, open_waves
-from .sharing import relatives
+from .sharing import Equals, Relatives, relatives
 from .statistics import LoadingStatistics, PageRead
 from .waves import Task
 
 __all__ = [
     "CannotPageError",
+    "Equals",
     "LoadingStatistics",
     "PageRead",
     "PagedModel",
+    "Relatives",
     "Task",
     "open_waves",
     "relatives",

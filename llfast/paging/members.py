@@ -17,6 +17,7 @@ from .tables import head_tiles
 from .units import Units
 
 KEPT = "what stays in memory"  # the name of what is read first
+_GAP = 4096  # before a tensor, that it may lie in a slot as it does in its file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,20 +112,22 @@ class Plan:
             places, head = member.skeleton.places, member.units.head
             for unit in member.units.layers:
                 is_moved = in_other_places(unit.sources, member.equals)
-                converted = max(member.skeleton.copies(unit.places), is_moved)
+                number = member.skeleton.copies(unit.places) + is_moved
                 nbytes = sum(places[name].empty.nbytes for name in unit.places)
-                copies.append((converted + (member.linear == PACKED)) * nbytes)
+                copies.append((number + (member.linear == PACKED)) * nbytes)
             if STORED_DTYPES.get(head.weight.dtype) != head.dtype:
                 tiles = self.tiles[member.read(head.weight)]
                 shapes = (tile.parts["weight"].shape for tile in tiles)
                 copies += [math.prod(shape) * head.dtype.itemsize for shape in shapes]
         is_packed = any(member.linear == PACKED for member in self._members)
-        return (1 + is_packed) * self.kept_places_bytes + self._slots_bytes + max(copies)
+        moving = max(self._slots_bytes + max(copies), self._kept_pages_bytes)
+        return (1 + is_packed) * self.kept_places_bytes + moving
 
     @property
     def kept_bytes(self) -> int:
         """What the one member takes in memory if all of it stays, and two pages on their way."""
-        (member,) = self._members
+        assert len(self._members) == 1, "of several, none is kept"
+        member = self._members[0]
         copies = 2 if member.linear == PACKED else 1
         places = member.skeleton.places.values()
         return copies * sum(place.empty.nbytes for place in places) + self._slots_bytes
@@ -143,23 +146,59 @@ class Plan:
         return total
 
     @property
+    def together_bytes(self) -> tuple[int, int]:
+        """What is read of one member at a time, and of all once: layers and heads."""
+        alone = 0
+        of_all: set[StoredTensor] = set()
+        for number, member in enumerate(self._members):
+            own = {member.read(member.units.head.weight)}
+            own.update(*(self.needed(layer, [number]) for layer in self.listed))
+            alone = max(alone, _nbytes(own))
+            of_all |= own
+        return alone, _nbytes(of_all)
+
+    @property
+    def _kept_pages_bytes(self) -> int:
+        """As much of what stays as lies there as it is stored, until it is converted."""
+        members = self._members
+        if all(each.skeleton.is_as_stored(each.units.kept_places) for each in members):
+            return 0
+        most = 0
+        for number in range(len(members)):
+            needed = self.needed(KEPT, range(number, len(members)))
+            pages = (self.page(KEPT, range(each + 1)) for each in range(number + 1))
+            held = (tensor for page in pages for tensor in tensors_of(page) if tensor in needed)
+            most = max(most, _nbytes(held))
+        return most
+
+    @property
     def _slots_bytes(self) -> int:
-        """Two slots for pages; for additions, as many as lie there at once, and one more."""
+        """Two slots for pages, and those for additions."""
         tiles = (tile for tiles in self.tiles.values() for tile in tiles)
         page = max(map(self._slot_bytes, (self.largest, *tiles)))
-        together, alone = [0], [0]
-        for layer in self.listed:
-            for number in range(1, len(self._members)):
-                additions = self._additions(layer, number)
-                together.append(sum(map(self._slot_bytes, additions)))
-                alone.append(self._slot_bytes(self.page(layer, range(number + 1))))
-        return 2 * page + max(together) + max(alone)
+        numbers = range(len(self._members))
+        return 2 * page + max(
+            self._additions_bytes(layer, first) for layer in self.listed for first in numbers
+        )
 
-    def _additions(self, layer: str, member: int) -> list[Page]:
-        """Those that lie in memory when this member has its turn."""
-        needed = self.needed(layer, range(member, len(self._members)))
-        pages = (self.page(layer, range(each + 1)) for each in range(1, member + 1))
-        return [page for page in pages if not needed.isdisjoint(tensors_of(page))]
+    def _additions_bytes(self, layer: str, first: int) -> int:
+        """Of a wave that begins with this member, whoever else takes part in it.
+
+        A slot for each addition that stays for a later member, for the one in use, and the next.
+        """
+        there = self.needed(layer, [first])
+        later = range(first + 1, len(self._members))
+        additions = [self.needed(layer, [member]) - there for member in later]
+        sizes = (_nbytes(each) + _GAP * (len(each) + 1) for each in additions if each)
+        stay = sum(
+            any(not each.isdisjoint(other) for other in additions[place + 1 :])
+            for place, each in enumerate(additions)
+        )
+        return (stay + 2) * max(sizes, default=0)
+
+
+def _nbytes(tensors: Iterable[StoredTensor]) -> int:
+    return sum(tensor.end - tensor.begin for tensor in tensors)
 
 
 def tensors_of(page: Page) -> list[StoredTensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from llfast.traits import probe_tokens
 
 from .members import Member, Plan
 from .pages import Pages
-from .questions import Run
-from .room import Room, share_out
-from .sharing import find_equals
+from .questions import Subject
+from .room import Room, refuse_if_alone_is_less, share_out
+from .sharing import Equals
 from .skeleton import Skeleton, why_not
 from .statistics import LoadingStatistics
 from .suspended import stops
@@ -94,6 +95,7 @@ class PagedModel:
 def open_waves(
     models: Sequence[PagedModel],
     tokens: Sequence[TokenizedTexts],
+    equals: Sequence[Equals],
     *,
     memory_bytes: int,
     may_keep: bool,
@@ -103,19 +105,19 @@ def open_waves(
     """Read what stays in memory, and be ready to score.
 
     Args:
-        models: of one kind, in one dtype on one device; tensors with equal bytes are read once.
+        models: of one kind, in one dtype on one device.
         tokens: of all texts, for each model.
+        equals: for each, what is read in the stead of its own tensors, see `relatives`.
         memory_bytes: for weights, and for what suspended forwards hold.
-        may_keep: let layers stay once they are read, if they all fit; of a single model only.
+        may_keep: let the layers of a single model stay once they are read, if they all fit.
         rows: how many rows linear layers will mostly be given.
         statistics: what is filled in.
 
     Raises:
-        CannotPageError: if the models are not of one kind.
+        CannotPageError: if the models are not of one kind; from the first wave, if it does not pay
+            to go through them together.
         ValueError: if `memory_bytes` does not hold two pages.
     """
-    checkpoints = [model.checkpoint for model in models]
-    equals = find_equals(checkpoints, statistics) if len(models) > 1 else [{}]
     members = [model.member(each) for model, each in zip(models, equals, strict=True)]
     layers = [{unit.name: unit.module for unit in member.units.layers} for member in members]
     if any(each.keys() != layers[0].keys() for each in layers):
@@ -127,14 +129,19 @@ def open_waves(
         pages = stack.enter_context(Pages(files, models[0].device, statistics))
         weights = Weights(members, pages, statistics, rows=rows)
         name = models[0].name if len(models) == 1 else f"{len(models)} models"
-        may_keep = may_keep and len(models) == 1
-        room = share_out(weights.plan, memory_bytes, may_keep=may_keep, name=name)
+        is_alone = len(models) == 1
+        room = share_out(weights.plan, memory_bytes, may_keep=may_keep and is_alone, name=name)
         weights.keep = room.keeps_weights
+        check = None
+        if not is_alone:
+            alone = models[0].room(memory_bytes, may_keep=may_keep)
+            counts = [int(each.token_counts.sum()) for each in tokens]
+            check = partial(refuse_if_alone_is_less, weights.plan, room, alone, counts)
         stack.enter_context(weights)
         for member, modules in zip(members, layers, strict=True):
             stack.enter_context(stops(modules, member.units.head.module))
-        runs = [
-            Run(
+        subjects = [
+            Subject(
                 model=member.skeleton.model,
                 stored_head=member.units.head,
                 tokens=own,
@@ -142,4 +149,4 @@ def open_waves(
             )
             for member, own in zip(members, tokens, strict=True)
         ]
-        yield Waves(runs, weights, statistics, room_bytes=room.states_bytes)
+        yield Waves(subjects, weights, statistics, room_bytes=room.states_bytes, check=check)

@@ -1,4 +1,4 @@
-"""Reads pages, one ahead of the one in use, into two slots of memory that take turns."""
+"""Reads pages, one ahead of those in use, into slots of memory that take turns."""
 
 from __future__ import annotations
 

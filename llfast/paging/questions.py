@@ -27,7 +27,7 @@ from .units import StoredHead
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Run:
+class Subject:
     """A model that is to be run over texts.
 
     Attributes:
@@ -48,8 +48,8 @@ class Run:
 class Questions:
     """The forwards of `find_head`, suspended among those of a model's first wave."""
 
-    def __init__(self, run: Run, member: int) -> None:
-        self._model, self._stored, probe = run.model, run.stored_head, run.probe
+    def __init__(self, subject: Subject, member: int) -> None:
+        self._model, self._stored, probe = subject.model, subject.stored_head, subject.probe
         self._member = member
         rows = self._stored.weight.shape[0]
         self._ramp = ramp_of(rows, probe.device)

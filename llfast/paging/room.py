@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from llfast.errors import CannotPageError
 
 from .members import Plan
 
@@ -40,3 +44,35 @@ def share_out(plan: Plan, memory_bytes: int, *, may_keep: bool, name: str) -> Ro
             f"takes more than {taken:,}"
         )
     return Room(keeps_weights=keeps, weights_bytes=taken, states_bytes=memory_bytes - taken)
+
+
+def refuse_if_alone_is_less(
+    plan: Plan, room: Room, alone: Room, tokens: Sequence[int], bytes_per_token: float
+) -> None:
+    """Refuse to go through several models together where that reads more than one after the other.
+
+    So it is where memory is left for few texts: nearly every wave is of one model then, and shared
+    weights are read again and again.
+
+    Args:
+        plan: of all of them.
+        room: for all of them.
+        alone: for one of them.
+        tokens: that each is given.
+        bytes_per_token: what a suspended forward holds.
+
+    Raises:
+        CannotPageError: if it does not pay.
+    """
+
+    def waves(count: int, states_bytes: int) -> int:
+        return max(math.ceil(count * bytes_per_token / states_bytes), 1)
+
+    one, all_once = plan.together_bytes
+    together = waves(sum(tokens), room.states_bytes) * one + all_once - one
+    apart = sum(1 if alone.keeps_weights else waves(each, alone.states_bytes) for each in tokens)
+    if together > apart * one:
+        raise CannotPageError(
+            f"memory must hold texts of several models for them to go together, got room for "
+            f"{room.states_bytes / max(bytes_per_token, 1):,.0f} tokens"
+        )

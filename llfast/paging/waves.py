@@ -8,7 +8,7 @@ are waves, whatever the number of batches.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from llfast.forward import BatchInputs
 from llfast.head import Head, run_model
 from llfast.kernels import PartialLogprobs
 
-from .questions import Questions, Run
+from .questions import Questions, Subject
 from .states import StateMeter
 from .statistics import LoadingStatistics
 from .suspended import HEAD, Forward
@@ -84,23 +84,33 @@ class Waves:
     """Gives the log-probabilities of batches, a wave at a time.
 
     Attributes:
-        runs: the models; their heads are found in the first wave that each is a part of.
+        subjects: the models; their heads are found in the first wave that each is a part of.
         keeps_weights: whether they stay once they are there.
     """
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        subjects: Sequence[Subject],
         weights: Weights,
         statistics: LoadingStatistics,
         *,
         room_bytes: int,
+        check: Callable[[float], None] | None,
     ) -> None:
-        """Args: room_bytes: for what suspended forwards hold."""
-        self.runs = runs
+        """Prepare.
+
+        Args:
+            subjects: the models.
+            weights: theirs.
+            statistics: filled in.
+            room_bytes: for what suspended forwards hold.
+            check: is told how many bytes a token holds, as soon as that is known, and may refuse.
+        """
+        self.subjects = subjects
+        self._check = check
         self.keeps_weights = weights.keep
         self._weights, self._statistics = weights, statistics
-        self._meter = StateMeter([run.model for run in runs], room_bytes, statistics)
+        self._meter = StateMeter([each.model for each in subjects], room_bytes, statistics)
         self._measures = True
 
     def run(self, tasks: Sequence[Task]) -> Iterator[list[Scored]]:
@@ -134,6 +144,8 @@ class Waves:
         passed = self._lead(leader)
         if self._measures:
             self._meter.measure(1, wave.tokens, self._weights.held)
+            if self._check is not None:
+                self._check(self._meter.bytes_per_token)
         self._ask(wave, leader.member)
         self._admit(pending, wave)
         self._weights.expect(wave.members)
@@ -163,14 +175,14 @@ class Waves:
         wave.forwards.append(self._forward(task))
 
     def _ask(self, wave: _Wave, member: int) -> None:
-        run = self.runs[member]
-        if run.head is None and member not in wave.questions:
-            wave.questions[member] = Questions(run, member)
+        subject = self.subjects[member]
+        if subject.head is None and member not in wave.questions:
+            wave.questions[member] = Questions(subject, member)
 
     def _forward(self, task: Task) -> Forward:
         """A suspended call of a model on a batch; its result is what is scored of it."""
-        run = self.runs[task.member]
-        inputs = BatchInputs.of(run.tokens, task.batch, run.model.device)
+        subject = self.subjects[task.member]
+        inputs = BatchInputs.of(subject.tokens, task.batch, subject.model.device)
         seen: list[Tensor] = []
 
         def at_head(hidden: Tensor) -> Tensor:
@@ -178,7 +190,7 @@ class Waves:
             return hidden.new_zeros(*hidden.shape[:-1], 1)
 
         def call() -> _Body:
-            run_model(run.model, inputs.input_ids)
+            run_model(subject.model, inputs.input_ids)
             return _Body(seen[0], inputs.targets)
 
         return Forward(call, at_head, member=task.member)
@@ -239,8 +251,9 @@ class Waves:
 
     def _other_order(self, stops: set[str | None]) -> CannotPageError:
         return CannotPageError(
-            f"a {type(self.runs[0].model).__name__} must go through its layers alike for all texts "
-            f"to be paged, got {sorted(map(str, stops))[:3]} at a time; use weights='resident'"
+            f"a {type(self.subjects[0].model).__name__} must go through its layers alike for all "
+            f"texts to be paged, got {sorted(map(str, stops))[:3]} at a time; use "
+            "weights='resident'"
         )
 
     def _score(self, wave: _Wave) -> list[Scored]:
@@ -250,13 +263,13 @@ class Waves:
         for task, forward in zip(wave.tasks, wave.forwards, strict=True):
             assert isinstance(forward.result, _Body), "every forward must end with hidden states"
             asked[task.member].append(forward.result)
-        for member, run in enumerate(self.runs):
+        for member, subject in enumerate(self.subjects):
             if questions := wave.questions.get(member):
                 heads[member] = questions.describe()
-                targets = heads[member].probe_targets(run.probe)
+                targets = heads[member].probe_targets(subject.probe)
                 asked[member].append(_Body(questions.hidden, targets))
-            elif run.head is not None:
-                heads[member] = run.head
+            elif subject.head is not None:
+                heads[member] = subject.head
         partials: dict[_Body, PartialLogprobs] = {}
         for members, first, weight in self._weights.head_tiles():
             for member in members:
@@ -268,7 +281,7 @@ class Waves:
         for member, questions in wave.questions.items():
             body = asked[member].pop()
             questions.judge(heads[member], partials[body].statistics())
-            self.runs[member].head = heads[member]
+            self.subjects[member].head = heads[member]
         return [
             Scored(task.member, task.batch, partials[forward.result].statistics().logprobs.cpu())
             for task, forward in zip(wave.tasks, wave.forwards, strict=True)

@@ -76,6 +76,8 @@ class Weights:
             if page.parts or not number:
                 there |= self._tensors(page, self._pages.take(page, keep=True))
             self._put(member, units.kept_places, units.kept, page, there)
+            needed = self.plan.needed(KEPT, range(number + 1, len(self._members)))
+            there = {tensor: each for tensor, each in there.items() if tensor in needed}
             skeleton.evict(name for name in skeleton.places if name not in units.kept_places)
             self._stack.enter_context(self._linear_layers(member, skeleton.model))
             if units.embedding is not None:
@@ -184,13 +186,12 @@ class Weights:
         there: Mapping[StoredTensor, Tensor],
     ) -> None:
         """Put what is there into a member's places, where its own file would have it."""
-        skeleton, own = member.skeleton, {}
-        for place in places:
-            is_as_stored = skeleton.is_as_stored([place])
-            for source in skeleton.sources.get(place, ()):
-                tensor = there[member.read(source)]
-                own[source.name] = at_place(tensor, source.begin) if is_as_stored else tensor
-        skeleton.put(places, own)
+        own = {}
+        for source in sources:
+            read = member.read(source)
+            tensor = there[read]
+            own[source.name] = tensor if read is source else at_place(tensor, source.begin)
+        member.skeleton.put(places, own)
         self._statistics.shared_bytes += (
             sum(each.end - each.begin for each in sources) - page.nbytes
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llfast import Store, TextSet, fleet
+from llfast import LlfastWarning, Store, TextSet, fleet
 from llfast.fleet import score_models
 from llfast.model_list import ModelRequest
 from llfast.paging.pages import Pages
@@ -119,6 +119,23 @@ def test_a_file_that_cannot_be_compared(folders, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(fleet, "find_relatives", cut)
     _, outcomes, _ = run(requests(folders), texts, tmp_path / "store", together=True)
     assert [each.status for each in outcomes] == ["scored", "failed", *["scored"] * 3]
+
+
+def test_what_it_took_to_find_out_is_told_once(folders, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLFAST_CACHE", str(tmp_path / "cache"))
+    _, outcomes, _ = run(requests(folders), texts, tmp_path / "store", together=True)
+    compared = [each.loading.compared_bytes for each in outcomes]
+    assert compared[2] == 0
+    assert 0 < compared[0] < 4 * 1.1 * (folders[0] / "model.safetensors").stat().st_size
+    assert outcomes[0].summary()["paged"]["compared_bytes"] == compared[0]
+
+
+def test_one_after_the_other_is_told_as_such(folders, texts, tmp_path):
+    with pytest.warns(LlfastWarning, match="one after the other, for memory_budget must hold"):
+        _, outcomes, _ = run(
+            requests(folders), texts, tmp_path / "store", together=True, memory_budget=150_000
+        )
+    assert {each.relatives for each in outcomes} == {0}
 
 
 def test_dtypes_go_apart(folders, texts, tmp_path):

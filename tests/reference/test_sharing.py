@@ -2,15 +2,17 @@
 
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from llfast import cache
 from llfast.checkpoint import Checkpoint
 from llfast.errors import CheckpointError
-from llfast.paging import LoadingStatistics, relatives, sharing
+from llfast.paging import LoadingStatistics, comparing, relatives, sharing
 from llfast.paging.sharing import at_place, find_equals
 from tests.families import age
 
@@ -143,6 +145,71 @@ def test_a_file_that_is_cut_short_or_gone(tmp_path):
         find_equals(checkpoints)
 
 
+def test_a_file_that_goes_between_a_look_and_a_digest(tmp_path, monkeypatch):
+    checkpoints = [make(tmp_path / name, {"a": numbers(0)}) for name in ("one", "two")]
+    own = comparing._digests
+
+    def remove(tensors):
+        checkpoints[1].weights[0].unlink()
+        return own(tensors)
+
+    monkeypatch.setattr(comparing, "_digests", remove)
+    with pytest.raises(CheckpointError, match="must be readable, got No such file"):
+        find_equals(checkpoints)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"begins": np.array(5), "sha256s": np.zeros((1, 32), np.uint8)},
+        {"begins": np.array([72]), "sha256s": np.zeros(32, np.uint8)},
+        {"begins": np.array([72]), "sha256s": np.zeros((2, 32), np.uint8)},
+        {"begins": np.array([72.0]), "sha256s": np.zeros((1, 32), np.uint8)},
+        {"begins": np.array([72]), "sha256s": np.array(["0" * 64])},
+        {"begins": np.array([72])},
+        {},
+    ],
+)
+def test_a_damaged_cache_costs_time_only(tmp_path, arrays):
+    checkpoints = [make(tmp_path / name, {"a": numbers(0)}) for name in ("one", "two")]
+    expected = find_equals(checkpoints)
+    for each in checkpoints:
+        cache.save_arrays(cache.file_key("tensors", each.weights[0])[0], **arrays)
+    statistics = LoadingStatistics()
+    assert find_equals(checkpoints, statistics) == expected
+    assert statistics.compared_bytes == 2 * 40_000
+
+
+def test_an_interrupt_does_not_wait_for_whole_files(tmp_path, monkeypatch):
+    """Nor is what was not read to its end remembered."""
+    checkpoints = [make(tmp_path / name, {"a": numbers(0)}) for name in ("one", "two")]
+    monkeypatch.setattr(comparing, "_CHUNK_BYTES", 100)
+    own, asked = comparing._file_digests, threading.Event()
+
+    def first_fails(tensors, *, stop):
+        if tensors[0].path == checkpoints[0].weights[0]:
+            asked.wait(5)
+            raise KeyboardInterrupt
+        asked.set()
+        assert stop.wait(5)
+        return own(tensors, stop=stop)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(comparing, "_file_digests", first_fails)
+        find_equals(checkpoints)
+    statistics = LoadingStatistics()
+    assert find_equals(checkpoints, statistics)[1]
+    assert statistics.compared_bytes == 2 * 40_000
+
+
+def numbers_of(checkpoints):
+    """Of each group; what they share must be what comparing its members alone says."""
+    found = relatives(checkpoints)
+    for group in found:
+        assert list(group.equals) == find_equals([checkpoints[each] for each in group.numbers])
+    return [group.numbers for group in found]
+
+
 def test_relatives_are_who_shares_bytes(tmp_path):
     def one(name, a, b, config=CONFIG):
         return make(tmp_path / name, {"a": numbers(a), "b": numbers(b, 100)}, config)
@@ -157,9 +224,9 @@ def test_relatives_are_who_shares_bytes(tmp_path):
         make(tmp_path / "other names", {"a": numbers(1), "c": numbers(1, 100)}),
         make(tmp_path / "more words", {"a": numbers(1), "b": numbers(1, 108)}),
     ]
-    assert relatives(checkpoints) == [[0, 2, 7], [1, 4], [3], [5], [6]]
-    assert relatives([]) == []
-    assert relatives([checkpoints[0]] * 2) == [[0, 1]]
+    assert numbers_of(checkpoints) == [(0, 2, 7), (1, 4), (3,), (5,), (6,)]
+    assert numbers_of([]) == []
+    assert numbers_of([checkpoints[0]] * 2) == [(0, 1)]
 
 
 def test_relatives_of_relatives(tmp_path):
@@ -168,13 +235,13 @@ def test_relatives_of_relatives(tmp_path):
         make(tmp_path / str(n), {"a": numbers(a), "b": numbers(b)})
         for n, (a, b) in enumerate([(1, 2), (3, 4), (1, 4), (5, 6)])
     ]
-    assert relatives(checkpoints) == [[0, 1, 2], [3]]
+    assert numbers_of(checkpoints) == [(0, 1, 2), (3,)]
 
 
 def test_groups_that_open_too_many_files(tmp_path, monkeypatch):
     checkpoints = [make(tmp_path / str(n), {"a": numbers(0)}) for n in range(5)]
     monkeypatch.setattr(sharing, "_MOST_FILES", 2)
-    assert relatives(checkpoints) == [[0, 1], [2, 3], [4]]
+    assert numbers_of(checkpoints) == [(0, 1), (2, 3), (4,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
@@ -190,5 +257,6 @@ def test_at_place(dtype, begin):
 
 def test_at_place_leaves_what_cannot_lie_there():
     tensor = torch.ones(5)
-    assert at_place(tensor, 2) is tensor
+    assert at_place(tensor, 2).data_ptr() % 64 == 0, "a copy of it lies so"
+    assert torch.equal(at_place(tensor, 2), tensor)
     assert at_place(torch.ones(0), 8).numel() == 0

@@ -64,6 +64,7 @@ def running(paged, memory_bytes=1 << 30):
         open_waves(
             [paged],
             [tokens],
+            [{}],
             memory_bytes=memory_bytes,
             may_keep=False,
             rows=32,
