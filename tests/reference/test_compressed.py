@@ -50,9 +50,16 @@ def same_numbers(one, other):
     assert one.logprobs.values.tobytes() == other.logprobs.values.tobytes()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama", "float32"),
+        ("qwen3_moe", "bfloat16"),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "float32", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("form", ARGUMENTS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_resident_is_the_truth_and_paged_is_resident(kind, form, dtype, plain, tmp_path):
     truth = {"truth": tmp_path / "truth", "truth_dtype": DTYPES[dtype]}
     folder = save_compressed(plain[kind], tmp_path / "m", form, **truth)

@@ -108,7 +108,7 @@ def distinct_bytes(folders):
 
 @pytest.mark.usefixtures("limits")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "mixtral", "phi"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "mixtral"])
 def test_together_is_alone_to_the_bit(kind, dtype, tmp_path, tokenizer):
     folders = make_family(tmp_path, kind, tokenizer, CHANGES)
     loading = check_together(folders, dtype=dtype)
@@ -205,8 +205,7 @@ def test_packed_linear_layers(kind, tmp_path, tokenizer, monkeypatch):
     check_together(folders, dtype="float32")
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", "float32"), ("mixtral", "bfloat16")])
 def test_they_take_no_more_memory_than_was_promised(kind, dtype, tmp_path, tokenizer, monkeypatch):
     """What one brings for another one stays, beside two pages."""
     monkeypatch.setattr(paged_model, "refuse_if_alone_is_less", lambda *_: None)
@@ -217,7 +216,7 @@ def test_they_take_no_more_memory_than_was_promised(kind, dtype, tmp_path, token
     assert loading.slot_bytes + loading.kept_bytes < least
 
 
-@pytest.mark.parametrize("done", [{0}, {0, 2}, {1, 3}])
+@pytest.mark.parametrize("done", [{0, 2}, {1, 3}])
 def test_nor_do_those_that_are_left(done, tmp_path, tokenizer, monkeypatch):
     """Who begins brings all of a layer, and others what is not there then."""
     monkeypatch.setattr(paged_model, "refuse_if_alone_is_less", lambda *_: None)
@@ -236,7 +235,7 @@ def test_nor_do_those_that_are_left(done, tmp_path, tokenizer, monkeypatch):
 def test_what_stays_is_not_there_twice(tmp_path, tokenizer, monkeypatch):
     """Tables that are converted: as they are stored, one at a time."""
     changes = [(seed, embedding) for seed in range(6)]
-    folders = make_family(tmp_path, "llama", tokenizer, changes, vocabulary=20_000)
+    folders = make_family(tmp_path, "llama", tokenizer, changes, vocabulary=8_000)
     most, own = [], Skeleton.put
 
     def watch(self, names, tensors):
@@ -246,16 +245,16 @@ def test_what_stays_is_not_there_twice(tmp_path, tokenizer, monkeypatch):
             for each in gc.get_objects()
             if type(each) is torch.Tensor and each.dtype == torch.float32
         }
-        most.append(sum(nbytes for nbytes in raw.values() if nbytes > 2_000_000))
+        most.append(sum(nbytes for nbytes in raw.values() if nbytes > 800_000))
         return own(self, names, tensors)
 
     monkeypatch.setattr(Skeleton, "put", watch)
     together(folders, dtype="bfloat16")
-    table = 20_000 * 32 * 4
+    table = 8_000 * 32 * 4
     assert table <= max(most) <= 2 * table
 
 
-@pytest.mark.parametrize("weights", ["paged", "auto"])
+@pytest.mark.parametrize("weights", ["paged", pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*one after the other:llfast.LlfastWarning")
 def test_together_they_never_read_much_more_than_alone(weights, tmp_path, tokenizer):
     changes = [(seed, second_layer) for seed in range(4)]
