@@ -6,6 +6,7 @@ https://github.com/vllm-project/compressed-tensors, whose own functions turn eac
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,8 +57,8 @@ def _is_installed() -> bool:
         version = importlib.metadata.version("compressed-tensors")
     except importlib.metadata.PackageNotFoundError:
         return False
-    major, minor, *_ = version.split(".")
-    return (int(major), int(minor)) >= (0, 20)
+    parts = re.match(r"(\d+)\.(\d+)", version)
+    return parts is not None and (int(parts[1]), int(parts[2])) >= (0, 20)
 
 
 def find(
