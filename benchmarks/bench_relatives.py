@@ -41,6 +41,7 @@ QUICK_SHAPE = Shape(
 )
 MODELS = 8
 SHARED = 0.75  # of all bytes
+TEXTS = ((1, 16), (8, 16))  # how many, of so many tokens
 
 
 def make_family(folder: Path, shape: Shape) -> list[Path]:
@@ -111,7 +112,7 @@ def run_once(way: str, folders: Sequence[Path], texts: tuple[int, int], budget: 
     print(json.dumps(found))
 
 
-def measure(folder: Path, shape: Shape, texts: tuple[int, int], repetitions: int) -> dict[str, Any]:
+def measure(folder: Path, shape: Shape, repetitions: int) -> dict[str, Any]:
     """All of it."""
     folders = make_family(folder, shape)
     os.environ["LLFAST_CACHE"] = str(folder / "cache")
@@ -122,27 +123,32 @@ def measure(folder: Path, shape: Shape, texts: tuple[int, int], repetitions: int
     statistics, start = llfast.LoadingStatistics(), time.perf_counter()
     find_equals(checkpoints, statistics)
     compare_seconds = time.perf_counter() - start
+    return {
+        "models": MODELS,
+        "shape": f"a Llama, {shape.layers} layers of {shape.hidden}",
+        "weight_bytes": sum(each.weight_bytes for each in checkpoints),
+        "compare": {"bytes": statistics.compared_bytes, "seconds": round(compare_seconds, 2)},
+        "cases": [_case(folder, texts, repetitions) for texts in TEXTS],
+    }
+
+
+def _case(folder: Path, texts: tuple[int, int], repetitions: int) -> dict[str, Any]:
+    """Both ways in turn."""
     runs: dict[str, list[dict[str, Any]]] = {"alone": [], "together": []}
     bits: list[list[str]] = []
     for _ in range(repetitions):
         for way, found in runs.items():
             found.append(_child(way, folder, texts))
-            say(f"{way}: {found[-1]['seconds']:.1f} s, {found[-1]['nbytes'] / 1e9:.2f} GB")
+            say(f"{way} {texts}: {found[-1]['seconds']:.1f} s, {found[-1]['nbytes'] / 1e9:.2f} GB")
             bits.append(found[-1].pop("values"))
             if bits[-1] != bits[0]:
                 raise SystemExit(f"{way} must return the same bits, got others")
-    alone, together = runs["alone"], runs["together"]
 
     def ratio(name: str) -> dict[str, float]:
-        return report.paired([run[name] for run in together], [run[name] for run in alone])
+        return report.paired(*([run[name] for run in runs[way]] for way in ("together", "alone")))
 
-    weight_bytes = sum(each.weight_bytes for each in checkpoints)
     return {
-        "models": MODELS,
-        "shape": f"a Llama, {shape.layers} layers of {shape.hidden}",
         "texts": texts,
-        "weight_bytes": weight_bytes,
-        "compare": {"bytes": statistics.compared_bytes, "seconds": compare_seconds},
         "bytes_over_alone": ratio("nbytes"),
         "seconds_over_alone": ratio("seconds"),
         "runs": runs,
@@ -167,20 +173,20 @@ def main() -> None:
     """Measure, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are")
-    parser.add_argument("--texts", type=int, nargs=2, default=(8, 16), help="how many, of tokens")
+    parser.add_argument("--texts", type=int, nargs=2, default=TEXTS[0], help=argparse.SUPPRESS)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="small ones, to show that it runs")
     parser.add_argument("--run", choices=("alone", "together"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "relatives.json")
     options = parser.parse_args()
-    texts = (options.texts[0], options.texts[1])
     if options.run:
+        texts = (options.texts[0], options.texts[1])
         folders = [options.folder / f"tuned-{number}" for number in range(MODELS)]
         run_once(options.run, folders, texts, "2GiB")
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     shape = QUICK_SHAPE if options.quick else SHAPE
-    found = measure(options.folder, shape, texts, options.repetitions)
+    found = measure(options.folder, shape, options.repetitions)
     command = f"python benchmarks/bench_relatives.py --repetitions {options.repetitions}"
     described = {
         "command": command,

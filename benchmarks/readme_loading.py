@@ -79,23 +79,28 @@ def _times(ratio: dict[str, float]) -> str:
 
 def relatives(found: dict[str, Any]) -> list[str]:
     """Fine-tunes together, beside each of them alone."""
-    runs, chip, versions = found["runs"], found["hardware"], found["versions"]
-    lines = ["| | bytes read | seconds | peak memory |", "|---|---|---|---|"]
-    for way, title in (("alone", "one after the other"), ("together", "**together**")):
-        run = sorted(runs[way], key=lambda each: each["seconds"])[len(runs[way]) // 2]
-        memory = max(each["peak_mib"] for each in runs[way])
-        cells = f"{run['nbytes'] / 1e9:.2f} GB | {run['seconds']:.1f} | {memory:,.0f} MiB"
-        lines.append(f"| {title} | {cells} |")
-    texts, tokens = found["texts"]
-    compared = found["compare"]
+    chip, versions, compared = found["hardware"], found["versions"], found["compare"]
+    lines = [
+        "| | one after the other | **together** | time together | bytes together | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in found["cases"]:
+        texts, tokens = case["texts"]
+        alone, together = case["runs"]["alone"], case["runs"]["together"]
+        cells = [f"{texts} text{'s'[: texts > 1]} of {tokens} tokens"]
+        for runs in (alone, together):
+            middle = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+            cells.append(f"{middle['nbytes'] / 1e9:.1f} GB, {middle['seconds']:.1f} s")
+        cells += [_times(case["seconds_over_alone"]), _times(case["bytes_over_alone"])]
+        peaks = [max(run["peak_mib"] for run in runs) for runs in (alone, together)]
+        cells.append(f"{peaks[0]:,.0f} and {peaks[1]:,.0f} MiB")
+        lines.append("| " + " | ".join(cells) + " |")
     note = (
         f"{found['models']} fine-tunes of {found['shape']} that share three quarters of their "
-        f"{found['weight_bytes'] / 1e9:.1f} GB in bf16, {texts} texts of {tokens} tokens, files "
-        f"that no cache holds, {chip['threads']} threads of {chip['processor']}: together they "
-        f"read {_times(found['bytes_over_alone'])} of the bytes and take "
-        f"{_times(found['seconds_over_alone'])} of the time, with the same bits. Once in a "
+        f"{found['weight_bytes'] / 1e9:.1f} GB in bf16, files that no cache holds, "
+        f"{chip['threads']} threads of {chip['processor']}; the same bits both ways. Once in a "
         f"checkpoint's life {compared['bytes'] / 1e9:.1f} GB of them are compared, in "
-        f"{compared['seconds']:.1f} s. torch {versions['torch']}, transformers "
+        f"{compared['seconds']:.0f} s. torch {versions['torch']}, transformers "
         f"{versions['transformers']}; medians, least to most in brackets. Command: "
         f"`{found['command']} --folder DIR`."
     )
