@@ -115,6 +115,7 @@ def run_once(way: str, folders: Sequence[Path], texts: tuple[int, int], budget: 
 def measure(folder: Path, shape: Shape, repetitions: int) -> dict[str, Any]:
     """All of it."""
     folders = make_family(folder, shape)
+    shutil.rmtree(folder / "cache", ignore_errors=True)  # of an earlier run, which knew it all
     os.environ["LLFAST_CACHE"] = str(folder / "cache")
     checkpoints = [Checkpoint.open(each) for each in folders]
     for checkpoint in checkpoints:
