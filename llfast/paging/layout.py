@@ -7,7 +7,7 @@ bits from either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,8 +96,3 @@ def lay_out(parts: Mapping[str, Part], files: Mapping[Path, int]) -> Layout:
             places[name] = position
         position = extents[-1][3] + extents[-1][2]
     return Layout(position, np.array(extents, dtype=np.int64).reshape(-1, 4), places)
-
-
-def tensors_page(name: str, tensors: Iterable[StoredTensor]) -> Page:
-    """A page of whole tensors, by their stored names."""
-    return Page(name, {tensor.name: Part(tensor) for tensor in tensors})

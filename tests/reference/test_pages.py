@@ -16,7 +16,7 @@ from llfast._native import FileReader
 from llfast.dtypes import STORED_DTYPES
 from llfast.errors import CannotPageError, CheckpointError
 from llfast.paging import pages as pages_module
-from llfast.paging.layout import Page, Part, lay_out, tensors_page
+from llfast.paging.layout import Page, Part, lay_out
 from llfast.paging.pages import Pages
 from llfast.paging.statistics import LoadingStatistics
 from llfast.safetensors_file import StoredTensor, read_header
@@ -88,6 +88,11 @@ def files(tmp_path):
         paths.append(tmp_path / f"shard-{number}.safetensors")
         save_file(tensors, paths[-1])
     return Files(tuple(paths))
+
+
+def tensors_page(name, tensors):
+    """A page of whole tensors, by their stored names."""
+    return Page(name, {tensor.name: Part(tensor) for tensor in tensors})
 
 
 def page(files, *names):
