@@ -2,10 +2,18 @@
 
 import os
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import make_model, save
+import llfast
+from llfast.errors import LlfastWarning
+from llfast.paging import LoadingStatistics
+from tests.paging import check_same, least_budget
+from tests.tiny import TEXTS, make_model, save
+
+FEW = TEXTS[1::2]
+OPTIONS = {"token_budget": 64, "per_token": True, "weights": "paged"}
 
 
 def make_family(folder, kind, tokenizer, changes, dtype=torch.float32, **sizes):
@@ -42,3 +50,55 @@ def fine_tune(base, copy, seed, is_changed, *, metadata=None):
 def age(folder):
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))
+
+
+def second_layer(name):
+    return "layers.1." in name or "h.1." in name
+
+
+def second_norm(name):
+    return "layers.1." in name and norm(name)
+
+
+def embedding(name):
+    return "embed" in name or "wte" in name
+
+
+def norm(name):
+    return "norm" in name or "ln_" in name
+
+
+CHANGES = [(1, second_layer), (2, second_layer), (3, embedding), (4, norm), (1, second_layer)]
+
+
+def together(folders, texts=FEW, memory_budget="1GiB", **options):
+    """Results, and what loading took."""
+    loading = LoadingStatistics()
+    results = llfast.score_many(
+        folders, texts, memory_budget=memory_budget, loading=loading, **OPTIONS | options
+    )
+    return results, loading
+
+
+def alone(folders, texts=FEW, **options):
+    return [
+        llfast.score(each, texts, memory_budget="1GiB", **OPTIONS | options) for each in folders
+    ]
+
+
+def check_together(folders, memory_budget="1GiB", **options):
+    results, loading = together(folders, memory_budget=memory_budget, **options)
+    for result, expected in zip(results, alone(folders, **options), strict=True):
+        check_same(result, expected)
+        assert result.model == expected.model
+        assert result.revision == expected.revision
+    assert len({result.values.tobytes() for result in results}) > 1, "the truth tells them apart"
+    return loading
+
+
+def least_together(folders, **options):
+    """The least budget that lets them go together."""
+    too_little = least_budget(folders[0], FEW, token_budget=64, **options)
+    with pytest.warns(LlfastWarning, match="one after the other, for memory_budget must") as caught:
+        together(folders, memory_budget=too_little, **options)
+    return int(str(caught[0].message).rpartition(" ")[2].replace(",", "")) + 1
