@@ -11,9 +11,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import llfast
-from llfast import CheckpointError, UnsupportedModelError, batchwise, models
+from llfast import CheckpointError, UnsupportedModelError, batchwise, engines, models
 from llfast.models import open_model
-from llfast.paging import PagedModel
 from tests.tiny import copy_checkpoint, make_model, make_tokenizer, save
 
 # Of peft's, where it asks transformers for something that has got another name.
@@ -127,7 +126,12 @@ def test_a_folder_is_another_model_when_what_is_scored_changes(
 
 @pytest.mark.parametrize(
     ("when", "weights"),
-    [("load", "resident"), ("run_model", "resident"), ("waves", "auto"), ("waves", "paged")],
+    [
+        ("load", "resident"),
+        ("run_model", "resident"),
+        ("open_waves", "auto"),
+        ("open_waves", "paged"),
+    ],
 )
 def test_a_folder_that_changes_while_it_is_scored_is_refused(
     checkpoints, tmp_path, monkeypatch, when, weights
@@ -135,7 +139,7 @@ def test_a_folder_that_changes_while_it_is_scored_is_refused(
     """As a training run writes its next checkpoint over the last one."""
     folder = copy_checkpoint(checkpoints / "gpt2", tmp_path / "m")
     newer = (checkpoints / "gpt2-finetune" / "model.safetensors").read_bytes()
-    places = {"load": models.FolderSource, "run_model": batchwise, "waves": PagedModel}
+    places = {"load": models.FolderSource, "run_model": batchwise, "open_waves": engines}
     owner = places[when]
     own = getattr(owner, when)
 
