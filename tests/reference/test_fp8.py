@@ -260,7 +260,9 @@ def test_a_model_that_transformers_has_pages_whatever_code_comes_with_it(plain, 
 
 
 def test_a_quantised_head_is_loaded_whole(plain, tmp_path):
-    with_head = lambda name, weight: is_quantised(name, weight) or name == "lm_head.weight"  # noqa: E731
+    def with_head(name, weight):
+        return is_quantised(name, weight) or name == "lm_head.weight"
+
     folder = save_fp8(plain("llama"), tmp_path / "m", truth=tmp_path / "truth", chosen=with_head)
     with pytest.raises(CannotPageError, match="must have a linear head, stored as it is, to be pa"):
         paged(folder)
