@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from .errors import LlfastWarning
+from .results import LogLikelihoods
 
 _CALLER = 3  # the warning is for whoever called the function of ours that asks for it
 
 
-def warn_of_dtypes(dtypes: Sequence[str], noise_floor: float | None) -> None:
+def warn_of_dtypes(dtypes: Collection[str], noise_floor: float | None) -> None:
     """Warn if there are several; unknown ones ("") are passed over.
 
     `noise_floor` is the KL that they are known to make between two runs of one model, nats a text.
@@ -39,3 +40,33 @@ def warn_of_bos(convention: str, adds_bos: Sequence[object]) -> None:
             LlfastWarning,
             stacklevel=_CALLER,
         )
+
+
+def warn_of_kind(
+    result: LogLikelihoods,
+    convention: str,
+    dtypes: Collection[str],
+    adds_bos: Mapping[bool, int],
+    noise_floor: float | None,
+) -> None:
+    """Warn if a result's dtype, or its tokenizer, is of another kind than all known ones.
+
+    Args:
+        result: what joins them.
+        convention: which tokens were scored.
+        dtypes: what the others ran in.
+        adds_bos: how many of their tokenizers add BOS, and how many do not.
+        noise_floor: see `warn_of_dtypes`.
+    """
+    if result.dtype not in dtypes:
+        warn_of_dtypes({*dtypes, result.dtype}, noise_floor)
+    own = adds_bos_of(result)
+    if own is not None and not adds_bos.get(own):
+        known = [each for each, count in adds_bos.items() for _ in range(count)]
+        warn_of_bos(convention, [*known, own])
+
+
+def adds_bos_of(result: LogLikelihoods) -> bool | None:
+    """Whether the tokenizer adds BOS; None if that is not known."""
+    found = result.provenance.get("adds_bos", result.metadata.get("adds_bos"))
+    return found if isinstance(found, bool) else None

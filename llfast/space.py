@@ -1,30 +1,22 @@
-"""The space of models: log-likelihoods as coordinates, and KL divergences between them.
-
-    log-likelihoods (K, N) ─▶ raise to clip ─▶ less model's mean ─▶ less reference ─▶ points
-    ‖point a - point b‖² / 2N = KL in nats a text
-
-Clip and reference are frozen when a space is fitted, so that a model that comes later lands where
-it would have been, and vectors from different places stay comparable.
-"""
+"""The space of models: points in a frozen basis, and KL divergences between them."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import warnings
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
-from .errors import LlfastWarning, SpaceError
-from .intervals import group_codes, half_variances, kl_estimate
-from .mixed import warn_of_bos, warn_of_dtypes
-from .results import UNITS, KLEstimate, LogLikelihoodMatrix, LogLikelihoods
+from .basis import Basis
+from .errors import SpaceError
+from .intervals import half_variances
+from .mixed import warn_of_bos, warn_of_dtypes, warn_of_kind
+from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .spacefile import read_space, write_space
 
 _ARRAYS = ("coordinates", "reference", "text_bytes")
@@ -37,6 +29,15 @@ _FIELDS = (
     "convention",
     "dtypes",
     "revisions",
+)
+_BASIS = (
+    "clip",
+    "reference",
+    "text_bytes",
+    "ids",
+    "groups",
+    "textset_digest",
+    "convention",
 )
 _BLOCK_VALUES = 1 << 17  # differences worked on at once: 1 MiB, which stays in a core's cache
 
@@ -58,8 +59,7 @@ class ModelSpace:
         convention: which tokens were scored.
         dtypes: (K,) what each model ran in.
         revisions: (K,) which weights each model had.
-        digest: sha256 of the basis (clip, reference, text set, convention). Coordinates of one
-            digest can be compared.
+        basis: clip, reference and texts, without the models.
     """
 
     models: tuple[str, ...]
@@ -74,9 +74,8 @@ class ModelSpace:
     convention: str
     dtypes: tuple[str, ...]
     revisions: tuple[str, ...]
-    digest: str = field(init=False)
+    basis: Basis = field(init=False, repr=False)
     _rows: dict[str, int] = field(init=False, repr=False)
-    _group_codes: Int64[np.ndarray, " N"] | None = field(init=False, repr=False)
     _noise_floor: float = field(init=False, repr=False)  # nats a text, 0 if not known
 
     def __post_init__(self) -> None:
@@ -91,22 +90,20 @@ class ModelSpace:
             dtypes=self.dtypes,
             revisions=self.revisions,
         )
-        shape, wanted = self.reference.shape, self.text_bytes.shape
-        if shape != wanted or not np.isfinite(self.reference).all():
-            found = f"shape {shape}" if shape != wanted else "a NaN or inf"
-            raise SpaceError(
-                f"reference must be one finite number a text ({wanted[0]}), got {found}"
-            )
         for name in _ARRAYS:
             getattr(self, name).flags.writeable = False
-        codes = group_codes(self.groups) if self.groups is not None else None
+        basis = Basis(**{name: getattr(self, name) for name in _BASIS})
+        object.__setattr__(self, "basis", basis)
         object.__setattr__(self, "_rows", {name: row for row, name in enumerate(self.models)})
-        object.__setattr__(self, "_group_codes", codes)
-        object.__setattr__(self, "digest", self._basis_digest())
         object.__setattr__(self, "_noise_floor", self._largest_dtype_difference())
 
     def __len__(self) -> int:
         return len(self.models)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the basis; coordinates of one digest can be compared."""
+        return self.basis.digest
 
     # ------------------------------------------------------------------ the basis
 
@@ -124,25 +121,14 @@ class ModelSpace:
         Raises: ValueError if `clip_quantile` is outside [0, 1).
         Source: Oyama et al., arXiv 2502.16173 (clipping at 2 %, double centring).
         """
-        if clip_quantile is not None and not 0 <= clip_quantile < 1:
-            raise ValueError(f"clip_quantile must be in [0, 1), got {clip_quantile}")
-        clip = float(np.quantile(matrix.values, clip_quantile)) if clip_quantile else None
-        coordinates = _clip_and_centre(matrix.values, clip)
-        reference = coordinates.mean(axis=0)
-        coordinates -= reference
+        basis = Basis.fit(matrix, clip_quantile)
         space = cls(
             models=matrix.models,
-            coordinates=coordinates,
-            clip=clip,
-            reference=reference,
-            text_bytes=matrix.text_bytes.copy(),
+            coordinates=basis.place(matrix.values),
             metadata=matrix.metadata,
-            ids=matrix.ids,
-            groups=matrix.groups,
-            textset_digest=matrix.textset_digest,
-            convention=matrix.convention,
             dtypes=matrix.dtypes,
             revisions=matrix.revisions,
+            **{name: getattr(basis, name) for name in _BASIS},
         )
         warn_of_dtypes(space.dtypes, space.noise_floor("nats_per_text"))
         warn_of_bos(space.convention, [row.get("adds_bos") for row in space.metadata])
@@ -155,32 +141,15 @@ class ModelSpace:
             tokenizer is of another kind than all in the space.
         Raises: SpaceError if it was scored on other texts or under another convention.
         """
-        self._refuse_other_texts(loglikelihoods)
-        share = self.clipped_share(loglikelihoods)
-        if share > 0.1:
-            warnings.warn(
-                f"{share:.0%} of the log-likelihoods of {loglikelihoods.model!r} are below the "
-                f"clip of this space ({self.clip:.6g} nats), so its distances are too small",
-                LlfastWarning,
-                stacklevel=2,
-            )
-        if loglikelihoods.dtype not in self.dtypes:
-            floor = self.noise_floor("nats_per_text")
-            warn_of_dtypes((*self.dtypes, loglikelihoods.dtype), floor)
-        known = [row["adds_bos"] for row in self.metadata if "adds_bos" in row]
-        adds_bos = loglikelihoods.provenance.get(
-            "adds_bos", loglikelihoods.metadata.get("adds_bos")
-        )
-        if isinstance(adds_bos, bool) and adds_bos not in known:
-            warn_of_bos(self.convention, [*known, adds_bos])
-        values = np.ascontiguousarray(loglikelihoods.values, dtype=np.float64)
-        coordinates: Float64[np.ndarray, " N"] = _clip_and_centre(values[None], self.clip)[0]
-        coordinates -= self.reference
+        coordinates = self.basis.project(loglikelihoods)
+        adds_bos = Counter(row["adds_bos"] for row in self.metadata if "adds_bos" in row)
+        floor = self.noise_floor("nats_per_text")
+        warn_of_kind(loglikelihoods, self.convention, self.dtypes, adds_bos, floor)
         return coordinates
 
     def clipped_share(self, loglikelihoods: LogLikelihoods) -> float:
         """The share of a model's log-likelihoods below the clip of this space."""
-        return 0.0 if self.clip is None else float((loglikelihoods.values < self.clip).mean())
+        return self.basis.clipped_share(loglikelihoods)
 
     # ------------------------------------------------------------------ distances
 
@@ -207,10 +176,7 @@ class ModelSpace:
         unit: str = "bits_per_byte",
     ) -> KLEstimate:
         """KL divergence of two models whose coordinates differ by `difference`, in nats."""
-        estimate = kl_estimate(difference, self._group_codes)
-        if all(dtypes) and dtypes[0] != dtypes[1] and estimate.value < self._noise_floor:
-            estimate = replace(estimate, below_noise_floor=True)
-        return estimate.scaled(self.per_nat(unit), unit)
+        return self.basis.kl(difference, dtypes, unit, noise_floor=self._noise_floor)
 
     def kl_matrix(self, unit: str = "bits_per_byte") -> Float64[np.ndarray, "K K"]:
         """All pairwise KL divergences, (K, K), without intervals; symmetric, 0 on the diagonal."""
@@ -260,17 +226,7 @@ class ModelSpace:
             ValueError: if there is no such unit.
             SpaceError: if bytes are asked for and not known.
         """
-        if unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
-        if unit == "nats_per_text":
-            return 1.0
-        mean_bytes = float(self.text_bytes.mean())
-        if mean_bytes == 0:
-            raise SpaceError(
-                "text_bytes must be known for bits_per_byte, got only zeros; "
-                "use unit='nats_per_text'"
-            )
-        return 1 / (mean_bytes * math.log(2))
+        return self.basis.per_nat(unit)
 
     def point(self, model: str | LogLikelihoods) -> Float64[np.ndarray, " N"]:
         """The (N,) coordinates of a model of the space by name, or of a result by projection."""
@@ -331,13 +287,6 @@ class ModelSpace:
 
     # ------------------------------------------------------------------ inside
 
-    def _basis_digest(self) -> str:
-        digest = hashlib.sha256(b"llfast space 1\0")
-        for part in (self.textset_digest, self.convention, repr(self.clip)):
-            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
-        digest.update(self.reference.astype("<f8").tobytes())
-        return digest.hexdigest()
-
     def _half_variances(self) -> Float64[np.ndarray, "K K"]:
         k, n = self.coordinates.shape
         values = np.zeros((k, k))
@@ -347,33 +296,3 @@ class ModelSpace:
                 block = self.coordinates[start : start + step] - self.coordinates[row]
                 values[row, start : start + step] = half_variances(block)
         return values + values.T
-
-    def _refuse_other_texts(self, result: LogLikelihoods) -> None:
-        for name, advice in (
-            ("textset_digest", "score it on the same texts"),
-            ("convention", "score it under the same convention"),
-        ):
-            ours, theirs = getattr(self, name), getattr(result, name)
-            if ours != theirs:
-                raise SpaceError(
-                    f"{name} of {result.model!r} must be that of the space, {ours!r}, got "
-                    f"{theirs!r}; {advice}"
-                )
-        n = self.coordinates.shape[1]
-        ids = self.ids if self.ids is not None else result.ids
-        if len(result) != n or ids != result.ids:
-            pairs = enumerate(zip(ids, result.ids, strict=False))
-            at = next((row for row, (a, b) in pairs if a != b), min(n, len(result)))
-            raise SpaceError(
-                f"ids of {result.model!r} must be those of the space ({n} texts), got "
-                f"{len(result)}, the first other one at {at}: "
-                f"{list(ids[at : at + 1])} and {list(result.ids[at : at + 1])}"
-            )
-
-
-def _clip_and_centre(
-    values: Float64[np.ndarray, "K N"], clip: float | None
-) -> Float64[np.ndarray, "K N"]:
-    raised: Float64[np.ndarray, "K N"] = values.copy() if clip is None else np.maximum(values, clip)
-    raised -= raised.mean(axis=1, keepdims=True)
-    return raised

@@ -18,6 +18,7 @@ from llfast import (
     SearchError,
     SpaceError,
 )
+from llfast.search.flat import import_faiss, squares_to
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
 
@@ -113,18 +114,20 @@ def duplicates(rng, k, n):
     return scatter(rng, max(k // 4, 1), n)[rng.integers(0, max(k // 4, 1), k)]
 
 
+@pytest.mark.parametrize("mode", ["exact", "certified"])
 @pytest.mark.parametrize("data", [scatter, clusters, near_duplicates, duplicates])
 @pytest.mark.parametrize(
-    ("k", "n"), [(1, 1), (1, 50), (2, 3), (30, 1), (40, 2), (200, 64), (60, 3000)]
+    ("k", "n"), [(1, 1), (1, 50), (2, 3), (30, 1), (40, 2), (200, 64), (60, 3000), (700, 300)]
 )
-def test_finds_what_brute_force_finds(data, k, n):
+def test_finds_what_brute_force_finds(data, k, n, mode):
     rng = np.random.default_rng([k, n])
     # Names in another order than rows, so that ties by name are not ties by row.
     names = [f"m{number}" for number in rng.permutation(k)]
     values = data(rng, k, n)
     space = make_space(values, names)
-    index = KLIndex.build(space)
+    index = KLIndex.build(space, mode)
     assert len(index) == k
+    assert index.mode == mode
     for row in rng.choice(k, min(k, 5), replace=False):
         name = names[row]
         for wanted in (1, 3, k + 10):
@@ -135,33 +138,21 @@ def test_finds_what_brute_force_finds(data, k, n):
         assert_exact(space, index, result, space.project(result), None, 7)
 
 
-def test_fp32_alone_would_get_these_wrong():
-    # What the margin is for: faiss' own order, where models differ by less than fp32 can tell.
+@pytest.mark.parametrize("mode", ["exact", "certified"])
+def test_fp32_alone_would_get_these_wrong(mode):
+    # What the margins are for: faiss' own order, where models differ by less than fp32 can tell.
     space = make_space(families_of(np.random.default_rng(0), 300, 64, 3e-5))
-    index = KLIndex.build(space)
+    index = KLIndex.build(space, mode)
+    points = space.coordinates.astype(np.float32)
+    squares = squares_to(points[:30], points)
     wrong = 0
     for row in range(30):
-        _, rows = index._index.search(space.coordinates[row].astype(np.float32)[None], 11)
-        proposed = [space.models[other] for other in rows[0] if other != row][:10]
+        order = np.argsort(squares[row], kind="stable")
+        proposed = [space.models[other] for other in order if other != row][:10]
         truth = [name for _, name in brute_force(space, space.coordinates[row], space.models[row])]
         wrong += proposed != truth[:10]
         assert [hit.model for hit in index.search(space.models[row])] == truth[:10]
     assert wrong > 10
-
-
-def test_the_margin_bounds_the_error_of_both_faiss_paths():
-    rng = np.random.default_rng(1)
-    for n in (3, 1000, 10_000):
-        space = make_space(near_duplicates(rng, 60, n))
-        index = KLIndex.build(space)
-        points = space.coordinates[:32]
-        single = [index._index.search(row.astype(np.float32)[None], 60) for row in points]
-        batched = index._index.search(points.astype(np.float32), 60)  # 20 or more: through BLAS
-        for at, point in enumerate(points):
-            exact = np.square(space.coordinates - point).sum(axis=1)
-            margin = index._margin(point)
-            for squares, rows in (single[at], (batched[0][at : at + 1], batched[1][at : at + 1])):
-                assert np.abs(squares[0] - exact[rows[0]]).max() <= margin
 
 
 def test_hits_carry_the_estimate_of_the_space():
@@ -271,6 +262,7 @@ def test_refuses_what_it_cannot_answer(call, error, message):
 
 def test_without_faiss_the_pip_command_is_given(monkeypatch):
     space = make_space(scatter(np.random.default_rng(9), 4, 9))
+    import_faiss.cache_clear()
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'llfast\[cpu\]'.*llfast\[gpu\]"):
         KLIndex.build(space)

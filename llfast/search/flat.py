@@ -1,0 +1,152 @@
+"""Squared distances to many rows by faiss in fp32, and how far they can be off.
+
+faiss checks little: wrong dimensions read out of bounds, float64 is cast, NaN rows vanish. Whatever
+it is given is checked here, and it is imported nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from llfast.errors import MissingDependencyError, SearchError
+
+_FP32 = np.finfo(np.float32)
+_LARGEST_NORM = 1e18  # squares of twice that are still within fp32
+_BLOCK_BYTES = 1 << 20  # of rows a call of faiss: small enough to be shared out evenly
+
+
+def squares_to(
+    queries: Float32[np.ndarray, "Q D"],
+    rows: Float32[np.ndarray, "K D"],
+    *,
+    before_block: Callable[[int, int], None] | None = None,
+) -> Float32[np.ndarray, "Q K"]:
+    """‖query - row‖² of every row, by explicit difference; `reach` says how exact they are.
+
+    Memory is read once for all queries. A square's bits do not depend on the other queries or rows.
+
+    Args:
+        queries: finite.
+        rows: finite, contiguous; they may lie in a mapped file.
+        before_block: called with (begin, end) before these rows are read, from any thread.
+
+    Raises:
+        ValueError: if shapes, dtypes or memory layout are others.
+    """
+    for name, array in (("queries", queries), ("rows", rows)):
+        if array.dtype != np.float32 or array.ndim != 2 or not array.flags.c_contiguous:
+            raise ValueError(
+                f"{name} must be a contiguous float32 matrix, got {array.dtype} {array.shape}"
+            )
+    dimensions = queries.shape[1]
+    if rows.shape[1] != dimensions or not dimensions:
+        raise ValueError(
+            f"rows must have the queries' dimensions, got {rows.shape} and {queries.shape}"
+        )
+    found = np.empty((len(queries), len(rows)), dtype=np.float32)
+    faiss = import_faiss()
+    pointer = faiss.swig_ptr
+
+    def fill(begin: int, end: int) -> None:
+        if before_block is not None:
+            before_block(begin, end)
+        block = pointer(rows[begin:end])
+        for query, squares in zip(queries, found, strict=True):
+            part = pointer(squares[begin:end])
+            faiss.fvec_L2sqr_ny(part, pointer(query), block, dimensions, end - begin)
+
+    step = max(1, _BLOCK_BYTES // (4 * dimensions))
+    blocks = [(at, min(at + step, len(rows))) for at in range(0, len(rows), step)]
+    if len(blocks) < 2:
+        for block in blocks:
+            fill(*block)
+        return found
+    for done in [_threads(os.getpid()).submit(fill, *block) for block in blocks]:
+        done.result()
+    return found
+
+
+def reach(distance: float, dimensions: int, norms: float, *, slack: float = 0.0) -> float:
+    """The largest square that `squares_to` can give for points at most `distance` apart.
+
+    A sum of D rounded squares of rounded differences is off by at most g / (1 - g) of itself, with
+    g = (D + 3) u, in any order (Higham, Accuracy and Stability of Numerical Algorithms, section
+    3.1), u being half of fp32's epsilon. Points were rounded to fp32 before, which moves each by at
+    most u of its norm; projecting them in fp64 moves them far less, and the u that is added for it
+    holds up to 10^7 texts. The last term is for what underflows.
+
+    Args:
+        distance: between the points as they are.
+        dimensions: D of the rows.
+        norms: the query's norm, and the largest of the rows'.
+        slack: what else may be between `distance` and the points.
+    """
+    share = (dimensions + 3) * float(_FP32.eps) / 2
+    gamma = share / (1 - share) if share < 1 else math.inf
+    moved = distance + slack + float(_FP32.eps) * norms
+    square = moved * moved * (1 + gamma) * (1 + 1e-6) + dimensions * float(_FP32.tiny)
+    if not square < float(_FP32.max):
+        return math.inf
+    return float(np.nextafter(np.float32(square), np.float32(np.inf)))
+
+
+def farthest(square: float, dimensions: int, norms: float) -> float:
+    """The largest distance of points of which `squares_to` gave this square; see `reach`."""
+    share = (dimensions + 3) * float(_FP32.eps) / 2
+    if share >= 0.5:
+        return math.inf
+    gamma = share / (1 - share)
+    rounded = math.sqrt((square + dimensions * float(_FP32.tiny)) / (1 - gamma))
+    return rounded * (1 + 1e-6) + float(_FP32.eps) * norms
+
+
+def refuse_overflow(norm: float) -> None:
+    """Raise SearchError for points of which fp32 cannot hold squared distances."""
+    if not norm < _LARGEST_NORM:
+        raise SearchError(f"coordinates must have norms below 1e18 nats for faiss, got {norm:.3g}")
+
+
+def norms_of(rows: Float64[np.ndarray, "M N"]) -> Float64[np.ndarray, " M"]:
+    """Euclidean norm of each row."""
+    norms: Float64[np.ndarray, " M"] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return norms
+
+
+@cache
+def _threads(_process: int) -> ThreadPoolExecutor:  # of each process, for a fork has no threads
+    """As many as there are cores: one of them alone does not reach the bandwidth of memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(max_workers=cores or 1, thread_name_prefix="llfast-search")
+
+
+@cache
+def import_faiss() -> Any:
+    """The module, if it is installed.
+
+    Raises:
+        MissingDependencyError: if it is not.
+    """
+    try:
+        with warnings.catch_warnings():
+            # SWIG's types have no module name, which newer Pythons remark on.
+            warnings.filterwarnings(
+                "ignore", "builtin type (SwigPy|swigvar).* has no __module__", DeprecationWarning
+            )
+            import faiss
+    except ModuleNotFoundError as error:
+        if error.name != "faiss":
+            raise
+        raise MissingDependencyError(
+            "searching needs faiss: pip install 'llfast[cpu]', or on a machine with an NVIDIA GPU "
+            "pip install 'llfast[gpu]'; never both, they install the same package"
+        ) from None
+    return faiss

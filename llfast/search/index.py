@@ -1,0 +1,363 @@
+"""An index of models: who is nearest to a model, by KL divergence, exactly.
+
+query ─▶ its point ─▶ rows that can be near (certified.py) ─▶ KL in fp64 ─▶ hits, by KL and name
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import index
+from threading import Lock
+from typing import overload
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from llfast.basis import Basis
+from llfast.mixed import adds_bos_of, warn_of_kind
+from llfast.results import KLEstimate, LogLikelihoods
+from llfast.space import ModelSpace
+
+from .added import Added
+from .certified import Found, Query, Rows, first_bounds, nearest, within
+from .flat import import_faiss, norms_of, refuse_overflow
+from .hits import Hit, Hits
+from .models import IndexedModel, Models
+from .projection import Projection, Reduced
+
+MODES = ("auto", "exact", "certified")
+_EXACT_BYTES = 64 << 20  # of fp32 points: reading them all takes as long as looking at bounds
+_SAMPLE_BYTES = 1 << 29  # of fp64 points, from which directions are found
+_MOST_SAMPLE = 4096
+_ROUNDED = float(np.finfo(np.float32).eps)  # how far fp32 moves a mean, of the norm, at most
+_ROWS = 256  # worked on at once: 20 MB of fp64 at 10,000 texts
+_QUERIES = 32  # whose bounds are found at once
+
+
+class KLIndex:
+    """Exact nearest models. Searches do not change it, `add` and `remove` do.
+
+    Attributes:
+        basis: what its points are coordinates in.
+        mode: "exact" (all rows are compared in full) or "certified" (lower bounds rule most out;
+            the answer is the same).
+    """
+
+    def __init__(
+        self,
+        basis: Basis,
+        models: Models,
+        rows: Rows,
+        projection: Projection | None,
+        *,
+        largest: float,
+        offset: float,
+        noise_floor: float = 0.0,
+    ) -> None:
+        """Use `build`.
+
+        Args:
+            basis: of the points.
+            models: one a row.
+            rows: their points.
+            projection: what their lower-bound coordinates were made with, if there are any.
+            largest: norm of the points, at most.
+            offset: mean of a point's coordinates, at most.
+            noise_floor: the largest KL between two dtypes of one model, nats a text.
+        """
+        import_faiss()
+        self.basis = basis
+        self.mode = "exact" if projection is None else "certified"
+        self._models, self._rows, self._projection = models, rows, projection
+        self._lock = Lock()
+        self._added = Added(len(basis), projection)
+        self._largest, self._offset, self._noise_floor = largest, offset, noise_floor
+        self._dtypes = {model.dtype for model in models}
+        self._adds_bos = Counter(
+            model.metadata["adds_bos"] for model in models if "adds_bos" in model.metadata
+        )
+
+    @classmethod
+    def build(cls, space: ModelSpace, mode: str = "auto") -> KLIndex:
+        """Index all models of a space.
+
+        Args:
+            space: its coordinates are referred to, not copied.
+            mode: "exact", "certified", or "auto": the first for small spaces.
+
+        Raises:
+            ValueError: if there is no such mode.
+            MissingDependencyError: if faiss is not installed.
+            SearchError: if coordinates are too large for fp32 (beyond 1e17 nats).
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be {', '.join(MODES)}, got {mode!r}")
+        import_faiss()
+        points = space.coordinates
+        norms = np.concatenate([norms_of(points[block]) for block in _blocks(len(space))])
+        refuse_overflow(float(norms.max()))
+        models = Models(
+            [
+                IndexedModel(*each)
+                for each in zip(
+                    space.models, space.revisions, space.dtypes, space.metadata, strict=True
+                )
+            ]
+        )
+        if mode == "auto":
+            mode = "exact" if points.nbytes // 2 <= _EXACT_BYTES else "certified"
+        projection, flat, reduced = None, None, None
+        if mode == "exact":
+            flat = points.astype(np.float32)
+        else:
+            projection = Projection.fit(points[_sample(*points.shape)])
+            parts = [projection.reduce(points[block]) for block in _blocks(len(space))]
+            reduced = Reduced(
+                np.concatenate([each.first for each in parts]),
+                np.concatenate([each.rest for each in parts]),
+            )
+        return cls(
+            space.basis,
+            models,
+            Rows(points=points, flat=flat, reduced=reduced),
+            projection,
+            largest=float(norms.max()),
+            offset=float(np.abs(points.mean(axis=1)).max()),
+            noise_floor=space.noise_floor("nats_per_text") or 0.0,
+        )
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    # ------------------------------------------------------------------ searching
+
+    @overload
+    def search(
+        self, query: str | LogLikelihoods, k: int = 10, *, unit: str = "bits_per_byte"
+    ) -> Hits: ...
+    @overload
+    def search(
+        self, query: list[str] | list[LogLikelihoods], k: int = 10, *, unit: str = "bits_per_byte"
+    ) -> list[Hits]: ...
+    def search(
+        self,
+        query: str | LogLikelihoods | list[str] | list[LogLikelihoods],
+        k: int = 10,
+        *,
+        unit: str = "bits_per_byte",
+    ) -> Hits | list[Hits]:
+        """The k nearest models, nearest first; equally near ones by name.
+
+        Args:
+            query: the name of a model in the index, which is then left out, or a result, which is
+                projected (and left out if the index holds the very same under that name); or
+                several of them, which share the reading of bounds.
+            k: how many; all there are if there are fewer.
+            unit: of the KL: "bits_per_byte" or "nats_per_text".
+
+        Returns: hits and why they are right; for several queries, a list of them.
+
+        Raises:
+            ValueError: if k is below 1, or there is no such unit.
+            TypeError: if k is not an integer, or the query neither a name nor a result.
+            SpaceError: if the query is not in the index, or was scored on other texts or under
+                another convention, or bytes are asked for and not known.
+            SearchError: if the query is too large for fp32.
+        """
+        k = index(k)
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        self.basis.per_nat(unit)  # refuses a wrong unit before any work
+        if isinstance(query, (str, LogLikelihoods)):
+            return self._search([query], k, unit)[0]
+        blocks = range(0, len(query), _QUERIES)
+        return [hits for at in blocks for hits in self._search(query[at : at + _QUERIES], k, unit)]
+
+    def range_search(
+        self, query: str | LogLikelihoods, radius: float, *, unit: str = "bits_per_byte"
+    ) -> Hits:
+        """All models whose KL from the query is at most `radius`, in `unit`, nearest first.
+
+        Raises: as `search` says; ValueError if `radius` is negative or NaN.
+        """
+        radius = float(radius)
+        if not radius >= 0:
+            raise ValueError(f"radius must be at least 0, got {radius}")
+        factor = self.basis.per_nat(unit)
+        state = self._state()
+        (asked,) = self._ask([query], state)
+        # Widened a little over the margin: the radius has been divided by a rounded factor.
+        distance = math.sqrt(radius / factor * 2 * len(self.basis) * (1 + 1e-6))
+        found = within(state.parts, asked.query, distance)
+        inside = found.divergences * factor <= radius
+        found = replace(found, rows=found.rows[inside], divergences=found.divergences[inside])
+        return self._hits(asked, found, unit, state)
+
+    # ------------------------------------------------------------------ changing
+
+    def add(self, result: LogLikelihoods) -> None:
+        """Have a model found from now on, in the place of one of the same name.
+
+        Raises:
+            SpaceError: if it was scored on other texts or under another convention.
+            SearchError: if it is too large for fp32.
+        """
+        point = self._project(result)
+        (norm,) = norms_of(point[None])
+        refuse_overflow(float(norm))
+        adds_bos = adds_bos_of(result)
+        metadata = dict(result.metadata) | ({} if adds_bos is None else {"adds_bos": adds_bos})
+        with self._lock:
+            self._largest = max(self._largest, float(norm))
+            self._offset = max(self._offset, abs(float(point.mean())) + _ROUNDED * float(norm))
+            self._added.append(point)
+            self._models.add(IndexedModel(result.model, result.revision, result.dtype, metadata))
+            self._dtypes.add(result.dtype)
+            self._adds_bos.update([] if adds_bos is None else [adds_bos])
+
+    def remove(self, model: str) -> None:
+        """Have a model not found any more.
+
+        Raises:
+            SpaceError: if there is no such model.
+        """
+        with self._lock:
+            self._models.row(model)  # refuses what is not there
+            self._models.remove(model)
+
+    # ------------------------------------------------------------------ inside
+
+    def _state(self) -> _State:
+        with self._lock:
+            parts = [self._rows] + ([self._added.rows()] if len(self._added) else [])
+            allowed = None
+            if self._models.gone:
+                allowed = np.ones(self._models.count, dtype=bool)
+                allowed[list(self._models.gone)] = False
+            return _State(parts, allowed, self._largest, self._offset)
+
+    def _search(self, queries: Sequence[str | LogLikelihoods], k: int, unit: str) -> list[Hits]:
+        state = self._state()
+        return [
+            self._hits(asked, nearest(state.parts, asked.query, k), unit, state, k)
+            for asked in self._ask(queries, state)
+        ]
+
+    def _ask(self, queries: Sequence[str | LogLikelihoods], state: _State) -> Iterator[_Asked]:
+        """Points of the queries, and what bounds need."""
+        placed = [self._place(query, state) for query in queries]
+        points = np.array([point for point, _ in placed])
+        norms = norms_of(points)
+        refuse_overflow(float(norms.max()))
+        reduced = bounds = None
+        if self._projection is not None:
+            reduced = self._projection.reduce(points)
+            bounds = first_bounds(state.parts, reduced)
+        for at, (query, (point, own_row)) in enumerate(zip(queries, placed, strict=True)):
+            allowed = state.allowed
+            if own_row is not None:
+                count = sum(map(len, state.parts))
+                allowed = np.ones(count, dtype=bool) if allowed is None else allowed.copy()
+                allowed[own_row] = False
+            yield _Asked(
+                dtype=self._dtype(query),
+                query=Query(
+                    point=point,
+                    reduced=None if reduced is None else reduced[at],
+                    bounds=None if bounds is None else bounds[at],
+                    norms=float(norms[at]) + state.largest,
+                    slack=math.sqrt(len(point)) * (abs(float(point.mean())) + state.offset),
+                    allowed=allowed,
+                ),
+            )
+
+    def _place(
+        self, query: str | LogLikelihoods, state: _State
+    ) -> tuple[Float64[np.ndarray, " N"], int | None]:
+        """The query's point, and its own row if it is in the index."""
+        if isinstance(query, str):
+            own_row = self._models.row(query)
+            return state.point(own_row), own_row
+        if not isinstance(query, LogLikelihoods):
+            raise TypeError(f"query must be a name or a LogLikelihoods, got {type(query).__name__}")
+        point = self._project(query)
+        row = self._models.find(query.model)
+        if row is None or not np.array_equal(point, state.point(row)):
+            return point, None
+        return point, row
+
+    def _project(self, result: LogLikelihoods) -> Float64[np.ndarray, " N"]:
+        """A result's point, rounded as those of the index are."""
+        point = self.basis.project(result)
+        floor = self._noise_floor or None
+        warn_of_kind(result, self.basis.convention, self._dtypes, self._adds_bos, floor)
+        rounded: Float64[np.ndarray, " N"] = point.astype(self._rows.points.dtype)
+        return rounded.astype(np.float64)
+
+    def _dtype(self, query: str | LogLikelihoods) -> str:
+        known = self._models[self._models.row(query)] if isinstance(query, str) else query
+        return known.dtype
+
+    def _hits(
+        self, asked: _Asked, found: Found, unit: str, state: _State, k: int | None = None
+    ) -> Hits:
+        factor = self.basis.per_nat(unit)
+        order = sorted(
+            (divergence, self._models[row].name, row)
+            for divergence, row in zip(found.divergences.tolist(), found.rows.tolist(), strict=True)
+        )
+        hits = []
+        for divergence, name, row in order[:k]:
+            estimate = partial(self._estimate, asked, state, row, unit)
+            hits.append(Hit(name, divergence * factor, unit, self._models[row].metadata, estimate))
+        bound = found.certificate.bound * factor
+        return Hits(hits, replace(found.certificate, bound=bound))
+
+    def _estimate(self, asked: _Asked, state: _State, row: int, unit: str) -> KLEstimate:
+        return self.basis.kl(
+            asked.query.point - state.point(row),
+            (asked.dtype, self._models[row].dtype),
+            unit,
+            noise_floor=self._noise_floor,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What one search sees, whatever is added or removed meanwhile."""
+
+    parts: list[Rows]
+    allowed: Bool[np.ndarray, " K"] | None
+    largest: float
+    offset: float
+
+    def point(self, row: int) -> Float64[np.ndarray, " N"]:
+        for part in self.parts:
+            if row < len(part):
+                point: Float64[np.ndarray, " N"] = part.take(np.array([row]))[0].astype(np.float64)
+                return point
+            row -= len(part)
+        raise IndexError(f"row must be below {sum(map(len, self.parts))}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    query: Query
+    dtype: str
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(at, at + _ROWS) for at in range(0, count, _ROWS))
+
+
+def _sample(count: int, dimensions: int) -> Int64[np.ndarray, " S"]:
+    """Rows from which directions are found: all of them, or some drawn at random."""
+    most = min(_MOST_SAMPLE, max(1, _SAMPLE_BYTES // (8 * dimensions)))
+    if count <= most:
+        return np.arange(count)
+    drawn: Int64[np.ndarray, " S"] = np.random.default_rng(0).choice(count, most, replace=False)
+    return np.sort(drawn)

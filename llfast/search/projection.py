@@ -1,0 +1,96 @@
+"""Few coordinates from which a distance cannot be overestimated.
+
+    point (N,) ─▶ coordinates along m directions, and the norm of what they leave out
+    distance of two such rows ≤ distance of the points
+
+For orthonormal directions B, ‖x - y‖² = ‖Bx - By‖² + ‖Rx - Ry‖², where R is what B leaves out, and
+‖Rx - Ry‖ is at least | ‖Rx‖ - ‖Ry‖ |. Two stages use the same directions: the first few to look at
+all rows, the rest to look again at those that are left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from .flat import norms_of
+
+# With the norm, 64 and 192 floats: whole cache lines. 3.1 % of 10,000-dimensional fp32 vectors,
+# the directions themselves for 100,000 models included.
+STAGES = (63, 254)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reduced:
+    """Rows of lower-bound coordinates.
+
+    Attributes:
+        first: (M, m0 + 1) coordinates of the first stage, and the norm of the rest.
+        rest: (M, m1 - m0 + 1) those of the second stage, and the norm of what it leaves out.
+    """
+
+    first: Float32[np.ndarray, "M F"]
+    rest: Float32[np.ndarray, "M R"]
+
+    def __getitem__(self, row: int) -> Reduced:
+        """One row, still as rows."""
+        return Reduced(self.first[[row]], self.rest[[row]])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """Orthonormal directions of a space.
+
+    Attributes:
+        directions: (m1, N) fp64, the most important first.
+        first: m0, how many of them the first stage uses.
+    """
+
+    directions: Float64[np.ndarray, "M N"]
+    first: int
+
+    @classmethod
+    def fit(
+        cls, sample: Float64[np.ndarray, "S N"], stages: tuple[int, int] = STAGES, *, seed: int = 0
+    ) -> Projection:
+        """The directions along which a sample of points spreads most.
+
+        Randomised singular value decomposition with power iterations (Halko, Martinsson & Tropp
+        2011, SIAM Review 53, algorithm 5.1); any directions give bounds, these give close ones.
+
+        Args:
+            sample: (S, N) points.
+            stages: how many directions each of the two stages has, at most.
+            seed: of the random start.
+        """
+        import torch
+
+        most = min(sample.shape)
+        first, both = (min(each, most) for each in stages)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            points = torch.from_numpy(np.array(sample, dtype=np.float32))
+            _, _, found = torch.svd_lowrank(points, q=min(both + 16, most), niter=2)
+        # Orthonormal to fp64's precision, which the bound takes for granted.
+        directions = np.linalg.qr(found[:, :both].double().numpy())[0].T
+        return cls(np.ascontiguousarray(directions), first)
+
+    def reduce(self, points: Float64[np.ndarray, "M N"]) -> Reduced:
+        """Lower-bound coordinates of points, computed in fp64 and rounded once."""
+        along = points @ self.directions.T
+        residual = points - along @ self.directions
+        left_out = norms_of(residual)
+        beyond = along[:, self.first :]
+        first_left_out = np.sqrt(left_out**2 + np.einsum("ij,ij->i", beyond, beyond))
+        return Reduced(
+            np.column_stack([along[:, : self.first], first_left_out]).astype(np.float32),
+            np.column_stack([beyond, left_out]).astype(np.float32),
+        )
+
+    def explained(self, points: Float64[np.ndarray, "M N"]) -> tuple[float, float]:
+        """The share of the points' squared norms that each stage keeps."""
+        squares = np.square(points @ self.directions.T).sum(axis=0)
+        whole = float(np.square(points).sum()) or 1.0
+        return float(squares[: self.first].sum()) / whole, float(squares.sum()) / whole
