@@ -6,8 +6,7 @@ query ─▶ its point ─▶ rows that can be near (certified.py) ─▶ KL in 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
@@ -76,10 +75,6 @@ class KLIndex:
         self._lock = Lock()
         self._added = Added(len(basis), projection)
         self._largest, self._offset, self._noise_floor = largest, offset, noise_floor
-        self._dtypes = {model.dtype for model in models}
-        self._adds_bos = Counter(
-            model.metadata["adds_bos"] for model in models if "adds_bos" in model.metadata
-        )
 
     @classmethod
     def build(cls, space: ModelSpace, mode: str = "auto") -> KLIndex:
@@ -100,7 +95,7 @@ class KLIndex:
         points = space.coordinates
         norms = np.concatenate([norms_of(points[block]) for block in _blocks(len(space))])
         refuse_overflow(float(norms.max()))
-        models = Models(
+        models = Models.of(
             [
                 IndexedModel(*each)
                 for each in zip(
@@ -216,8 +211,6 @@ class KLIndex:
             self._offset = max(self._offset, abs(float(point.mean())) + _ROUNDED * float(norm))
             self._added.append(point)
             self._models.add(IndexedModel(result.model, result.revision, result.dtype, metadata))
-            self._dtypes.add(result.dtype)
-            self._adds_bos.update([] if adds_bos is None else [adds_bos])
 
     def remove(self, model: str) -> None:
         """Have a model not found any more.
@@ -294,7 +287,8 @@ class KLIndex:
         """A result's point, rounded as those of the index are."""
         point = self.basis.project(result)
         floor = self._noise_floor or None
-        warn_of_kind(result, self.basis.convention, self._dtypes, self._adds_bos, floor)
+        known = self._models
+        warn_of_kind(result, self.basis.convention, known.dtypes, known.adds_bos, floor)
         rounded: Float64[np.ndarray, " N"] = point.astype(self._rows.points.dtype)
         return rounded.astype(np.float64)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from llfast.errors import SpaceError
+
+_MOST_LIKE = 5000  # names that one that is not there is compared with: 0.1 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +32,59 @@ class IndexedModel:
 
 
 class Models:
-    """Rows in order, some of which are gone."""
+    """Rows in order, some of which are gone.
 
-    def __init__(self, rows: Sequence[IndexedModel]) -> None:
-        self._rows = list(rows)
-        self._by_name = {row.name: number for number, row in enumerate(self._rows)}
+    Attributes:
+        dtypes: what they ran in.
+        adds_bos: how many of their tokenizers add BOS, and how many do not.
+        gone: numbers of rows that are not searched.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        row: Callable[[int], IndexedModel],
+        *,
+        dtypes: Iterable[str],
+        adds_bos: Mapping[bool, int],
+    ) -> None:
+        """Rows as they were indexed.
+
+        Args:
+            names: of all of them.
+            row: what is known of one, looked up when it is asked for.
+            dtypes: what they ran in.
+            adds_bos: how many of their tokenizers add BOS, and how many do not.
+        """
+        self._base, self._row = len(names), row
+        self._added: list[IndexedModel] = []
+        self._by_name = {name: number for number, name in enumerate(names)}
+        self.dtypes, self.adds_bos = set(dtypes), Counter(adds_bos)
         self.gone: set[int] = set()
+
+    @classmethod
+    def of(cls, rows: Sequence[IndexedModel]) -> Models:
+        """Rows that are in memory."""
+        known = [row.metadata["adds_bos"] for row in rows if "adds_bos" in row.metadata]
+        return cls(
+            [row.name for row in rows],
+            rows.__getitem__,
+            dtypes=[row.dtype for row in rows],
+            adds_bos=Counter(known),
+        )
 
     def __len__(self) -> int:
         return len(self._by_name)
 
     def __getitem__(self, number: int) -> IndexedModel:
-        return self._rows[number]
-
-    def __iter__(self) -> Iterator[IndexedModel]:
-        """Those that are there."""
-        return (self._rows[number] for number in self._by_name.values())
+        if number < self._base:
+            return self._row(number)
+        return self._added[number - self._base]
 
     @property
     def count(self) -> int:
         """Rows, those that are gone among them."""
-        return len(self._rows)
+        return self._base + len(self._added)
 
     def find(self, name: str) -> int | None:
         """The row of a model that is there."""
@@ -62,7 +98,8 @@ class Models:
         """
         found = self._by_name.get(name)
         if found is None:
-            close = get_close_matches(name, list(self._by_name), n=3, cutoff=0.5)
+            some = list(islice(self._by_name, _MOST_LIKE))
+            close = get_close_matches(name, some, n=3, cutoff=0.5)
             hint = (
                 f"did you mean {' or '.join(close)}?" if close else "score it and pass the result"
             )
@@ -72,8 +109,11 @@ class Models:
     def add(self, row: IndexedModel) -> None:
         """A new last row; one of the same name is gone."""
         self.remove(row.name)
-        self._by_name[row.name] = len(self._rows)
-        self._rows.append(row)
+        self._added.append(row)
+        self._by_name[row.name] = self.count - 1
+        self.dtypes.add(row.dtype)
+        if "adds_bos" in row.metadata:
+            self.adds_bos[row.metadata["adds_bos"]] += 1
 
     def remove(self, name: str) -> bool:
         """Whether there was such a model."""
