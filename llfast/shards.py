@@ -1,4 +1,4 @@
-"""The Parquet shards of a store: their schema, their rows, and which rows count."""
+"""The Parquet shards of a store: their schema, and how they are read and written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import secrets
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from .errors import LlfastWarning, StoreError
 from .files import atomic_write
 from .results import ResultKey
+from .rows import StoredRow, newest
 
 SCHEMA = pa.schema(
     [
@@ -40,43 +41,8 @@ SCHEMA = pa.schema(
         ("metadata", pa.string()),
     ]
 )
-_MOST_LISTED = 20  # rows in an error, which is one line
+GROUP_BYTES = 64 << 20  # of numbers in a row group, which is what readers hold at once
 _LISTED = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRow:
-    """One row of a store, without its numbers.
-
-    Attributes:
-        key: what it is a result of.
-        error: why it failed; None if it is complete.
-        created: when it was written, in UTC.
-        provenance: what else decided its bits.
-        metadata: the caller's own columns.
-        shard: the file that holds it.
-        position: its place there.
-    """
-
-    key: ResultKey
-    error: str | None
-    created: datetime
-    provenance: Mapping[str, Any]
-    metadata: Mapping[str, Any]
-    shard: Path
-    position: int
-
-    @property
-    def subject(self) -> tuple[Any, ...]:
-        """The key without revision, dtype and version."""
-        key = self.key
-        return key.model, key.textset_digest, key.convention, key.layer
-
-    @property
-    def label(self) -> str:
-        """The name that it is shown under."""
-        layer = self.key.layer
-        return self.key.model if layer is None else f"{self.key.model}@layer={layer}"
 
 
 def row_fields(
@@ -92,72 +58,38 @@ def row_fields(
     return row
 
 
-def newest(rows: Iterable[StoredRow]) -> list[StoredRow]:
-    """One row a key: the newest complete one, else the newest failure."""
-    best: dict[ResultKey, StoredRow] = {}
-    for row in rows:
-        other = best.get(row.key)
-        rank = (row.error is None, row.created, row.shard.name)
-        if other is None or rank > (other.error is None, other.created, other.shard.name):
-            best[row.key] = row
-    # A failure may lack the revision and dtype that a later success has: compare without them.
-    done: dict[tuple[Any, ...], datetime] = {}
-    for row in best.values():
-        if row.error is None:
-            done[row.subject] = max(row.created, done.get(row.subject, row.created))
-    best = {
-        key: row
-        for key, row in best.items()
-        if row.error is None or row.subject not in done or done[row.subject] < row.created
-    }
-    return sorted(best.values(), key=lambda row: (row.label, row.created))
+def read_batches(
+    shard: Path,
+    columns: Sequence[str] | None = None,
+    *,
+    batch_rows: int,
+    positions: Sequence[int] | None = None,
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The rows of a shard, at most `batch_rows` at a time, each with the position of its first.
 
-
-def one_row_a_model(
-    rows: Sequence[StoredRow],
-    convention: str | None,
-    dtype: str | None,
-    models: Sequence[str] | None,
-    duplicates: str,
-) -> tuple[str, list[StoredRow]]:
-    """Choose complete rows as `Store.matrix` says.
-
-    Returns: the convention, and the rows ordered by label; none if none is left.
+    Args:
+        shard: the file.
+        columns: only these; all if None.
+        batch_rows: the most rows that are held at once.
+        positions: ascending; row groups without any of them are passed over.
 
     Raises:
-        StoreError: if there is more than one convention or row to choose from, or a model is not
-            there.
-    """
-    convention = convention or _only_convention({row.key.convention for row in rows})
-    rows = [
-        row for row in rows if row.key.convention == convention and dtype in (None, row.key.dtype)
-    ]
-    if models is not None:
-        rows = _named(rows, models)
-    chosen = {row.label: row for row in sorted(rows, key=lambda row: row.created)}
-    if duplicates == "error" and len(chosen) < len(rows):
-        _refuse_several(rows)
-    return convention, [chosen[label] for label in sorted(chosen)]
-
-
-def read_table(shard: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a shard, with all columns or some.
-
-    Raises:
-        FileNotFoundError: if a compaction has removed it.
+        FileNotFoundError: if a compaction has removed it before the first batch.
         StoreError: if it is damaged.
     """
-    try:
-        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            _check_footer(list(file.schema_arrow), file.metadata)
-            return file.read(columns)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StoreError(
-            f"{shard} must be a whole shard, got: {reason}; move it away and score its models again"
-        ) from None
+    with _open_shard(shard) as file:
+        end = 0
+        for group in range(file.num_row_groups):
+            start, end = end, end + file.metadata.row_group(group).num_rows
+            if positions is not None:
+                at = bisect_left(positions, start)
+                if at == len(positions) or positions[at] >= end:
+                    continue
+            for batch in file.iter_batches(batch_rows, row_groups=[group], columns=columns):
+                yield start, batch
+                start += batch.num_rows
+            if start != end:
+                raise ValueError("a row group has another number of rows than its footer says")
 
 
 def read_rows(shard: Path) -> list[StoredRow]:
@@ -167,7 +99,8 @@ def read_rows(shard: Path) -> list[StoredRow]:
         FileNotFoundError: if a compaction has removed it.
     """
     try:
-        return _stored_rows(shard, read_table(shard, _LISTED))
+        with _open_shard(shard) as file:
+            return _stored_rows(shard, file.read(_LISTED))
     except StoreError as error:
         _warn_of_damage(error)
         return []
@@ -193,11 +126,22 @@ def read_folder(folder: Path) -> list[StoredRow]:
     return rows
 
 
-def write_shard(folder: Path, table: pa.Table) -> None:
-    """Add a shard under a name that no other writer takes; raises OSError if that fails."""
+def write_shard(folder: Path, tables: Iterable[pa.Table]) -> None:
+    """Add a shard under a name that no other writer takes; raises OSError if that fails.
+
+    Each table, of at most about `GROUP_BYTES`, is a row group of its own. There is at least one.
+    """
     name = f"{time.time_ns():020d}-{secrets.token_hex(8)}.parquet"
-    with atomic_write(folder / name) as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    tables = iter(tables)
+    first = next(tables)
+    with (
+        atomic_write(folder / name) as file,
+        pq.ParquetWriter(
+            file, first.schema, compression="zstd", write_page_checksum=True
+        ) as writer,
+    ):
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
 
 
 def merge_shards(folder: Path) -> int:
@@ -213,7 +157,8 @@ def merge_shards(folder: Path) -> int:
     rows: list[StoredRow] = []
     for shard in sorted(folder.glob("*.parquet")):
         try:
-            table = read_table(shard)
+            with _open_shard(shard) as file:
+                table = file.read()
             rows += _stored_rows(shard, table)
             tables[shard] = table
         except StoreError as error:
@@ -224,10 +169,29 @@ def merge_shards(folder: Path) -> int:
     for row in newest(rows):
         positions.setdefault(row.shard, []).append(row.position)
     parts = [tables[shard].take(chosen) for shard, chosen in positions.items()]
-    write_shard(folder, pa.concat_tables(parts, promote_options="default"))
+    write_shard(folder, [pa.concat_tables(parts, promote_options="default")])
     for shard in tables:
         shard.unlink(missing_ok=True)
     return len(tables)
+
+
+@contextmanager
+def _open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
+    """A shard whose footer has been checked; what its pages turn out to be is a StoreError, too."""
+    try:
+        # Without a buffer of its own a whole column of a row group is read at once.
+        with pq.ParquetFile(
+            shard, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False
+        ) as file:
+            _check_footer(list(file.schema_arrow), file.metadata)
+            yield file
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StoreError(
+            f"{shard} must be a whole shard, got: {reason}; move it away and score its models again"
+        ) from None
 
 
 def _check_footer(fields: Sequence[pa.Field], footer: pq.FileMetaData) -> None:
@@ -271,45 +235,3 @@ def _stored_rows(shard: Path, table: pa.Table) -> list[StoredRow]:
 
 def _warn_of_damage(error: StoreError) -> None:
     warnings.warn(f"left out of the store: {error}", LlfastWarning, stacklevel=4)
-
-
-def _only_convention(conventions: set[str]) -> str:
-    if "paper" in conventions or not conventions:
-        return "paper"
-    if len(conventions) > 1:
-        raise StoreError(
-            "convention must be named where a store has several, got "
-            f"{', '.join(sorted(conventions))}"
-        )
-    return conventions.pop()
-
-
-def _named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
-    chosen: list[StoredRow] = []
-    for name in models:
-        found = [row for row in rows if row.label == name]
-        if not found and "@" in name:
-            model, _, revision = name.rpartition("@")
-            found = [
-                row for row in rows if row.label == model and row.key.revision.startswith(revision)
-            ]
-        if not found:
-            raise StoreError(f"models must be in the store, got {name!r}")
-        chosen.extend(row for row in found if row not in chosen)
-    return chosen
-
-
-def _refuse_several(rows: Sequence[StoredRow]) -> None:
-    """Raise an error that lists all rows of the models that have more than one."""
-    counts = Counter(row.label for row in rows)
-    listed = [
-        f"{row.label}@{row.key.revision[:12] or '(none)'} in {row.key.dtype or 'no dtype'} of "
-        f"{row.created:%Y-%m-%d %H:%M:%S}"
-        for row in rows
-        if counts[row.label] > 1
-    ]
-    more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
-    raise StoreError(
-        f"matrix must have one row a model, got {', '.join(listed[:_MOST_LISTED])}{more}; choose "
-        "with dtype, models=['name@revision'] or duplicates='newest'"
-    )

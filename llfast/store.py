@@ -14,35 +14,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float64
 
 from .errors import StoreError
-from .files import atomic_write
 from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
-from .shards import (
-    SCHEMA,
-    StoredRow,
-    merge_shards,
-    newest,
-    one_row_a_model,
-    read_folder,
-    read_table,
-    row_fields,
-    write_shard,
-)
+from .rows import StoredRow, newest, one_row_a_model
+from .scans import RowGoneError, read_row, scan_rows, wrong_length
+from .shards import GROUP_BYTES, SCHEMA, merge_shards, read_folder, row_fields, write_shard
+from .storefiles import check_marker, read_texts, write_marker, write_texts
 
 # What begins with _ or . is no data to pyarrow, Spark and DuckDB: they can be given the store.
-_MARKER = "_llfast-store.json"
 _PARTIAL = "_partial"
 _TEXTS = "_texts.json"
 _PER_TEXT = ("loglikelihoods", "token_counts", "truncated", "token_budgets")
-_FORMAT = 1
 _Read = TypeVar("_Read")
 
 
@@ -55,29 +46,7 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        marker = self.folder / _MARKER
-        foreign = self.folder.exists() and (
-            not self.folder.is_dir()
-            or any(not each.name.startswith(f".{_MARKER}") for each in self.folder.iterdir())
-        )
-        # In this order: another writer may be making the store right now.
-        if marker.exists():
-            try:
-                version = json.loads(marker.read_bytes())["format"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise StoreError(
-                    f"{marker} must name the store's format, got something else"
-                ) from None
-            if version != _FORMAT:
-                raise StoreError(
-                    f"{self.folder} must be a store of format {_FORMAT}, got {version}; use the "
-                    "llfast that wrote it"
-                )
-        elif foreign:
-            raise StoreError(
-                f"{self.folder} must be a store or an empty folder, got one with other things and "
-                f"no {_MARKER}"
-            )
+        check_marker(self.folder)
 
     # ---------------------------------------------------------------- writing
 
@@ -95,31 +64,25 @@ class Store:
             "token_budgets": result.token_budgets,
             "provenance": json.dumps(dict(result.provenance)),
         }
-        self._write_shard(result.textset_digest, [row])
+        self._write_shard(result.textset_digest, [[row]])
 
     def add_failure(self, key: ResultKey, reason: str) -> None:
         """Keep the reason why a model could not be scored; a complete row takes its place."""
-        self._write_shard(key.textset_digest, [row_fields(key, error=reason)])
+        self._write_shard(key.textset_digest, [[row_fields(key, error=reason)]])
 
     def add_matrix(self, matrix: LogLikelihoodMatrix) -> None:
         """Keep a model x text matrix that was made elsewhere."""
         n = len(matrix.text_bytes)
         ids = matrix.ids or tuple(str(text) for text in range(n))
         self._write_texts(matrix.textset_digest, ids, matrix.text_bytes, matrix.groups)
-        rows = []
-        for number, model in enumerate(matrix.models):
-            key = ResultKey(
-                model,
-                matrix.revisions[number],
-                matrix.textset_digest,
-                matrix.convention,
-                matrix.dtypes[number],
-                None,
-                0,
-            )
-            values = {"loglikelihoods": matrix.values[number], "provenance": "{}"}
-            rows.append(row_fields(key, metadata=matrix.metadata[number]) | values)
-        self._write_shard(matrix.textset_digest, rows)
+        step = max(1, GROUP_BYTES // (8 * n))
+        self._write_shard(
+            matrix.textset_digest,
+            (
+                [_matrix_row(matrix, number) for number in range(len(matrix))[start : start + step]]
+                for start in range(0, len(matrix), step)
+            ),
+        )
 
     def partial_path(self, key: ResultKey) -> Path:
         """Where finished texts of an unfinished model are kept."""
@@ -128,9 +91,7 @@ class Store:
     def prepare(self) -> None:
         """Make the folder; raises OSError if it cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / _MARKER).exists():
-            with atomic_write(self.folder / _MARKER) as file:
-                file.write(json.dumps({"format": _FORMAT}).encode())
+        write_marker(self.folder)
 
     def compact(self) -> int:
         """Merge each text set's shards into one, and drop rows that newer ones replace.
@@ -174,15 +135,7 @@ class Store:
         Raises:
             StoreError: if they cannot be read.
         """
-        path = self._partition(digest) / _TEXTS
-        try:
-            texts = dict(json.loads(path.read_bytes()))
-            return {name: texts[name] for name in ("ids", "text_bytes", "groups")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path} must describe the texts, got {error!r}; it is written again with the next "
-                "result"
-            ) from None
+        return read_texts(self._partition(digest) / _TEXTS)
 
     def load(self, row: StoredRow) -> LogLikelihoods:
         """A stored result with its numbers, wherever a compaction has put it since.
@@ -191,9 +144,43 @@ class Store:
             StoreError: if it cannot be read.
             ValueError: if the row is a failure.
         """
-        if row.error is not None:
-            raise ValueError(f"row must be complete, got the failure of {row.label}: {row.error}")
+        _refuse_failure(row)
         return self._retry(lambda: self._load(row))
+
+    def scan(
+        self, rows: Sequence[StoredRow], *, block_bytes: int = 64 << 20
+    ) -> Iterator[tuple[list[int], Float64[np.ndarray, "M N"]]]:
+        """The numbers of many complete rows on one text set, without holding them all.
+
+        Shards are read one after the other, and a row that a compaction moves meanwhile is found
+        again: where a newer one has replaced it, that one's numbers are given.
+
+        Args:
+            rows: as `rows()` or `read_shards()` give them.
+            block_bytes: what a block of values takes, if that is more than a row does. Beyond it
+                and the caller's own block, a quarter of it is held.
+
+        Yields: numbers into `rows` in the order in which they are read, and an array (M, N) of
+            nats that belongs to the caller.
+
+        Raises:
+            ValueError: if a row is a failure, or of another text set than the first.
+            StoreError: if a shard is damaged, values are not N finite ones, or a row was removed
+                meanwhile.
+        """
+        for row in rows:
+            _refuse_failure(row)
+            if row.key.textset_digest != rows[0].key.textset_digest:
+                raise ValueError(f"rows must be on one text set, got another for {row.label}")
+        if not rows:
+            return iter(())
+        digest = rows[0].key.textset_digest
+        return scan_rows(
+            rows,
+            len(self.texts(digest)["ids"]),
+            block_bytes=block_bytes,
+            list_again=lambda: self.rows(digest),
+        )
 
     def matrix(
         self,
@@ -257,9 +244,12 @@ class Store:
                 f"convention {convention!r}{in_dtype}, got none"
             )
         texts = self.texts(digest)
+        values = np.empty((len(chosen), len(texts["ids"])))
+        for numbers, block in self.scan(chosen):
+            values[numbers] = block
         return LogLikelihoodMatrix(
             [row.label for row in chosen],
-            self._values(chosen, len(texts["ids"])),
+            values,
             np.array(texts["text_bytes"], dtype=np.float64),
             [_matrix_metadata(row) for row in chosen],
             ids=texts["ids"],
@@ -274,12 +264,12 @@ class Store:
         texts = self.texts(row.key.textset_digest)
         if not row.shard.exists():
             row = self._find(row.key)
-        found = read_table(row.shard).slice(row.position, 1).to_pylist()[0]
+        found = read_row(row)
         n = len(texts["ids"])
         lists = {name: found[name] for name in _PER_TEXT if found[name] is not None}
         for name, values in lists.items():
             if len(values) != n:
-                raise StoreError(_wrong_length(row, name, n, len(values)))
+                raise StoreError(wrong_length(row, name, n, len(values)))
         zeros = [0] * n
         return LogLikelihoods(
             **row.key._asdict(),
@@ -299,20 +289,6 @@ class Store:
             if row.key == key and row.error is None:
                 return row
         raise StoreError(f"{self.folder} must hold the result of {key.model}, got none any more")
-
-    def _values(self, rows: Sequence[StoredRow], n: int) -> np.ndarray:
-        values = np.empty((len(rows), n))
-        by_shard: dict[Path, list[int]] = {}
-        for number, row in enumerate(rows):
-            by_shard.setdefault(row.shard, []).append(number)
-        for shard, numbers in by_shard.items():
-            column = read_table(shard, ["loglikelihoods"])[0]
-            for number in numbers:
-                found = column[rows[number].position].values
-                if len(found) != n:
-                    raise StoreError(_wrong_length(rows[number], "loglikelihoods", n, len(found)))
-                values[number] = found.to_numpy()
-        return values
 
     def _rows(self, digest: str | None) -> list[StoredRow]:
         folders = self._partitions() if digest is None else [self._partition(digest)]
@@ -334,39 +310,41 @@ class Store:
         self.prepare()
         path = self._partition(digest) / _TEXTS
         path.parent.mkdir(exist_ok=True)
-        try:
-            known = self.texts(digest)
-        except StoreError:  # not there, or damaged: here they are again
-            texts = {
-                "ids": list(ids),
-                "text_bytes": text_bytes.tolist(),
-                "groups": list(groups) if groups is not None else None,
-            }
-            with atomic_write(path) as file:
-                file.write(json.dumps(texts).encode())
-            return
-        for name, given in (("ids", list(ids)), ("text_bytes", text_bytes.tolist())):
-            if given != known[name]:
-                raise StoreError(f"{name} must be those in {path}, got others for the same texts")
+        write_texts(path, ids, text_bytes, groups)
 
-    def _write_shard(self, digest: str, rows: list[dict[str, Any]]) -> None:
+    def _write_shard(self, digest: str, groups: Iterable[list[dict[str, Any]]]) -> None:
         self.prepare()
         folder = self._partition(digest)
         folder.mkdir(exist_ok=True)
-        write_shard(folder, pa.Table.from_pylist(rows, schema=SCHEMA))
+        write_shard(folder, (pa.Table.from_pylist(rows, schema=SCHEMA) for rows in groups))
 
     def _retry(self, read: Callable[[], _Read]) -> _Read:
-        """Read again if a compaction removed a shard between listing and reading."""
+        """Read again if a shard or a row was removed between listing and reading."""
         for _ in range(20):
             try:
                 return read()
-            except FileNotFoundError:
+            except (FileNotFoundError, RowGoneError):
                 continue
         return read()
 
 
-def _wrong_length(row: StoredRow, name: str, n: int, found: int) -> str:
-    return f"{row.shard} must have {n} {name} a model, got {found} for {row.label}"
+def _refuse_failure(row: StoredRow) -> None:
+    if row.error is not None:
+        raise ValueError(f"row must be complete, got the failure of {row.label}: {row.error}")
+
+
+def _matrix_row(matrix: LogLikelihoodMatrix, number: int) -> dict[str, Any]:
+    key = ResultKey(
+        matrix.models[number],
+        matrix.revisions[number],
+        matrix.textset_digest,
+        matrix.convention,
+        matrix.dtypes[number],
+        None,
+        0,
+    )
+    values = {"loglikelihoods": matrix.values[number], "provenance": "{}"}
+    return row_fields(key, metadata=matrix.metadata[number]) | values
 
 
 def _matrix_metadata(row: StoredRow) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from llfast import LogLikelihoods
+from llfast import LogLikelihoodMatrix, LogLikelihoods
 
 ROOT = Path(__file__).parents[1]
 N = 8
@@ -38,6 +39,25 @@ def make_result(model, *, n=N, **changes):
         "token_budgets": np.full(n, 512, dtype=np.int32),
     }
     return LogLikelihoods(**fields | changes)
+
+
+def add_together(store, models, n=N, digest=DIGEST):
+    """Keep models in one shard; its numbers are those of their names."""
+    store.add_matrix(
+        LogLikelihoodMatrix(
+            models,
+            np.array([numbers(model, n) for model in models]),
+            10.0 * (np.arange(n) + 5),
+            ids=[f"text {row}" for row in range(n)],
+            textset_digest=digest,
+            convention="paper",
+        )
+    )
+
+
+def rewrite(shard, **options):
+    """Write a shard anew as somebody else would have done it."""
+    pq.write_table(pq.read_table(shard, partitioning=None), shard, **options)
 
 
 def store_shards(store):

@@ -10,10 +10,10 @@ PACKAGE = Path(llfast.__file__).parent
 ORDER = (
     "errors memory files cache texts results batches kernels safetensors_file quantised "
     "checkpoint processor dtypes loading models head forward linear traits paging partial progress "
-    "devices borrowing batchwise engines verify runs scoring shards store importing intervals "
-    "basis mixed spacefile space search estimate model_list outcomes fleet nearest mapping "
-    "zoo_corpora zoo_training zoo_plan zoo demo output about cli_options bench cli_bench cli "
-    "__main__"
+    "devices borrowing batchwise engines verify runs scoring rows shards scans storefiles store "
+    "importing intervals basis mixed spacefile space search estimate model_list outcomes fleet "
+    "nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli_options bench "
+    "cli_bench cli __main__"
 ).split()
 ONLY_IN = {
     "faiss": {"search"},

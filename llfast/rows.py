@@ -1,0 +1,140 @@
+"""Rows of a store without their numbers, and which of them count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import StoreError
+from .results import ResultKey
+
+_MOST_LISTED = 20  # rows in an error, which is one line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRow:
+    """One row of a store, without its numbers.
+
+    Attributes:
+        key: what it is a result of.
+        error: why it failed; None if it is complete.
+        created: when it was written, in UTC.
+        provenance: what else decided its bits.
+        metadata: the caller's own columns.
+        shard: the file that holds it.
+        position: its place there.
+    """
+
+    key: ResultKey
+    error: str | None
+    created: datetime
+    provenance: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    shard: Path
+    position: int
+
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """The key without revision, dtype and version."""
+        key = self.key
+        return key.model, key.textset_digest, key.convention, key.layer
+
+    @property
+    def label(self) -> str:
+        """The name that it is shown under."""
+        layer = self.key.layer
+        return self.key.model if layer is None else f"{self.key.model}@layer={layer}"
+
+
+def newest(rows: Iterable[StoredRow]) -> list[StoredRow]:
+    """One row a key: the newest complete one, else the newest failure."""
+    best: dict[ResultKey, StoredRow] = {}
+    for row in rows:
+        other = best.get(row.key)
+        rank = (row.error is None, row.created, row.shard.name)
+        if other is None or rank > (other.error is None, other.created, other.shard.name):
+            best[row.key] = row
+    # A failure may lack the revision and dtype that a later success has: compare without them.
+    done: dict[tuple[Any, ...], datetime] = {}
+    for row in best.values():
+        if row.error is None:
+            done[row.subject] = max(row.created, done.get(row.subject, row.created))
+    best = {
+        key: row
+        for key, row in best.items()
+        if row.error is None or row.subject not in done or done[row.subject] < row.created
+    }
+    return sorted(best.values(), key=lambda row: (row.label, row.created))
+
+
+def one_row_a_model(
+    rows: Sequence[StoredRow],
+    convention: str | None,
+    dtype: str | None,
+    models: Sequence[str] | None,
+    duplicates: str,
+) -> tuple[str, list[StoredRow]]:
+    """Choose complete rows as `Store.matrix` says.
+
+    Returns: the convention, and the rows ordered by label; none if none is left.
+
+    Raises:
+        StoreError: if there is more than one convention or row to choose from, or a model is not
+            there.
+    """
+    convention = convention or _only_convention({row.key.convention for row in rows})
+    rows = [
+        row for row in rows if row.key.convention == convention and dtype in (None, row.key.dtype)
+    ]
+    if models is not None:
+        rows = _named(rows, models)
+    chosen = {row.label: row for row in sorted(rows, key=lambda row: row.created)}
+    if duplicates == "error" and len(chosen) < len(rows):
+        _refuse_several(rows)
+    return convention, [chosen[label] for label in sorted(chosen)]
+
+
+def _only_convention(conventions: set[str]) -> str:
+    if "paper" in conventions or not conventions:
+        return "paper"
+    if len(conventions) > 1:
+        raise StoreError(
+            "convention must be named where a store has several, got "
+            f"{', '.join(sorted(conventions))}"
+        )
+    return conventions.pop()
+
+
+def _named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
+    chosen: list[StoredRow] = []
+    for name in models:
+        found = [row for row in rows if row.label == name]
+        if not found and "@" in name:
+            model, _, revision = name.rpartition("@")
+            found = [
+                row for row in rows if row.label == model and row.key.revision.startswith(revision)
+            ]
+        if not found:
+            raise StoreError(f"models must be in the store, got {name!r}")
+        chosen.extend(row for row in found if row not in chosen)
+    return chosen
+
+
+def _refuse_several(rows: Sequence[StoredRow]) -> None:
+    """Raise an error that lists all rows of the models that have more than one."""
+    counts = Counter(row.label for row in rows)
+    listed = [
+        f"{row.label}@{row.key.revision[:12] or '(none)'} in {row.key.dtype or 'no dtype'} of "
+        f"{row.created:%Y-%m-%d %H:%M:%S}"
+        for row in rows
+        if counts[row.label] > 1
+    ]
+    more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
+    raise StoreError(
+        f"matrix must have one row a model, got {', '.join(listed[:_MOST_LISTED])}{more}; choose "
+        "with dtype, models=['name@revision'] or duplicates='newest'"
+    )

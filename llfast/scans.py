@@ -1,0 +1,141 @@
+"""Numbers of many rows, a block at a time: what is held does not grow with the store."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from .errors import StoreError
+from .results import ResultKey
+from .rows import StoredRow
+from .shards import read_batches
+
+_TRIES = 20  # a shard can be compacted away again before it is opened
+_BATCHES = 4  # a block is filled from batches of a quarter of it
+
+
+class RowGoneError(StoreError):
+    """A row was removed from the store between being listed and being read."""
+
+
+def scan_rows(
+    rows: Sequence[StoredRow],
+    n: int,
+    *,
+    block_bytes: int,
+    list_again: Callable[[], Iterable[StoredRow]],
+) -> Iterator[tuple[list[int], Float64[np.ndarray, "M N"]]]:
+    """Log-likelihoods of complete rows on the same N texts, block by block and shard by shard.
+
+    Args:
+        rows: whose numbers are wanted.
+        n: how many texts there are.
+        block_bytes: the size of a block, which holds at least a row; a quarter of that comes to it.
+        list_again: the rows as they are now, for those whose shard has been compacted away.
+
+    Yields: numbers into `rows`, and their values (M, N) in nats, in an array of the caller's own.
+
+    Raises:
+        RowGoneError: if a row is not in the store any more.
+        StoreError: if a shard is damaged, or values are not N finite ones.
+    """
+    block_rows = max(1, block_bytes // (8 * max(n, 1)))
+    batch_rows = max(1, block_rows // _BATCHES)
+    left = len(rows)
+    numbers: list[int] = []
+    for number, found in _each(rows, batch_rows, list_again):
+        if not numbers:
+            values = np.empty((min(block_rows, left), n))
+        if len(found) != n:
+            raise StoreError(wrong_length(rows[number], "loglikelihoods", n, len(found)))
+        if not np.isfinite(found).all():
+            raise StoreError(
+                f"loglikelihoods must be finite, got a NaN or inf for {rows[number].label} in "
+                f"{rows[number].shard}; move it away and score its models again"
+            )
+        values[len(numbers)] = found
+        numbers.append(number)
+        if len(numbers) == len(values):
+            left -= len(numbers)
+            yield numbers, values
+            numbers = []
+            del values  # or two blocks would be held while the next one is filled
+
+
+def read_row(row: StoredRow) -> dict[str, Any]:
+    """All columns of one row; raises as `read_batches` says."""
+    for start, batch in read_batches(row.shard, batch_rows=16, positions=[row.position]):
+        if start <= row.position < start + batch.num_rows:
+            found: dict[str, Any] = batch.slice(row.position - start, 1).to_pylist()[0]
+            return found
+    raise _too_short(row)
+
+
+def wrong_length(row: StoredRow, name: str, n: int, found: int) -> str:
+    """Says that a row is not on the texts of its text set."""
+    return f"{row.shard} must have {n} {name} a model, got {found} for {row.label}"
+
+
+def _each(
+    rows: Sequence[StoredRow], batch_rows: int, list_again: Callable[[], Iterable[StoredRow]]
+) -> Iterator[tuple[int, Float64[np.ndarray, " N"]]]:
+    """Every row's number and values, wherever compactions put it meanwhile."""
+    waiting = dict(enumerate(rows))
+    for _ in range(_TRIES):
+        moved: list[int] = []
+        for shard, numbers in _by_shard(waiting).items():
+            try:
+                yield from _of_shard(shard, waiting, numbers, batch_rows)
+            except FileNotFoundError:  # it is open before the first row comes: none has come
+                moved += numbers
+        if not moved:
+            return
+        waiting = _find_again([(number, rows[number]) for number in moved], list_again())
+    raise StoreError(f"{next(iter(waiting.values())).shard} must stay where it is, got it moved")
+
+
+def _by_shard(rows: Mapping[int, StoredRow]) -> dict[Path, list[int]]:
+    """Numbers of the rows in each shard, in the order in which they lie there."""
+    found: defaultdict[Path, list[int]] = defaultdict(list)
+    for number in sorted(rows, key=lambda number: rows[number].position):
+        found[rows[number].shard].append(number)
+    return {shard: found[shard] for shard in sorted(found)}
+
+
+def _find_again(
+    moved: Iterable[tuple[int, StoredRow]], listed: Iterable[StoredRow]
+) -> dict[int, StoredRow]:
+    now: dict[ResultKey, StoredRow] = {row.key: row for row in listed if row.error is None}
+    for _, row in moved:
+        if row.key not in now:
+            raise RowGoneError(f"the store must hold the result of {row.label}, got none any more")
+    return {number: now[row.key] for number, row in moved}
+
+
+def _of_shard(
+    shard: Path, rows: Mapping[int, StoredRow], numbers: Sequence[int], batch_rows: int
+) -> Iterator[tuple[int, Float64[np.ndarray, " N"]]]:
+    positions = [rows[number].position for number in numbers]
+    done = 0
+    for start, batch in read_batches(
+        shard, ["loglikelihoods"], batch_rows=batch_rows, positions=positions
+    ):
+        column = batch.column(0)
+        offsets = column.offsets.to_numpy()
+        # A missing value comes out as a NaN.
+        values = column.values.to_numpy(zero_copy_only=False)
+        while done < len(positions) and positions[done] < start + batch.num_rows:
+            place = positions[done] - start
+            yield numbers[done], values[offsets[place] : offsets[place + 1]]
+            done += 1
+    if done < len(positions):
+        raise _too_short(rows[numbers[done]])
+
+
+def _too_short(row: StoredRow) -> StoreError:
+    return StoreError(f"{row.shard} must have the row of {row.label}, got fewer rows")
