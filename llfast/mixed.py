@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from .errors import LlfastWarning
 from .results import LogLikelihoods
@@ -70,3 +71,19 @@ def adds_bos_of(result: LogLikelihoods) -> bool | None:
     """Whether the tokenizer adds BOS; None if that is not known."""
     found = result.provenance.get("adds_bos", result.metadata.get("adds_bos"))
     return found if isinstance(found, bool) else None
+
+
+def dtype_pairs(
+    names: Sequence[str], revisions: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[tuple[int, int]]:
+    """Rows that are one model in two dtypes: they have the same revision and the same layer."""
+    if len({dtype for dtype in dtypes if dtype}) < 2:
+        return
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for row, (name, revision) in enumerate(zip(names, revisions, strict=True)):
+        if revision and dtypes[row]:
+            kinds.setdefault((revision, name.partition("@layer=")[2]), []).append(row)
+    for rows in kinds.values():
+        for a, b in itertools.combinations(rows, 2):
+            if dtypes[a] != dtypes[b]:
+                yield a, b

@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from .basis import Basis
 from .errors import SpaceError
 from .intervals import half_variances
-from .mixed import warn_of_bos, warn_of_dtypes, warn_of_kind
+from .mixed import dtype_pairs, warn_of_bos, warn_of_dtypes, warn_of_kind
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .spacefile import read_space, write_space
 
@@ -95,7 +95,7 @@ class ModelSpace:
         basis = Basis(**{name: getattr(self, name) for name in _BASIS})
         object.__setattr__(self, "basis", basis)
         object.__setattr__(self, "_rows", {name: row for row, name in enumerate(self.models)})
-        object.__setattr__(self, "_noise_floor", self._largest_dtype_difference())
+        object.__setattr__(self, "_noise_floor", self._find_noise_floor())
 
     def __len__(self) -> int:
         return len(self.models)
@@ -202,23 +202,6 @@ class ModelSpace:
         """
         return self._noise_floor * self.per_nat(unit) if self._noise_floor else None
 
-    def _largest_dtype_difference(self) -> float:
-        """Half the variance between two dtypes of one model, at most; 0.0 if there are none."""
-        if len({dtype for dtype in self.dtypes if dtype}) < 2:
-            return 0.0
-        kinds: dict[tuple[str, str], list[int]] = {}
-        for row, (name, revision) in enumerate(zip(self.models, self.revisions, strict=True)):
-            if revision and self.dtypes[row]:
-                kinds.setdefault((revision, name.partition("@layer=")[2]), []).append(row)
-        floors = [
-            float(half_variances(self.coordinates[[a]] - self.coordinates[b])[0])
-            for rows in kinds.values()
-            for a in rows
-            for b in rows
-            if a < b and self.dtypes[a] != self.dtypes[b]
-        ]
-        return max(floors, default=0.0)
-
     def per_nat(self, unit: str) -> float:
         """What a KL of one nat a text is in `unit`: "nats_per_text" or "bits_per_byte".
 
@@ -286,6 +269,12 @@ class ModelSpace:
         return space
 
     # ------------------------------------------------------------------ inside
+
+    def _find_noise_floor(self) -> float:
+        names, revisions = self.models, self.revisions
+        pairs = dtype_pairs(names, revisions, self.dtypes)
+        differences = (self.coordinates[[a]] - self.coordinates[b] for a, b in pairs)
+        return max((float(half_variances(each)[0]) for each in differences), default=0.0)
 
     def _half_variances(self) -> Float64[np.ndarray, "K K"]:
         k, n = self.coordinates.shape

@@ -251,7 +251,7 @@ class Store:
             [row.label for row in chosen],
             values,
             np.array(texts["text_bytes"], dtype=np.float64),
-            [_matrix_metadata(row) for row in chosen],
+            [matrix_metadata(row) for row in chosen],
             ids=texts["ids"],
             groups=texts["groups"],
             textset_digest=digest,
@@ -347,6 +347,6 @@ def _matrix_row(matrix: LogLikelihoodMatrix, number: int) -> dict[str, Any]:
     return row_fields(key, metadata=matrix.metadata[number]) | values
 
 
-def _matrix_metadata(row: StoredRow) -> dict[str, Any]:
+def matrix_metadata(row: StoredRow) -> dict[str, Any]:
     adds_bos = row.provenance.get("adds_bos")
     return dict(row.metadata) | ({} if adds_bos is None else {"adds_bos": adds_bos})

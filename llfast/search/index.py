@@ -29,8 +29,8 @@ from .models import IndexedModel, Models
 from .projection import Projection, Reduced
 
 MODES = ("auto", "exact", "certified")
-_EXACT_BYTES = 64 << 20  # of fp32 points: reading them all takes as long as looking at bounds
-_SAMPLE_BYTES = 1 << 29  # of fp64 points, from which directions are found
+EXACT_BYTES = 64 << 20  # of fp32 points: reading them all takes as long as looking at bounds
+_SAMPLE_BYTES = 1 << 28  # of fp64 points, from which basis and directions are found
 _MOST_SAMPLE = 4096
 _ROUNDED = float(np.finfo(np.float32).eps)  # how far fp32 moves a mean, of the norm, at most
 _ROWS = 256  # worked on at once: 20 MB of fp64 at 10,000 texts
@@ -46,21 +46,25 @@ class KLIndex:
             the answer is the same).
     """
 
-    def __init__(
+    def __init__(self, basis: Basis, *, mode: str) -> None:
+        """Use `build`."""
+        import_faiss()
+        self.basis, self.mode = basis, mode
+        self._lock = Lock()
+
+    def _set(
         self,
-        basis: Basis,
         models: Models,
         rows: Rows,
         projection: Projection | None,
         *,
         largest: float,
         offset: float,
-        noise_floor: float = 0.0,
+        noise_floor: float,
     ) -> None:
-        """Use `build`.
+        """Search in these from now on.
 
         Args:
-            basis: of the points.
             models: one a row.
             rows: their points.
             projection: what their lower-bound coordinates were made with, if there are any.
@@ -68,17 +72,13 @@ class KLIndex:
             offset: mean of a point's coordinates, at most.
             noise_floor: the largest KL between two dtypes of one model, nats a text.
         """
-        import_faiss()
-        self.basis = basis
-        self.mode = "exact" if projection is None else "certified"
         self._models, self._rows, self._projection = models, rows, projection
-        self._lock = Lock()
-        self._added = Added(len(basis), projection)
+        self._added = Added(len(self.basis), projection)
         self._largest, self._offset, self._noise_floor = largest, offset, noise_floor
 
     @classmethod
     def build(cls, space: ModelSpace, mode: str = "auto") -> KLIndex:
-        """Index all models of a space.
+        """Index all models of a space, in memory.
 
         Args:
             space: its coordinates are referred to, not copied.
@@ -89,11 +89,10 @@ class KLIndex:
             MissingDependencyError: if faiss is not installed.
             SearchError: if coordinates are too large for fp32 (beyond 1e17 nats).
         """
-        if mode not in MODES:
-            raise ValueError(f"mode must be {', '.join(MODES)}, got {mode!r}")
+        check_mode(mode)
         import_faiss()
         points = space.coordinates
-        norms = np.concatenate([norms_of(points[block]) for block in _blocks(len(space))])
+        norms = np.concatenate([norms_of(points[block]) for block in blocks(len(space))])
         refuse_overflow(float(norms.max()))
         models = Models.of(
             [
@@ -104,19 +103,19 @@ class KLIndex:
             ]
         )
         if mode == "auto":
-            mode = "exact" if points.nbytes // 2 <= _EXACT_BYTES else "certified"
+            mode = "exact" if points.nbytes // 2 <= EXACT_BYTES else "certified"
         projection, flat, reduced = None, None, None
         if mode == "exact":
             flat = points.astype(np.float32)
         else:
-            projection = Projection.fit(points[_sample(*points.shape)])
-            parts = [projection.reduce(points[block]) for block in _blocks(len(space))]
+            projection = Projection.fit(points[draw_sample(*points.shape)])
+            parts = [projection.reduce(points[block]) for block in blocks(len(space))]
             reduced = Reduced(
                 np.concatenate([each.first for each in parts]),
                 np.concatenate([each.rest for each in parts]),
             )
-        return cls(
-            space.basis,
+        index = KLIndex(space.basis, mode=mode)
+        index._set(
             models,
             Rows(points=points, flat=flat, reduced=reduced),
             projection,
@@ -124,6 +123,7 @@ class KLIndex:
             offset=float(np.abs(points.mean(axis=1)).max()),
             noise_floor=space.noise_floor("nats_per_text") or 0.0,
         )
+        return index
 
     def __len__(self) -> int:
         return len(self._models)
@@ -201,16 +201,12 @@ class KLIndex:
             SpaceError: if it was scored on other texts or under another convention.
             SearchError: if it is too large for fp32.
         """
-        point = self._project(result)
-        (norm,) = norms_of(point[None])
-        refuse_overflow(float(norm))
         adds_bos = adds_bos_of(result)
         metadata = dict(result.metadata) | ({} if adds_bos is None else {"adds_bos": adds_bos})
+        model = IndexedModel(result.model, result.revision, result.dtype, metadata)
+        point = self._project(result)
         with self._lock:
-            self._largest = max(self._largest, float(norm))
-            self._offset = max(self._offset, abs(float(point.mean())) + _ROUNDED * float(norm))
-            self._added.append(point)
-            self._models.add(IndexedModel(result.model, result.revision, result.dtype, metadata))
+            self._append(point, model)
 
     def remove(self, model: str) -> None:
         """Have a model not found any more.
@@ -223,6 +219,15 @@ class KLIndex:
             self._models.remove(model)
 
     # ------------------------------------------------------------------ inside
+
+    def _append(self, point: Float64[np.ndarray, " N"], model: IndexedModel) -> None:
+        """One more row; call it with the lock."""
+        norm = float(norms_of(point[None])[0])
+        refuse_overflow(norm)
+        self._largest = max(self._largest, norm * (1 + _ROUNDED))
+        self._offset = max(self._offset, abs(float(point.mean())) + _ROUNDED * norm)
+        self._added.append(point)
+        self._models.add(model)
 
     def _state(self) -> _State:
         with self._lock:
@@ -344,11 +349,18 @@ class _Asked:
     dtype: str
 
 
-def _blocks(count: int) -> Iterator[slice]:
+def check_mode(mode: str) -> None:
+    """Raise ValueError if there is no such mode."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be {', '.join(MODES)}, got {mode!r}")
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Rows that are worked on at once."""
     return (slice(at, at + _ROWS) for at in range(0, count, _ROWS))
 
 
-def _sample(count: int, dimensions: int) -> Int64[np.ndarray, " S"]:
+def draw_sample(count: int, dimensions: int) -> Int64[np.ndarray, " S"]:
     """Rows from which directions are found: all of them, or some drawn at random."""
     most = min(_MOST_SAMPLE, max(1, _SAMPLE_BYTES // (8 * dimensions)))
     if count <= most:

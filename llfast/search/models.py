@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
@@ -23,12 +24,18 @@ class IndexedModel:
         revision: which weights it had.
         dtype: what it ran in; "" if that is not known.
         metadata: the caller's own columns.
+        scoring_version: raised when a release changes numbers.
+        created: when the store got it; None if it is from no store.
+        shard: the name of the store's file that held it.
     """
 
     name: str
     revision: str
     dtype: str
     metadata: Mapping[str, Any]
+    scoring_version: int = 0
+    created: datetime | None = None
+    shard: str = ""
 
 
 class Models:
