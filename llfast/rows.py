@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,8 @@ class StoredRow:
 
     Attributes:
         key: what it is a result of.
-        error: why it failed; None if it is complete.
+        status: "complete"; "failed"; or "removed", which takes away all older rows of the key.
+        error: why it failed; None if it did not.
         created: when it was written, in UTC.
         provenance: what else decided its bits.
         metadata: the caller's own columns.
@@ -30,6 +31,7 @@ class StoredRow:
     """
 
     key: ResultKey
+    status: str
     error: str | None
     created: datetime
     provenance: Mapping[str, Any]
@@ -50,25 +52,87 @@ class StoredRow:
         return self.key.model if layer is None else f"{self.key.model}@layer={layer}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What rows mean to somebody who knows the complete ones among older rows.
+
+    Attributes:
+        new: complete rows that count from now on, one a key: of keys that were not known, or newer
+            than what was.
+        stale: known keys whose rows count no more; those that are replaced are in `new`, too.
+        removed: when each key was removed last. It must be remembered for the next time.
+    """
+
+    new: Sequence[StoredRow]
+    stale: Sequence[ResultKey]
+    removed: Mapping[ResultKey, datetime]
+
+
 def newest(rows: Iterable[StoredRow]) -> list[StoredRow]:
-    """One row a key: the newest complete one, else the newest failure."""
+    """One row a key: the newest complete one, else the newest failure; none if it was removed."""
+    rows = list(rows)
+    removed = _removals(rows)
+    best: dict[ResultKey, StoredRow] = {}
+    # A failure may lack the revision and dtype that a later success has: compare without them.
+    # What was removed since counts here, too, or older failures would come up again.
+    done: dict[tuple[Any, ...], datetime] = {}
+    for row in rows:
+        if row.status == "complete":
+            done[row.subject] = max(row.created, done.get(row.subject, row.created))
+        if row.status == "removed" or row.created < removed.get(row.key, row.created):
+            continue
+        other = best.get(row.key)
+        if other is None or _rank(row) > _rank(other):
+            best[row.key] = row
+    counting = (
+        row
+        for row in best.values()
+        if row.error is None or row.subject not in done or done[row.subject] < row.created
+    )
+    return sorted(counting, key=lambda row: (row.label, row.created))
+
+
+def changes(
+    known: Mapping[ResultKey, datetime],
+    rows: Iterable[StoredRow],
+    removed: Mapping[ResultKey, datetime] | None = None,
+    *,
+    homeless: Collection[ResultKey] = (),
+) -> Changes:
+    """What rows of new shards change, without a look at the old ones.
+
+    One after the other, in any order and in any portions, rows lead to the complete ones that
+    `newest` finds among all of them.
+
+    Args:
+        known: keys of the complete rows that count so far, and when each was created.
+        rows: of all shards that are new, as `Store.read_shards` gives them.
+        removed: as the last `Changes` had it.
+        homeless: known keys whose shards are gone, as they are after a compaction: stale if `rows`
+            do not have them either.
+    """
+    rows = list(rows)
+    removed = dict(removed or {})
+    for key, when in _removals(rows).items():
+        removed[key] = max(when, removed.get(key, when))
     best: dict[ResultKey, StoredRow] = {}
     for row in rows:
-        other = best.get(row.key)
-        rank = (row.error is None, row.created, row.shard.name)
-        if other is None or rank > (other.error is None, other.created, other.shard.name):
-            best[row.key] = row
-    # A failure may lack the revision and dtype that a later success has: compare without them.
-    done: dict[tuple[Any, ...], datetime] = {}
-    for row in best.values():
-        if row.error is None:
-            done[row.subject] = max(row.created, done.get(row.subject, row.created))
-    best = {
-        key: row
+        if row.status == "complete" and row.created >= removed.get(row.key, row.created):
+            other = best.get(row.key)
+            if other is None or _rank(row) > _rank(other):
+                best[row.key] = row
+    away = set(homeless)
+    new = [
+        row
         for key, row in best.items()
-        if row.error is None or row.subject not in done or done[row.subject] < row.created
-    }
-    return sorted(best.values(), key=lambda row: (row.label, row.created))
+        if key not in known
+        or row.created > known[key]
+        or (key in away and row.created < known[key])
+    ]
+    stale = {row.key for row in new if row.key in known}
+    stale.update(key for key, when in removed.items() if key in known and known[key] < when)
+    stale.update(key for key in away if key in known and key not in best)
+    return Changes(new=new, stale=sorted(stale, key=repr), removed=removed)
 
 
 def one_row_a_model(
@@ -96,6 +160,19 @@ def one_row_a_model(
     if duplicates == "error" and len(chosen) < len(rows):
         _refuse_several(rows)
     return convention, [chosen[label] for label in sorted(chosen)]
+
+
+def _rank(row: StoredRow) -> tuple[bool, datetime, str]:
+    return row.status == "complete", row.created, row.shard.name
+
+
+def _removals(rows: Iterable[StoredRow]) -> dict[ResultKey, datetime]:
+    """When each key was removed last."""
+    removed: dict[ResultKey, datetime] = {}
+    for row in rows:
+        if row.status == "removed":
+            removed[row.key] = max(row.created, removed.get(row.key, row.created))
+    return removed
 
 
 def _only_convention(conventions: set[str]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import secrets
 import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
     ]
 )
 GROUP_BYTES = 64 << 20  # of numbers in a row group, which is what readers hold at once
+_LISTINGS = 20  # of a folder that changes all the time
 _LISTED = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
 
 
@@ -104,6 +106,23 @@ def read_rows(shard: Path) -> list[StoredRow]:
     except StoreError as error:
         _warn_of_damage(error)
         return []
+
+
+def list_shards(folder: Path) -> dict[str, int]:
+    """Names of a text set's shards, and their bytes."""
+    before: set[str] | None = None
+    # A listing is no snapshot, see `read_folder`. The next is whole if it has all that one has.
+    for _ in range(_LISTINGS):
+        sizes: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".parquet"):
+                    with contextlib.suppress(FileNotFoundError):
+                        sizes[entry.name] = entry.stat().st_size
+        if before is not None and before <= set(sizes):
+            break
+        before = set(sizes)
+    return dict(sorted(sizes.items()))
 
 
 def read_folder(folder: Path) -> list[StoredRow]:
@@ -175,7 +194,7 @@ def merge_shards(folder: Path) -> int:
     return len(tables)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
     """A shard whose footer has been checked; what its pages turn out to be is a StoreError, too."""
     try:
@@ -207,7 +226,7 @@ def _stored_rows(shard: Path, table: pa.Table) -> list[StoredRow]:
     digest = shard.parent.name.removeprefix("textset=")
     rows = []
     for position, row in enumerate(table.select(_LISTED).to_pylist()):
-        if row["status"] not in ("complete", "failed"):
+        if row["status"] not in ("complete", "failed", "removed"):
             raise StoreError(
                 f"{shard} must have a status in each row, got {row['status']!r} in row {position}"
             )
@@ -222,6 +241,7 @@ def _stored_rows(shard: Path, table: pa.Table) -> list[StoredRow]:
                     row["layer"],
                     row["scoring_version"],
                 ),
+                status=row["status"],
                 error=row["error"],
                 created=row["created"],
                 provenance=json.loads(row["provenance"] or "{}"),

@@ -27,7 +27,16 @@ from .errors import StoreError
 from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
 from .rows import StoredRow, newest, one_row_a_model
 from .scans import RowGoneError, read_row, scan_rows, wrong_length
-from .shards import GROUP_BYTES, SCHEMA, merge_shards, read_folder, row_fields, write_shard
+from .shards import (
+    GROUP_BYTES,
+    SCHEMA,
+    list_shards,
+    merge_shards,
+    read_folder,
+    read_rows,
+    row_fields,
+    write_shard,
+)
 from .storefiles import check_marker, read_texts, write_marker, write_texts
 
 # What begins with _ or . is no data to pyarrow, Spark and DuckDB: they can be given the store.
@@ -128,6 +137,21 @@ class Store:
             for folder in self._partitions()
             if (folder / _TEXTS).exists()  # else there are only failures
         ]
+
+    def shards(self, digest: str) -> dict[str, int]:
+        """Names and bytes of a text set's shards, in milliseconds: a shard never changes."""
+        return list_shards(self._partition(digest))
+
+    def read_shards(self, digest: str, names: Iterable[str]) -> list[StoredRow]:
+        """All rows of some shards: failures, removals, and what newer ones replace, too.
+
+        A damaged shard has none, and a warning names it. `rows.changes` says what they change.
+
+        Raises:
+            FileNotFoundError: if a compaction has removed one: look at `shards` again.
+        """
+        folder = self._partition(digest)
+        return [row for name in names for row in read_rows(folder / name)]
 
     def texts(self, digest: str) -> dict[str, Any]:
         """`ids`, `text_bytes` (N,) and `groups` of a text set.
