@@ -372,5 +372,6 @@ def _matrix_row(matrix: LogLikelihoodMatrix, number: int) -> dict[str, Any]:
 
 
 def matrix_metadata(row: StoredRow) -> dict[str, Any]:
+    """The caller's own columns, and whether the tokenizer adds BOS if that is known."""
     adds_bos = row.provenance.get("adds_bos")
     return dict(row.metadata) | ({} if adds_bos is None else {"adds_bos": adds_bos})

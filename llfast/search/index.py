@@ -6,10 +6,12 @@ query ─▶ its point ─▶ rows that can be near (certified.py) ─▶ KL in 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
+from pathlib import Path
 from threading import Lock
 from typing import overload
 
@@ -20,6 +22,7 @@ from llfast.basis import Basis
 from llfast.mixed import adds_bos_of, warn_of_kind
 from llfast.results import KLEstimate, LogLikelihoods
 from llfast.space import ModelSpace
+from llfast.store import Store
 
 from .added import Added
 from .certified import Found, Query, Rows, first_bounds, nearest, within
@@ -77,20 +80,59 @@ class KLIndex:
         self._largest, self._offset, self._noise_floor = largest, offset, noise_floor
 
     @classmethod
-    def build(cls, space: ModelSpace, mode: str = "auto") -> KLIndex:
-        """Index all models of a space, in memory.
+    def build(
+        cls,
+        source: ModelSpace | Store,
+        mode: str = "auto",
+        *,
+        textset: str | None = None,
+        convention: str | None = None,
+        dtype: str | None = None,
+        newest: bool = False,
+        folder: str | os.PathLike[str] | None = None,
+        refit: bool = False,
+    ) -> KLIndex:
+        """Index all models of a space, in memory, or those of a store, on disk.
+
+        The index of a store is read if it is there, and has what came to the store since; it is a
+        `StoredIndex`. The basis is that of the models that were there when it was first built (of
+        a sample, if they are more than 256 MiB), and stays so until `refit`. Coordinates are kept
+        in fp32. The other arguments are for stores.
 
         Args:
-            space: its coordinates are referred to, not copied.
+            source: coordinates of a space are referred to, not copied.
             mode: "exact", "certified", or "auto": the first for small spaces.
+            textset: the start of a text set's digest, for a store with several.
+            convention: only results under this convention.
+            dtype: only models that ran in it.
+            newest: of several rows of one model, take the newest.
+            folder: where indexes are kept; None for within the store.
+            refit: build it again, in a basis of what is there now.
 
         Raises:
             ValueError: if there is no such mode.
             MissingDependencyError: if faiss is not installed.
             SearchError: if coordinates are too large for fp32 (beyond 1e17 nats).
+            StoreError: if the store does not have what is asked for, or has it twice.
+            OSError: if an index cannot be written.
         """
         check_mode(mode)
         import_faiss()
+        if isinstance(source, ModelSpace):
+            return cls._of_space(source, mode)
+        from .stored import Selection, StoredIndex
+
+        selection = Selection(
+            textset=source.find_textset(textset),
+            convention=convention,
+            dtype=dtype,
+            newest=newest,
+        )
+        where = None if folder is None else Path(folder)
+        return StoredIndex.open(source, selection, mode=mode, folder=where, refit=refit)
+
+    @staticmethod
+    def _of_space(space: ModelSpace, mode: str) -> KLIndex:
         points = space.coordinates
         norms = np.concatenate([norms_of(points[block]) for block in blocks(len(space))])
         refuse_overflow(float(norms.max()))
@@ -253,7 +295,7 @@ class KLIndex:
         refuse_overflow(float(norms.max()))
         reduced = bounds = None
         if self._projection is not None:
-            reduced = self._projection.reduce(points)
+            reduced = self._reduce(points, [own_row for _, own_row in placed], state)
             bounds = first_bounds(state.parts, reduced)
         for at, (query, (point, own_row)) in enumerate(zip(queries, placed, strict=True)):
             allowed = state.allowed
@@ -272,6 +314,22 @@ class KLIndex:
                     allowed=allowed,
                 ),
             )
+
+    def _reduce(
+        self, points: Float64[np.ndarray, "Q N"], own_rows: Sequence[int | None], state: _State
+    ) -> Reduced:
+        """Lower-bound coordinates, which the index has of its own rows."""
+        assert self._projection is not None
+        other = [at for at, row in enumerate(own_rows) if row is None]
+        computed = self._projection.reduce(points[other])
+        rows = [
+            computed[other.index(at)] if row is None else state.reduced(row)
+            for at, row in enumerate(own_rows)
+        ]
+        return Reduced(
+            np.concatenate([each.first for each in rows]),
+            np.concatenate([each.rest for each in rows]),
+        )
 
     def _place(
         self, query: str | LogLikelihoods, state: _State
@@ -306,7 +364,7 @@ class KLIndex:
     ) -> Hits:
         factor = self.basis.per_nat(unit)
         order = sorted(
-            (divergence, self._models[row].name, row)
+            (divergence, self._models.name(row), row)
             for divergence, row in zip(found.divergences.tolist(), found.rows.tolist(), strict=True)
         )
         hits = []
@@ -335,10 +393,19 @@ class _State:
     offset: float
 
     def point(self, row: int) -> Float64[np.ndarray, " N"]:
+        part, number = self._find(row)
+        point: Float64[np.ndarray, " N"] = part.take(np.array([number]))[0].astype(np.float64)
+        return point
+
+    def reduced(self, row: int) -> Reduced:
+        part, number = self._find(row)
+        assert part.reduced is not None
+        return part.reduced[number]
+
+    def _find(self, row: int) -> tuple[Rows, int]:
         for part in self.parts:
             if row < len(part):
-                point: Float64[np.ndarray, " N"] = part.take(np.array([row]))[0].astype(np.float64)
-                return point
+                return part, row
             row -= len(part)
         raise IndexError(f"row must be below {sum(map(len, self.parts))}")
 

@@ -63,7 +63,7 @@ class Models:
             dtypes: what they ran in.
             adds_bos: how many of their tokenizers add BOS, and how many do not.
         """
-        self._base, self._row = len(names), row
+        self._base, self._row, self._names = len(names), row, list(names)
         self._added: list[IndexedModel] = []
         self._by_name = {name: number for number, name in enumerate(names)}
         self.dtypes, self.adds_bos = set(dtypes), Counter(adds_bos)
@@ -91,7 +91,11 @@ class Models:
     @property
     def count(self) -> int:
         """Rows, those that are gone among them."""
-        return self._base + len(self._added)
+        return len(self._names)
+
+    def name(self, number: int) -> str:
+        """Of a row, also one that is gone."""
+        return self._names[number]
 
     def find(self, name: str) -> int | None:
         """The row of a model that is there."""
@@ -117,6 +121,7 @@ class Models:
         """A new last row; one of the same name is gone."""
         self.remove(row.name)
         self._added.append(row)
+        self._names.append(row.name)
         self._by_name[row.name] = self.count - 1
         self.dtypes.add(row.dtype)
         if "adds_bos" in row.metadata:

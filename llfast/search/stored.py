@@ -84,6 +84,8 @@ class StoredIndex(KLIndex):
         super().__init__(segment.basis, mode=_mode(segment, mode))
         self.store, self.selection, self.folder = store, selection, folder
         self._refreshing = Lock()
+        self._shards: Mapping[str, int]
+        self._removed: Mapping[ResultKey, datetime]
         self._adopt(segment)
 
     @classmethod
@@ -159,7 +161,7 @@ class StoredIndex(KLIndex):
                 return 0
             rows = self.store.read_shards(self.selection.textset, sorted(new))
             came, gone = self._changes(rows, vanished)
-            points = {}
+            points: dict[int, np.ndarray] = {}
             for numbers, values in self.store.scan(came):
                 points |= dict(zip(numbers, self.basis.place(values), strict=True))
             with self._lock:
@@ -193,6 +195,9 @@ class StoredIndex(KLIndex):
 
     # ------------------------------------------------------------------ inside
 
+    def _segment_name(self) -> str:
+        return self._segment.folder.name
+
     def _adopt(self, segment: Segment) -> None:
         facts = segment.facts
         rows, projection = segment.rows, segment.projection
@@ -207,8 +212,8 @@ class StoredIndex(KLIndex):
                 offset=facts["offset"],
                 noise_floor=facts["noise_floor"],
             )
-            self._shards: Mapping[str, int] = facts["shards"]
-            self._removed: Mapping[ResultKey, datetime] = {}
+            self._segment = segment
+            self._shards, self._removed = facts["shards"], {}
 
     def _changes(
         self, rows: Sequence[StoredRow], vanished: AbstractSet[str]
@@ -225,7 +230,7 @@ class StoredIndex(KLIndex):
         )
         self._removed = found.removed
         came = [row for row in found.new if self._is_selected(row)]
-        gone = set(found.stale) - {row.key for row in came}
+        gone: AbstractSet[ResultKey] = set(found.stale) - {row.key for row in came}
         other = [row for row in came if row.key not in known and models.find(row.label) is not None]
         if gone or other or len({row.label for row in came}) < len(came):
             # Which of several rows of a name counts is for all of them to say.
