@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -92,6 +92,30 @@ def newest(rows: Iterable[StoredRow]) -> list[StoredRow]:
     return sorted(counting, key=lambda row: (row.label, row.created))
 
 
+def lasting(rows: Iterable[StoredRow], *, forget_before: datetime | None) -> list[StoredRow]:
+    """The rows that a compaction keeps: those that count, and what keeps others away.
+
+    The last removal of a key stays, lest a row that it hides turns up again: it may be in a shard
+    that another compaction is writing, or that is damaged and will be mended.
+
+    Args:
+        rows: of all shards that can be read.
+        forget_before: removals of that time that hide none of the rows are left out. None: keep
+            all.
+    """
+    rows = list(rows)
+    removed = _removals(rows)
+    hiding = {row.key for row in rows if row.created < removed.get(row.key, row.created)}
+    removals = {
+        row.key: row
+        for row in rows
+        if row.status == "removed"
+        and row.created == removed[row.key]
+        and (row.key in hiding or forget_before is None or row.created >= forget_before)
+    }
+    return newest(rows) + list(removals.values())
+
+
 def changes(
     known: Mapping[ResultKey, datetime],
     rows: Iterable[StoredRow],
@@ -155,11 +179,41 @@ def one_row_a_model(
         row for row in rows if row.key.convention == convention and dtype in (None, row.key.dtype)
     ]
     if models is not None:
-        rows = _named(rows, models)
+        rows = named(rows, models)
     chosen = {row.label: row for row in sorted(rows, key=lambda row: row.created)}
     if duplicates == "error" and len(chosen) < len(rows):
         _refuse_several(rows)
     return convention, [chosen[label] for label in sorted(chosen)]
+
+
+def named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
+    """The rows of some models, given as `name` or `name@revision` (the beginning of it).
+
+    Raises:
+        StoreError: if there are none of one of them.
+    """
+    by_label: defaultdict[str, list[StoredRow]] = defaultdict(list)
+    for row in rows:
+        by_label[row.label].append(row)
+    chosen: dict[ResultKey, StoredRow] = {}
+    for name in models:
+        found = by_label.get(name, [])
+        if not found and "@" in name:
+            model, _, revision = name.rpartition("@")
+            found = [
+                row for row in by_label.get(model, []) if row.key.revision.startswith(revision)
+            ]
+        if not found:
+            raise StoreError(f"models must be in the store, got {name!r}")
+        chosen |= {row.key: row for row in found}
+    return list(chosen.values())
+
+
+def refuse_incomplete(row: StoredRow) -> None:
+    """Raise ValueError if a row has no numbers."""
+    if row.status != "complete":
+        what = f"failure of {row.label}: {row.error}" if row.error else f"removal of {row.label}"
+        raise ValueError(f"row must be complete, got the {what}")
 
 
 def _rank(row: StoredRow) -> tuple[bool, datetime, str]:
@@ -184,21 +238,6 @@ def _only_convention(conventions: set[str]) -> str:
             f"{', '.join(sorted(conventions))}"
         )
     return conventions.pop()
-
-
-def _named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
-    chosen: list[StoredRow] = []
-    for name in models:
-        found = [row for row in rows if row.label == name]
-        if not found and "@" in name:
-            model, _, revision = name.rpartition("@")
-            found = [
-                row for row in rows if row.label == model and row.key.revision.startswith(revision)
-            ]
-        if not found:
-            raise StoreError(f"models must be in the store, got {name!r}")
-        chosen.extend(row for row in found if row not in chosen)
-    return chosen
 
 
 def _refuse_several(rows: Sequence[StoredRow]) -> None:

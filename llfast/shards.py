@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from .errors import LlfastWarning, StoreError
 from .files import atomic_write
-from .results import ResultKey
-from .rows import StoredRow, newest
+from .results import LogLikelihoodMatrix, ResultKey
+from .rows import StoredRow, lasting
 
 SCHEMA = pa.schema(
     [
@@ -48,16 +48,27 @@ _LISTED = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
 
 
 def row_fields(
-    key: ResultKey, *, error: str | None = None, metadata: Mapping[str, Any] | None = None
+    key: ResultKey,
+    *,
+    error: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    removed: datetime | None = None,
 ) -> dict[str, Any]:
-    """A row of the schema, still without numbers."""
+    """A row of the schema, still without numbers: a result, a failure, or a removal at a time."""
     row = key._asdict()
     del row["textset_digest"]
-    row["status"] = "complete" if error is None else "failed"
+    row["status"] = "removed" if removed else "complete" if error is None else "failed"
     row["error"] = error
-    row["created"] = datetime.now(UTC)
+    row["created"] = removed or datetime.now(UTC)
     row["metadata"] = json.dumps(dict(metadata or {}))
     return row
+
+
+def matrix_groups(matrix: LogLikelihoodMatrix) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a matrix, as many at a time as a row group holds."""
+    step = max(1, GROUP_BYTES // (8 * len(matrix.text_bytes)))
+    for start in range(0, len(matrix), step):
+        yield [_matrix_fields(matrix, row) for row in range(len(matrix))[start : start + step]]
 
 
 def read_batches(
@@ -185,7 +196,7 @@ def merge_shards(folder: Path) -> int:
     if len(tables) < 2:
         return 0
     positions: dict[Path, list[int]] = {}
-    for row in newest(rows):
+    for row in lasting(rows, forget_before=None):
         positions.setdefault(row.shard, []).append(row.position)
     parts = [tables[shard].take(chosen) for shard, chosen in positions.items()]
     write_shard(folder, [pa.concat_tables(parts, promote_options="default")])
@@ -251,6 +262,20 @@ def _stored_rows(shard: Path, table: pa.Table) -> list[StoredRow]:
             )
         )
     return rows
+
+
+def _matrix_fields(matrix: LogLikelihoodMatrix, row: int) -> dict[str, Any]:
+    key = ResultKey(
+        matrix.models[row],
+        matrix.revisions[row],
+        matrix.textset_digest,
+        matrix.convention,
+        matrix.dtypes[row],
+        None,
+        0,
+    )
+    values = {"loglikelihoods": matrix.values[row], "provenance": "{}"}
+    return row_fields(key, metadata=matrix.metadata[row]) | values
 
 
 def _warn_of_damage(error: StoreError) -> None:

@@ -6,7 +6,8 @@
     STORE/_partial/<digest>.npz             finished texts of unfinished models
 
 Writers need no lock: a shard is written under a temporary name, synced and renamed, and every name
-is unique. Of several rows with one key the newest complete one counts.
+is unique. Of several rows with one key the newest complete one counts; a removal is a row, too, and
+hides those before it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +27,12 @@ from jaxtyping import Float64
 
 from .errors import StoreError
 from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
-from .rows import StoredRow, newest, one_row_a_model
+from .rows import StoredRow, named, newest, one_row_a_model, refuse_incomplete
 from .scans import RowGoneError, read_row, scan_rows, wrong_length
 from .shards import (
-    GROUP_BYTES,
     SCHEMA,
     list_shards,
+    matrix_groups,
     merge_shards,
     read_folder,
     read_rows,
@@ -84,14 +86,34 @@ class Store:
         n = len(matrix.text_bytes)
         ids = matrix.ids or tuple(str(text) for text in range(n))
         self._write_texts(matrix.textset_digest, ids, matrix.text_bytes, matrix.groups)
-        step = max(1, GROUP_BYTES // (8 * n))
-        self._write_shard(
-            matrix.textset_digest,
-            (
-                [_matrix_row(matrix, number) for number in range(len(matrix))[start : start + step]]
-                for start in range(0, len(matrix), step)
-            ),
-        )
+        self._write_shard(matrix.textset_digest, matrix_groups(matrix))
+
+    def remove(self, models: Sequence[str]) -> int:
+        """Take models out of the store, on all text sets, durably before this returns.
+
+        Readers do not see their results and failures any more. The numbers are on disk until
+        `compact`; a model that is scored again is back.
+
+        Args:
+            models: as `name` or `name@revision` (the beginning of it).
+
+        Returns: how many results and failures were removed.
+
+        Raises:
+            StoreError: if a model is not there; nothing is removed then.
+        """
+        if isinstance(models, str):
+            raise TypeError(f"models must be several names, got {models!r}; give [{models!r}]")
+        rows = named(self.rows(), models)
+        removals: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            # Newer than the row also where the clock that wrote it was ahead of this one.
+            when = max(datetime.now(UTC), row.created + timedelta(microseconds=1))
+            digest = row.key.textset_digest
+            removals.setdefault(digest, []).append(row_fields(row.key, removed=when))
+        for digest, each in removals.items():
+            self._write_shard(digest, [each])
+        return len(rows)
 
     def partial_path(self, key: ResultKey) -> Path:
         """Where finished texts of an unfinished model are kept."""
@@ -103,7 +125,7 @@ class Store:
         write_marker(self.folder)
 
     def compact(self) -> int:
-        """Merge each text set's shards into one, and drop rows that newer ones replace.
+        """Merge each text set's shards into one; drop what is removed, or replaced by newer rows.
 
         Readers and writers may go on meanwhile.
 
@@ -119,7 +141,7 @@ class Store:
     # ---------------------------------------------------------------- reading
 
     def rows(self, digest: str | None = None) -> list[StoredRow]:
-        """The newest row of every key: complete if there is one, else the failure.
+        """The newest row of every key: complete if there is one, else the failure; none if removed.
 
         Args:
             digest: only results on this text set.
@@ -168,7 +190,7 @@ class Store:
             StoreError: if it cannot be read.
             ValueError: if the row is a failure.
         """
-        _refuse_failure(row)
+        refuse_incomplete(row)
         return self._retry(lambda: self._load(row))
 
     def scan(
@@ -193,7 +215,7 @@ class Store:
                 meanwhile.
         """
         for row in rows:
-            _refuse_failure(row)
+            refuse_incomplete(row)
             if row.key.textset_digest != rows[0].key.textset_digest:
                 raise ValueError(f"rows must be on one text set, got another for {row.label}")
         if not rows:
@@ -350,25 +372,6 @@ class Store:
             except (FileNotFoundError, RowGoneError):
                 continue
         return read()
-
-
-def _refuse_failure(row: StoredRow) -> None:
-    if row.error is not None:
-        raise ValueError(f"row must be complete, got the failure of {row.label}: {row.error}")
-
-
-def _matrix_row(matrix: LogLikelihoodMatrix, number: int) -> dict[str, Any]:
-    key = ResultKey(
-        matrix.models[number],
-        matrix.revisions[number],
-        matrix.textset_digest,
-        matrix.convention,
-        matrix.dtypes[number],
-        None,
-        0,
-    )
-    values = {"loglikelihoods": matrix.values[number], "provenance": "{}"}
-    return row_fields(key, metadata=matrix.metadata[number]) | values
 
 
 def matrix_metadata(row: StoredRow) -> dict[str, Any]:

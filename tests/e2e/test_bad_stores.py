@@ -12,7 +12,7 @@ from llfast import ModelSpace, Store
 from tests import processes
 
 
-@pytest.mark.parametrize("words", ["score", "kl", "search", "info", "compact", "import"])
+@pytest.mark.parametrize("words", ["score", "kl", "search", "info", "compact", "remove", "import"])
 def test_a_folder_that_is_no_store(command, checkpoints, texts_file, tmp_path, content, words):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -25,6 +25,7 @@ def test_a_folder_that_is_no_store(command, checkpoints, texts_file, tmp_path, c
         "search": ("a", "--store", folder),
         "info": (folder,),
         "compact": ("--store", folder),
+        "remove": ("a", "--store", folder),
         "import": (*imported, "--store", folder),
     }[words]
     run = command(words, *arguments)

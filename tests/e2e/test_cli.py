@@ -340,6 +340,26 @@ def test_compact_merges_shards_and_keeps_every_number(command, models_list, text
     assert [each["status"] for each in again.json] == ["skipped"] * 3
 
 
+def test_a_removed_model_is_scored_again_when_it_is_asked_for(
+    command, models_list, store, texts_file, filled
+):
+    assert command("remove", "gpt2", "llama", "--store", store).out == "2 results removed\n"
+    assert Store(store).matrix().models == ("gpt2-finetune",)
+    run = command("remove", "gpt2-finetune", "gpt2", "--store", store)
+    assert run.error.endswith("models must be in the store, got 'gpt2'")
+    assert command("compact", "--store", store).out == "4 shards merged\n"
+    run = command("score", "--list", models_list, "--texts", texts_file, "--store", store, "--json")
+    assert {each["model"]: each["status"] for each in run.json} == {
+        "gpt2": "scored",
+        "gpt2-finetune": "skipped",
+        "llama": "scored",
+    }
+    matrix = Store(store).matrix()
+    assert matrix.values.tobytes() == Store(filled).matrix().values.tobytes()
+    run = command("remove", "gpt2-finetune", "--store", store, "--json")
+    assert run.json == {"removed": 1}
+
+
 def test_info_of_a_store(command, filled, texts):
     run = command("info", filled, "--json")
     rows = Store(filled).rows()

@@ -57,7 +57,9 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         say("training")
         return {"families_found": True, "models": ["a"]}
 
-    monkeypatch.setattr("llfast.demo.run_demo", run_demo)  # its own tests run it for real
+    # Their own tests run them for real; what is removed is not there to be removed again.
+    monkeypatch.setattr("llfast.demo.run_demo", run_demo)
+    monkeypatch.setattr("llfast.store.Store.remove", lambda _, models: len(models))
     (tmp_path / "m.csv").write_text("id,a,b\nx,1.0,1.1\ny,1.2,1.5\nz,2.0,1.0\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "doc.txt").write_text("a word or two " * 200)
@@ -72,6 +74,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "kl": f"kl gpt2 llama --store {filled}",
         "info": f"info {filled}",
         "compact": f"compact --store {tmp_path / 'empty'}",
+        "remove": f"remove gpt2 --store {filled}",
         "demo": f"demo --out {tmp_path / 'demo'}",
         "bench kernel": "bench kernel --device cpu --dtype float32 --tokens 2",
         "bench loading": f"bench loading {checkpoints / 'llama'} --tokens 40 --repetitions 1",
@@ -224,6 +227,7 @@ def test_names_and_metadata_cannot_drive_the_terminal(command, checkpoints, tmp_
         ("kl", EVIL, "llama", "--store", store),
         ("kl", f"x{EVIL}", "llama", "--store", store),
         ("info", store),
+        ("remove", f"x{EVIL}", "--store", store),
         ("info", tmp_path / EVIL),
         ("texts", "show", texts),
         ("score", checkpoints / "gpt2", "--name", EVIL, "--texts", texts, "--dry-run"),

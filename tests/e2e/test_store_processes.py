@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from llfast import Store
-from tests.stores import ROOT, make_result, numbers, store_shards
+from tests.stores import ROOT, N, make_result, numbers, store_shards
 
 DEADLINE_SECONDS = 60
 
@@ -138,6 +138,60 @@ def test_readers_and_writers_go_on_while_two_compact(tmp_path):
     assert set(store.matrix().models) == seen
 
 
+REMOVE = """
+import sys
+from llfast import Store
+from tests.stores import make_result
+store = Store(sys.argv[1])
+print("ready", flush=True)
+input()
+for number in range(20):
+    store.remove([f"old {number}"])
+    store.remove(["both"])
+    store.add(make_result("both"))
+print("done", flush=True)
+"""
+
+
+def test_readers_go_on_while_models_are_removed_and_two_compact(tmp_path):
+    folder = tmp_path / "store"
+    store = Store(folder)
+    names = [f"{kind} {number}" for kind in ("kept", "old") for number in range(20)]
+    for model in ("both", *names):
+        store.add(make_result(model))
+    kept = [row for row in store.rows() if row.label.startswith("kept")]
+    seen, reads = set(names), 0
+    with (
+        process(REMOVE, folder) as remover,
+        process(COMPACT, folder) as one,
+        process(COMPACT, folder) as other,
+    ):
+        for each in (one, other, remover):
+            tell(each)
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while len(seen) > 20 and time.monotonic() < deadline:
+            matrix = store.matrix()
+            np.testing.assert_array_equal(matrix.values, [numbers(m) for m in matrix.models])
+            found = set(matrix.models) - {"both"}
+            assert found <= seen, "what was removed stays away"
+            assert len([name for name in found if name.startswith("kept")]) == 20
+            seen = found
+            scanned = []
+            for part, values in store.scan(kept, block_bytes=3 * 8 * N):
+                expected = [numbers(kept[number].label) for number in part]
+                np.testing.assert_array_equal(values, expected)
+                scanned += part
+            assert sorted(scanned) == list(range(20))
+            reads += 1
+        assert remover.stdout.readline() == "done\n"
+        (tmp_path / "enough").touch()
+        assert int(one.stdout.readline()) + int(other.stdout.readline()) > 10
+    assert reads > 2
+    store.compact()
+    assert store.matrix().models == ("both", *sorted(names[:20]))
+    assert {row.key.model for row in store.rows()} == {"both", *names[:20]}
+
+
 # A process that forks others, and kills them: each fork is in a second what a start is in minutes.
 KILLED = """
 import os, signal, sys
@@ -161,7 +215,12 @@ def die_before(place, name, left):
 
 def act(what):
     store = Store(sys.argv[1])
-    store.compact() if what == "compact" else store.add(make_result(what))
+    if what == "compact":
+        store.compact()
+    elif what.startswith("remove:"):
+        store.remove([what.removeprefix("remove:")])
+    else:
+        store.add(make_result(what))
     os._exit(0)
 
 
@@ -221,6 +280,42 @@ def test_a_kill_at_every_step_of_a_compaction_leaves_every_row(tmp_path, killer)
         step += 1
     assert step > 4, "there are steps at which to be killed"
     np.testing.assert_array_equal(store.matrix().row("m2"), numbers("m2"))
+
+
+def test_a_kill_at_every_step_of_a_compaction_brings_nothing_back(tmp_path, killer):
+    store = Store(tmp_path / "store")
+    store.add(make_result("kept"))
+    step, killed = 0, True
+    while killed:
+        for shift in (0, 1):
+            store.add(make_result(f"m{step}", loglikelihoods=numbers("old") + shift))
+        if step % 2:  # what is removed may be in a merged shard
+            store.compact()
+        store.remove([f"m{step}"])
+        killed = killer("compact", f"step{step}")
+        assert [row.label for row in store.rows()] == ["kept"]
+        store.compact()
+        assert [row.label for row in store.rows()] == ["kept"]
+        step += 1
+    assert step > 4, "there are steps at which to be killed"
+
+
+def test_a_kill_at_every_step_of_a_removal_removes_a_model_or_nothing(tmp_path, killer):
+    store = Store(tmp_path / "store")
+    store.add(make_result("kept"))
+    step, killed, left = 0, True, 0
+    while killed:
+        store.add(make_result(f"m{step}"))
+        before = contents(store)
+        killed = killer(f"remove:m{step}", f"step{step}")
+        after = contents(store)
+        assert after.items() <= before.items()
+        gone = {key.model for key in before} - {key.model for key in after}
+        assert gone <= {f"m{step}"}
+        left += not gone
+        step += 1
+    assert gone, "the last one was not killed"
+    assert left > 2, "there are steps at which to be killed"
 
 
 def test_a_kill_at_every_step_of_an_addition_leaves_the_row_or_nothing(tmp_path, killer):

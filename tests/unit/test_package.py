@@ -13,18 +13,19 @@ ORDER = (
     "devices borrowing batchwise engines verify runs scoring rows shards scans storefiles store "
     "importing intervals basis mixed spacefile space search estimate model_list outcomes fleet "
     "nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli_options bench "
-    "cli_bench cli __main__"
+    "cli_bench cli_texts cli __main__"
 ).split()
 ONLY_IN = {
     "faiss": {"search"},
+    "xxhash": {"search"},
     "peft": {"loading"},
     "compressed_tensors": {"quantised"},
     "matplotlib": {"mapping"},
     "adjustText": {"mapping"},
     "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training"},
     "greenlet": {"paging"},
-    "pyarrow": {"shards", "store", "importing"},
-    "typer": {"cli", "cli_bench", "cli_options"},
+    "pyarrow": {"shards", "store", "importing", "search"},
+    "typer": {"cli", "cli_bench", "cli_options", "cli_texts"},
     "triton": {"kernels", "bench"},
     "liger_kernel": {"bench"},
     "cut_cross_entropy": {"bench"},

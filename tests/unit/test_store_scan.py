@@ -208,7 +208,7 @@ def test_rows_without_numbers_and_of_two_text_sets_are_refused(store):
 
 
 def test_shards_are_written_in_small_row_groups(store, monkeypatch):
-    monkeypatch.setattr("llfast.store.GROUP_BYTES", 5 * 8 * N)
+    monkeypatch.setattr("llfast.shards.GROUP_BYTES", 5 * 8 * N)
     models = [f"m{each:02}" for each in range(12)]
     add_together(store, models)
     (shard,) = store_shards(store)
