@@ -48,27 +48,28 @@ _NATS = MEAN_BYTES * math.log(2)  # nats a text in a bit a byte
 
 LEVEL, LEVEL_SPREAD = -735.0, 0.31  # log-normal: 2 % of texts are below the published -1412
 SCALE_SPREAD, SCALE_WITH_LEVEL = 0.47, 0.4  # log-normal; the kurtosis of differences is 3·e^4s²
-DIRECTIONS, DECAY = 192, 1.25  # variances along them fall as j^-1.25
+DIRECTIONS, DECAY = 192, 1.22  # variances along them fall as j^-1.22
 TOPICS, TOPIC_SHARE = 22, 0.4  # of each direction's variance between topics, as many as the Pile's
 
 # Variance of an effect in bits/byte (two that are independent are as far apart in KL), and the
 # share of it that is not in the shared directions.
-FAMILY, FAMILY_OWN = 1.35, 0.03
-FAMILY_SPREAD = 0.7  # log-normal: some families are far from all others
+FAMILY, FAMILY_OWN = 1.4, 0.03
+FAMILY_SPREAD = 0.5  # log-normal: some families are far from all others
 SIZE, SIZE_OWN = 0.36, 0.06
 SEED, SEED_OWN = 0.12, 0.30
-DRIFT, DRIFT_OWN = 0.10, 0.06  # of a training, for a factor e of steps
-STEP, STEP_OWN = 0.007, 0.50  # of a checkpoint at the end of its training
-STEP_DECAY = -1.2  # earlier, as a power of the share of the training that was done
+DRIFT, DRIFT_OWN = 0.05, 0.06  # of a training, for a factor e of steps
+STEP, STEP_OWN = 0.0095, 0.50  # of a checkpoint at the end of its training
+STEP_DECAY = -0.85  # earlier, as a power of the share of the training that was done
 TUNE_OWN = 0.05
 TUNE_ALIKE = 0.4  # of what fine-tuning does to models, the same in all first ones of a family
 TWIN_OWN = 1.0  # far below the grid of coefficients, which must so stay what they are
 
 _TILE = 64  # models that are made at once, whatever the caller's blocks are
 _CACHED = 1024  # effects that several models share, at most
-# Coefficients and directions are multiples of 1/512, so their products are multiples of 2^-18, and
-# sums below 64 of such are exact in float32: in whatever order BLAS adds, the bits are the same.
-_GRID = 512
+# Coefficients are multiples of 2^-9 and directions of 2^-8, so products are multiples of 2^-17, and
+# sums of such below 128 are exact in float32: in whatever order BLAS adds, the bits are the same.
+# The largest of 6 million sums was 72 on its way.
+_COEFFICIENT_GRID, _DIRECTION_GRID = 2.0**9, 2.0**8
 # What an effect is of, the first word of its seed.
 _OF_MODEL, _OF_FAMILY, _OF_SIZE, _OF_DRIFT, _OF_TUNING, _OF_TEXTS, _OF_ORDER = range(10, 17)
 
@@ -109,7 +110,7 @@ class Collection:
     ) -> None:
         effects = list((pool.map if pool else map)(self._sum_of_effects, models))
         coefficients = np.stack([each[:DIRECTIONS] for each in effects])
-        coefficients = np.round(coefficients * _GRID) / _GRID
+        coefficients = np.round(coefficients * _COEFFICIENT_GRID) / _COEFFICIENT_GRID
         np.matmul(coefficients, self._directions, out=found)
 
         def finish(row: int) -> None:
@@ -152,7 +153,11 @@ class Collection:
         if kind == _OF_FAMILY:
             variance *= math.exp(FAMILY_SPREAD * rng.standard_normal())
         effect = rng.standard_normal(DIRECTIONS + self.recipe.texts, dtype=np.float32)
-        effect[:DIRECTIONS] *= self._spread * math.sqrt(variance * (1 - own))
+        effect[:DIRECTIONS] *= self._spread
+        if kind == _OF_FAMILY:
+            # Otherwise half of a collection may by chance lie twice as far out as intended.
+            effect[:DIRECTIONS] /= np.linalg.norm(effect[:DIRECTIONS])
+        effect[:DIRECTIONS] *= math.sqrt(variance * (1 - own))
         effect[DIRECTIONS:] *= np.float32(math.sqrt(variance * own))
         return effect
 
@@ -238,7 +243,7 @@ def _texts(recipe: Recipe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     directions[1:] -= (directions[1:] @ weighed / weighed.sum())[:, None]
     scale *= math.sqrt(_NATS / np.square(scale[kept]).mean())
     directions *= math.sqrt(_NATS) / (directions * scale)[:, kept].std(axis=1, keepdims=True)
-    directions = np.round(directions * _GRID) / _GRID
+    directions = np.round(directions * _DIRECTION_GRID) / _DIRECTION_GRID
     return level.astype(np.float32), scale.astype(np.float32), directions.astype(np.float32)
 
 

@@ -56,7 +56,7 @@ class Recipe:
 
     Attributes:
         models: K.
-        texts: N.
+        texts: N; scales are set by what is drawn for them, so a few will not do.
         seed: of everything that is drawn.
         families: "zipf", K^0.75 families whose n-th largest has a share of n^-1.1; or "half", half
             of the models in one family and the others as in "zipf".
@@ -68,7 +68,7 @@ class Recipe:
     families: str = "zipf"
 
     def __post_init__(self) -> None:
-        for name, least in (("models", 1), ("texts", 2), ("seed", 0)):
+        for name, least in (("models", 1), ("texts", 20), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.families not in FAMILIES:
@@ -249,11 +249,15 @@ def _split(rng: np.random.Generator, left: int, sizes: int) -> dict[int, int]:
 
 
 def _checkpoints(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(parents, shares of the training) of checkpoints: whole trainings, and one in fewer steps."""
+    """(parents, shares of the training) of checkpoints: whole trainings, and a part of one more.
+
+    Of that one the first and the last steps are there, half and half.
+    """
     parents, steps = np.divmod(np.arange(count), CHECKPOINTS)
-    of_last = (count - 1) % CHECKPOINTS + 1
-    total = np.where(parents == parents.max(initial=0), of_last, CHECKPOINTS) + 1
-    return parents, (steps + 1) / total
+    whole = count // CHECKPOINTS
+    left = count - whole * CHECKPOINTS
+    steps[(parents == whole) & (steps >= -(-left // 2))] += CHECKPOINTS - left
+    return parents, (steps + 1) / (CHECKPOINTS + 1)
 
 
 def _tree(rng: np.random.Generator, scratch: int, start: int, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from synthetic_lineage import (
     CHECKPOINT,
+    CHECKPOINTS,
     DUPLICATE,
     FINE_TUNE,
     MEAN_BYTES,
@@ -51,8 +52,10 @@ def make_pairs(lineage: Lineage, most: int = 300, seed: int = 0) -> dict[str, np
     steps = np.flatnonzero(lineage.relation == CHECKPOINT)
     steps = steps[np.lexsort((lineage.amount[steps], lineage.parent[steps]))]
     ahead = np.stack([steps[:-1], steps[1:]], axis=1)
-    ahead = ahead[lineage.parent[ahead[:, 0]] == lineage.parent[ahead[:, 1]]]
-    begins = lineage.amount[ahead[:, 0]]
+    begins, ends = lineage.amount[ahead].T
+    parents = lineage.parent[ahead]
+    next_to = (parents[:, 0] == parents[:, 1]) & (ends - begins < 1.5 / (CHECKPOINTS + 1))
+    ahead, begins = ahead[next_to], begins[next_to]
     found["late checkpoint step"] = ahead[begins >= LATE]
     found["early checkpoint step"] = ahead[begins < EARLY]
     found["seed"] = _from_scratch(lineage, SEED)

@@ -67,7 +67,7 @@ def test_blocks_are_of_the_size_asked_for(synthetic):
 
 
 def test_rows_are_not_sorted_by_family(synthetic):
-    _, metadata, _ = gather(synthetic, synthetic.Recipe(models=400, texts=2), 256)
+    _, metadata, _ = gather(synthetic, synthetic.Recipe(models=400, texts=20), 256)
     families = [row["family"] for row in metadata]
     largest = max(families, key=families.count)
     places = [place for place, family in enumerate(families) if family == largest]
@@ -77,7 +77,7 @@ def test_rows_are_not_sorted_by_family(synthetic):
 
 @pytest.mark.parametrize("families", ["zipf", "half"])
 def test_names_are_unique_and_parents_exist(synthetic, families):
-    recipe = synthetic.Recipe(models=5000, texts=2, families=families)
+    recipe = synthetic.Recipe(models=5000, texts=20, families=families)
     names, metadata, _ = gather(synthetic, recipe, 256)
     assert len(set(names)) == 5000
     assert all(name.count("/") == 1 for name in names)
@@ -120,7 +120,7 @@ def test_shares_of_families(synthetic):
     assert (np.diff(sizes) <= 0).all()
     # One model a family is given ahead; what is left goes by the n-th's share of n^-1.1.
     assert (sizes[0] - 1) / (sizes[9] - 1) == pytest.approx(10**1.1, rel=0.01)
-    _, metadata, _ = gather(synthetic, synthetic.Recipe(models=300, texts=2, families="half"), 256)
+    _, metadata, _ = gather(synthetic, synthetic.Recipe(models=300, texts=20, families="half"), 256)
     families = [row["family"] for row in metadata]
     assert max(map(families.count, set(families))) == 150
 
@@ -128,7 +128,7 @@ def test_shares_of_families(synthetic):
 def test_recipes_are_checked(synthetic):
     with pytest.raises(ValueError, match="families must be one of zipf, half, got 'flat'"):
         synthetic.Recipe(models=10, families="flat")
-    for wrong in ({"models": 0}, {"models": 5, "texts": 1}, {"models": 5, "seed": -1}):
+    for wrong in ({"models": 0}, {"models": 5, "texts": 19}, {"models": 5, "seed": -1}):
         with pytest.raises(ValueError, match="must be at least"):
             synthetic.Recipe(**wrong)
 
@@ -173,11 +173,11 @@ def test_spectrum_and_tails_are_like_real_ones(described, report):
     found = report.dimensions(space.coordinates)
     assert 42 / 1.25 < found[0.9] < 42 * 1.25, found
     assert found[0.99] > 3 * found[0.9], "what is left is spread over many directions"
-    assert np.median(report.kurtosis(space, names, pairs["random pairs"])) > 4.5
+    assert np.median(report.kurtosis(space, names, pairs["random pairs"])) > 4
 
 
 def test_written_files_hold_what_blocks_give(synthetic, tmp_path):
-    recipe = synthetic.Recipe(models=300, texts=11)
+    recipe = synthetic.Recipe(models=300, texts=21)
     synthetic.write(recipe, tmp_path / "c.npy")
     names, metadata, values = gather(synthetic, recipe, 50)
     written = np.load(tmp_path / "c.npy", mmap_mode="r")
@@ -192,7 +192,7 @@ def test_written_files_hold_what_blocks_give(synthetic, tmp_path):
 def test_files_are_whole_or_not_there(synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "blocks", lambda recipe: iter([([], [], 1 / 0)]))
     with pytest.raises(ZeroDivisionError):
-        synthetic.write(synthetic.Recipe(models=300, texts=11), tmp_path / "c.npy")
+        synthetic.write(synthetic.Recipe(models=300, texts=21), tmp_path / "c.npy")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,5 +206,5 @@ def test_report_prints_what_is_known_beside_what_was_published(synthetic, report
     for kind, published in report.PUBLISHED.items():
         (line,) = (each for each in lines if each.startswith(kind))
         assert line.split()[-1] == f"{published:.3g}" or line.split()[-1] == "0"
-    alone = synthetic.Collection(synthetic.Recipe(models=1, texts=2))
+    alone = synthetic.Collection(synthetic.Recipe(models=1, texts=20))
     assert list(report.report(alone))[1] == "families: 1, of one model 1; largest 1"
