@@ -64,7 +64,7 @@ TUNE_OWN = 0.05
 TUNE_ALIKE = 0.4  # of what fine-tuning does to models, the same in all first ones of a family
 TWIN_OWN = 1.0  # far below the grid of coefficients, which must so stay what they are
 
-_TILE = 64  # models that are made at once, whatever the caller's blocks are
+_TILE = 256  # models that are made at once, whatever the caller's blocks are
 _CACHED = 1024  # effects that several models share, at most
 # Coefficients are multiples of 2^-9 and directions of 2^-8, so products are multiples of 2^-17, and
 # sums of such below 128 are exact in float32: in whatever order BLAS adds, the bits are the same.
