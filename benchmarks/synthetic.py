@@ -52,16 +52,19 @@ DIRECTIONS, DECAY = 192, 1.22  # variances along them fall as j^-1.22
 TOPICS, TOPIC_SHARE = 22, 0.4  # of each direction's variance between topics, as many as the Pile's
 
 # Variance of an effect in bits/byte (two that are independent are as far apart in KL), and the
-# share of it that is not in the shared directions.
+# share of it that is not in the shared directions. Where nothing is, N draws are saved.
 FAMILY, FAMILY_OWN = 1.4, 0.03
 FAMILY_SPREAD = 0.5  # log-normal: some families are far from all others
-SIZE, SIZE_OWN = 0.36, 0.06
-SEED, SEED_OWN = 0.12, 0.30
-DRIFT, DRIFT_OWN = 0.05, 0.06  # of a training, for a factor e of steps
+SIZE, SIZE_OWN = 0.36, 0.0
+SEED, SEED_OWN = 0.12, 0.40
+DRIFT, DRIFT_OWN = 0.05, 0.0  # of a training, for a factor e of steps
 STEP, STEP_OWN = 0.0095, 0.50  # of a checkpoint at the end of its training
 STEP_DECAY = -0.85  # earlier, as a power of the share of the training that was done
-TUNE_OWN = 0.05
-TUNE_ALIKE = 0.4  # of what fine-tuning does to models, the same in all first ones of a family
+TUNE_OWN = 0.06
+TUNE_ALIKE, TUNE_ALIKE_OWN = (
+    0.4,
+    0.0,
+)  # of what fine-tuning does to models, the same in all first ones of a family
 TWIN_OWN = 1.0  # far below the grid of coefficients, which must so stay what they are
 
 _TILE = 256  # models that are made at once, whatever the caller's blocks are
@@ -94,9 +97,8 @@ class Collection:
         """Names and metadata."""
         lineage = self.lineage
         numbers = [int(model) for model in models]
-        return [lineage.name(each) for each in numbers], [
-            lineage.metadata(each) for each in numbers
-        ]
+        metadata = [lineage.metadata(each) for each in numbers]
+        return [lineage.name(each) for each in numbers], metadata
 
     def values(self, models: Sequence[int], pool: ThreadPoolExecutor | None = None) -> np.ndarray:
         """(len(models), N) log-likelihoods in nats, float32, all below zero."""
@@ -142,17 +144,18 @@ class Collection:
         chain.append(self._shared(_OF_SIZE, MOST_SIZES * family + size))
         total = self._shared(_OF_FAMILY, family).copy()
         for effect in reversed(chain):  # the eldest first: what relatives share is summed alike
-            total += effect
+            total[: len(effect)] += effect
         return total
 
     def _effect(self, kind: int, number: int) -> np.ndarray:
-        """(DIRECTIONS + N,) one effect alone, from its own seed."""
+        """(DIRECTIONS + N,) one effect alone, from its own seed; (DIRECTIONS,) if that is all."""
         variance, own = self._amount(kind, number)
         bits = np.random.SFC64(np.random.SeedSequence([self.recipe.seed, kind, number]))
         rng = np.random.Generator(bits)
         if kind == _OF_FAMILY:
             variance *= math.exp(FAMILY_SPREAD * rng.standard_normal())
-        effect = rng.standard_normal(DIRECTIONS + self.recipe.texts, dtype=np.float32)
+        size = DIRECTIONS + (self.recipe.texts if own else 0)
+        effect = rng.standard_normal(size, dtype=np.float32)
         effect[:DIRECTIONS] *= self._spread
         if kind == _OF_FAMILY:
             # Otherwise half of a collection may by chance lie twice as far out as intended.
@@ -168,7 +171,7 @@ class Collection:
                 _OF_FAMILY: (FAMILY, FAMILY_OWN),
                 _OF_SIZE: (SIZE, SIZE_OWN),
                 _OF_DRIFT: (DRIFT, DRIFT_OWN),
-                _OF_TUNING: (1.0, TUNE_OWN),
+                _OF_TUNING: (1.0, TUNE_ALIKE_OWN),
             }[kind]
         if self.lineage.parent[number] < 0:
             return SEED, SEED_OWN

@@ -46,7 +46,7 @@ _LADDER = {
 _SIZES = tuple(_LADDER)
 MOST_SIZES = 8
 _DTYPES = ("bfloat16", "bfloat16", "float16", "float32")
-_TASKS = ("instruct", "chat", "code", "math", "merge", "roleplay", "medical", "german")
+_TASKS = ("instruct", "chat", "code", "math", "sft", "roleplay", "medical", "german")
 _SYLLABLES = "ba co di fu ga hi jo ke lu mo ni po ra si tu ve".split()
 
 

@@ -142,6 +142,13 @@ def test_values_are_negative_and_finite(described):
     assert -900 < np.median(values) < -600
 
 
+def test_values_of_easy_texts_are_negative_too(synthetic, monkeypatch):
+    monkeypatch.setattr(synthetic, "LEVEL", -60.0)  # less than models differ by
+    values = synthetic.Collection(synthetic.Recipe(models=50, texts=300)).values(range(50))
+    assert values.max() < 0
+    assert (values > -2).any()
+
+
 def test_divergences_by_relation_are_as_published(described, report):
     _, space, names, pairs = described
     medians = {
