@@ -194,6 +194,8 @@ def test_written_files_hold_what_blocks_give(synthetic, tmp_path):
     expected = [{"name": name, **row} for name, row in zip(names, metadata, strict=True)]
     assert rows == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.npy"]
+    with pytest.raises(ValueError, match=r"path must end in \.npy, got .*c\.jsonl"):
+        synthetic.write(recipe, tmp_path / "c.jsonl")
 
 
 def test_files_are_whole_or_not_there(synthetic, tmp_path, monkeypatch):
