@@ -197,8 +197,7 @@ def blocks(
     """All models in a random order, so many at a time.
 
     Memory: a block, some 100 MB at 10,000 texts, and 30 bytes a model. Values do not depend on
-    `rows`, nor on threads. Parents may come after children. Where cores are shared with others,
-    OPENBLAS_NUM_THREADS=1 halves the time: threads of BLAS otherwise wait for one another.
+    `rows`, nor on threads. Parents may come after children.
 
     Yields: names (rows,), metadata (rows,), log-likelihoods (rows, N) in nats, float32.
     """
