@@ -19,15 +19,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "LLFAST_REQUIRE_GPU" not in os.environ:
     # Triton's kernels then run on the CPU, tile by tile, in numpy.
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ["LLFAST_CACHE"] = tempfile.mkdtemp(prefix="llfast-tests-")
+_CACHE = tempfile.TemporaryDirectory(prefix="llfast-tests-")  # gone when the tests are
+os.environ["LLFAST_CACHE"] = _CACHE.name
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where arrays are; `texts` checks its arguments itself, and is tested to.
 TYPED = "batches batchwise engines forward head importing intervals linear mapping results".split()
-TYPED += "scoring search space".split()
+TYPED += "basis scoring space".split()
 TYPED += [f"paging.{name}" for name in "model units waves".split()]
+TYPED += [f"search.{name}" for name in "added certified flat index projection".split()]
 # All of the kernels but those that Triton reads as source.
 TYPED += [
     f"kernels.{name}"

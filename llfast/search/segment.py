@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -181,7 +181,7 @@ class SegmentWriter:
         self._models: list[IndexedModel] = []
         self.largest = self.offset = 0.0
 
-    def __enter__(self) -> SegmentWriter:  # noqa: PYI034
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
