@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from threading import Lock
 from typing import overload
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from llfast.basis import Basis
-from llfast.mixed import adds_bos_of, warn_of_kind
-from llfast.results import KLEstimate, LogLikelihoods
+from llfast.mixed import adds_bos_of
+from llfast.results import LogLikelihoods
 from llfast.space import ModelSpace
 from llfast.store import Store
 
 from .added import Added
-from .certified import Found, Query, Rows, first_bounds, nearest, within
+from .certified import Rows, nearest, within
 from .flat import import_faiss, norms_of, refuse_overflow
-from .hits import Hit, Hits
+from .hits import Hits
 from .models import IndexedModel, Models
 from .projection import Projection, Reduced
+from .snapshot import Snapshot
 
 MODES = ("auto", "exact", "certified")
 EXACT_BYTES = 64 << 20  # of fp32 points: reading them all takes as long as looking at bounds
@@ -209,8 +209,10 @@ class KLIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         self.basis.per_nat(unit)  # refuses a wrong unit before any work
-        if isinstance(query, (str, LogLikelihoods)):
+        if not isinstance(query, (list, tuple)):
+            _refuse_other_kinds([query])
             return self._search([query], k, unit)[0]
+        _refuse_other_kinds(query)
         blocks = range(0, len(query), _QUERIES)
         return [hits for at in blocks for hits in self._search(query[at : at + _QUERIES], k, unit)]
 
@@ -225,14 +227,15 @@ class KLIndex:
         if not radius >= 0:
             raise ValueError(f"radius must be at least 0, got {radius}")
         factor = self.basis.per_nat(unit)
-        state = self._state()
-        (asked,) = self._ask([query], state)
+        _refuse_other_kinds([query])
+        snapshot, rows = self._snapshot([query])
+        (asked,) = snapshot.ask([query], rows)
         # Widened a little over the margin: the radius has been divided by a rounded factor.
         distance = math.sqrt(radius / factor * 2 * len(self.basis) * (1 + 1e-6))
-        found = within(state.parts, asked.query, distance)
+        found = within(snapshot.parts, asked.query, distance)
         inside = found.divergences * factor <= radius
         found = replace(found, rows=found.rows[inside], divergences=found.divergences[inside])
-        return self._hits(asked, found, unit, state)
+        return snapshot.hits(asked, found, unit)
 
     # ------------------------------------------------------------------ changing
 
@@ -262,6 +265,10 @@ class KLIndex:
 
     # ------------------------------------------------------------------ inside
 
+    def _project(self, result: LogLikelihoods) -> Float64[np.ndarray, " N"]:
+        snapshot, _ = self._snapshot([])
+        return snapshot.project(result)
+
     def _append(self, point: Float64[np.ndarray, " N"], model: IndexedModel) -> None:
         """One more row; call it with the lock."""
         norm = float(norms_of(point[None])[0])
@@ -271,149 +278,41 @@ class KLIndex:
         self._added.append(point)
         self._models.add(model)
 
-    def _state(self) -> _State:
+    def _snapshot(
+        self, queries: Sequence[str | LogLikelihoods]
+    ) -> tuple[Snapshot, list[int | None]]:
+        """What a search sees, and the rows of queries that are there, perhaps, by name."""
         with self._lock:
-            parts = [self._rows] + ([self._added.rows()] if len(self._added) else [])
-            allowed = None
-            if self._models.gone:
-                allowed = np.ones(self._models.count, dtype=bool)
-                allowed[list(self._models.gone)] = False
-            return _State(parts, allowed, self._largest, self._offset)
+            snapshot = Snapshot(
+                basis=self.basis,
+                models=self._models,
+                parts=[self._rows] + ([self._added.rows()] if len(self._added) else []),
+                projection=self._projection,
+                allowed=self._models.allowed(),
+                largest=self._largest,
+                offset=self._offset,
+                noise_floor=self._noise_floor,
+            )
+            rows = [
+                self._models.row(query)
+                if isinstance(query, str)
+                else self._models.find(query.model)
+                for query in queries
+            ]
+        return snapshot, rows
 
     def _search(self, queries: Sequence[str | LogLikelihoods], k: int, unit: str) -> list[Hits]:
-        state = self._state()
+        snapshot, rows = self._snapshot(queries)
         return [
-            self._hits(asked, nearest(state.parts, asked.query, k), unit, state, k)
-            for asked in self._ask(queries, state)
+            snapshot.hits(asked, nearest(snapshot.parts, asked.query, k), unit, k)
+            for asked in snapshot.ask(queries, rows)
         ]
 
-    def _ask(self, queries: Sequence[str | LogLikelihoods], state: _State) -> Iterator[_Asked]:
-        """Points of the queries, and what bounds need."""
-        placed = [self._place(query, state) for query in queries]
-        points = np.array([point for point, _ in placed])
-        norms = norms_of(points)
-        refuse_overflow(float(norms.max()))
-        reduced = bounds = None
-        if self._projection is not None:
-            reduced = self._reduce(points, [own_row for _, own_row in placed], state)
-            bounds = first_bounds(state.parts, reduced)
-        for at, (query, (point, own_row)) in enumerate(zip(queries, placed, strict=True)):
-            allowed = state.allowed
-            if own_row is not None:
-                count = sum(map(len, state.parts))
-                allowed = np.ones(count, dtype=bool) if allowed is None else allowed.copy()
-                allowed[own_row] = False
-            yield _Asked(
-                dtype=self._dtype(query),
-                query=Query(
-                    point=point,
-                    reduced=None if reduced is None else reduced[at],
-                    bounds=None if bounds is None else bounds[at],
-                    norms=float(norms[at]) + state.largest,
-                    slack=math.sqrt(len(point)) * (abs(float(point.mean())) + state.offset),
-                    allowed=allowed,
-                ),
-            )
 
-    def _reduce(
-        self, points: Float64[np.ndarray, "Q N"], own_rows: Sequence[int | None], state: _State
-    ) -> Reduced:
-        """Lower-bound coordinates, which the index has of its own rows."""
-        assert self._projection is not None
-        other = [at for at, row in enumerate(own_rows) if row is None]
-        computed = self._projection.reduce(points[other])
-        rows = [
-            computed[other.index(at)] if row is None else state.reduced(row)
-            for at, row in enumerate(own_rows)
-        ]
-        return Reduced(
-            np.concatenate([each.first for each in rows]),
-            np.concatenate([each.rest for each in rows]),
-        )
-
-    def _place(
-        self, query: str | LogLikelihoods, state: _State
-    ) -> tuple[Float64[np.ndarray, " N"], int | None]:
-        """The query's point, and its own row if it is in the index."""
-        if isinstance(query, str):
-            own_row = self._models.row(query)
-            return state.point(own_row), own_row
-        if not isinstance(query, LogLikelihoods):
+def _refuse_other_kinds(queries: Iterable[object]) -> None:
+    for query in queries:
+        if not isinstance(query, (str, LogLikelihoods)):
             raise TypeError(f"query must be a name or a LogLikelihoods, got {type(query).__name__}")
-        point = self._project(query)
-        row = self._models.find(query.model)
-        if row is None or not np.array_equal(point, state.point(row)):
-            return point, None
-        return point, row
-
-    def _project(self, result: LogLikelihoods) -> Float64[np.ndarray, " N"]:
-        """A result's point, rounded as those of the index are."""
-        point = self.basis.project(result)
-        floor = self._noise_floor or None
-        known = self._models
-        warn_of_kind(result, self.basis.convention, known.dtypes, known.adds_bos, floor)
-        rounded: Float64[np.ndarray, " N"] = point.astype(self._rows.points.dtype)
-        return rounded.astype(np.float64)
-
-    def _dtype(self, query: str | LogLikelihoods) -> str:
-        known = self._models[self._models.row(query)] if isinstance(query, str) else query
-        return known.dtype
-
-    def _hits(
-        self, asked: _Asked, found: Found, unit: str, state: _State, k: int | None = None
-    ) -> Hits:
-        factor = self.basis.per_nat(unit)
-        order = sorted(
-            (divergence, self._models.name(row), row)
-            for divergence, row in zip(found.divergences.tolist(), found.rows.tolist(), strict=True)
-        )
-        hits = []
-        for divergence, name, row in order[:k]:
-            estimate = partial(self._estimate, asked, state, row, unit)
-            hits.append(Hit(name, divergence * factor, unit, self._models[row].metadata, estimate))
-        bound = found.certificate.bound * factor
-        return Hits(hits, replace(found.certificate, bound=bound))
-
-    def _estimate(self, asked: _Asked, state: _State, row: int, unit: str) -> KLEstimate:
-        return self.basis.kl(
-            asked.query.point - state.point(row),
-            (asked.dtype, self._models[row].dtype),
-            unit,
-            noise_floor=self._noise_floor,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What one search sees, whatever is added or removed meanwhile."""
-
-    parts: list[Rows]
-    allowed: Bool[np.ndarray, " K"] | None
-    largest: float
-    offset: float
-
-    def point(self, row: int) -> Float64[np.ndarray, " N"]:
-        part, number = self._find(row)
-        point: Float64[np.ndarray, " N"] = part.take(np.array([number]))[0].astype(np.float64)
-        return point
-
-    def reduced(self, row: int) -> Reduced:
-        part, number = self._find(row)
-        assert part.reduced is not None
-        return part.reduced[number]
-
-    def _find(self, row: int) -> tuple[Rows, int]:
-        for part in self.parts:
-            if row < len(part):
-                return part, row
-            row -= len(part)
-        raise IndexError(f"row must be below {sum(map(len, self.parts))}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    query: Query
-    dtype: str
 
 
 def check_mode(mode: str) -> None:

@@ -10,6 +10,9 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool
+
 from llfast.errors import SpaceError
 
 _MOST_LIKE = 5000  # names that one that is not there is compared with: 0.1 s
@@ -116,6 +119,14 @@ class Models:
             )
             raise SpaceError(f"model must be in the index, got {name!r}; {hint}")
         return found
+
+    def allowed(self) -> Bool[np.ndarray, " K"] | None:
+        """Which rows are there; None for all."""
+        if not self.gone:
+            return None
+        there = np.ones(self.count, dtype=bool)
+        there[list(self.gone)] = False
+        return there
 
     def add(self, row: IndexedModel) -> None:
         """A new last row; one of the same name is gone."""

@@ -142,7 +142,8 @@ class StoredIndex(KLIndex):
         Raises:
             SpaceError: if there is no such model.
         """
-        self._models.row(model)
+        with self._lock:
+            self._models.row(model)  # refuses what is not there
         self.store.remove([model])
         self.refresh()
 
@@ -184,9 +185,9 @@ class StoredIndex(KLIndex):
                 rows = [number for number in range(models.count) if number not in models.gone]
             if not rows:
                 raise SearchError("an index must have a model, got none; build it again")
-            state = self._state()
+            snapshot, _ = self._snapshot([])
             found = (
-                ([models[row] for row in some], np.array([state.point(row) for row in some]))
+                ([models[row] for row in some], np.array([snapshot.point(row) for row in some]))
                 for some in (rows[block] for block in blocks(len(rows)))
             )
             with _builder(self.folder):

@@ -1,0 +1,177 @@
+"""What one search sees of an index, whatever is added, removed or merged meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from llfast.basis import Basis
+from llfast.mixed import warn_of_kind
+from llfast.results import KLEstimate, LogLikelihoods
+
+from .certified import Found, Query, Rows, first_bounds
+from .flat import norms_of, refuse_overflow
+from .hits import Hit, Hits
+from .models import Models
+from .projection import Projection, Reduced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A query, and what it ran in."""
+
+    query: Query
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Snapshot:
+    """Rows of one moment.
+
+    Attributes:
+        basis: of all points.
+        models: what is known of the rows; of those that came later, too.
+        parts: their points.
+        projection: what their lower-bound coordinates were made with, if there are any.
+        allowed: which rows are there; None for all.
+        largest: norm of the points, at most.
+        offset: mean of a point's coordinates, at most.
+        noise_floor: the largest KL between two dtypes of one model, nats a text.
+    """
+
+    basis: Basis
+    models: Models
+    parts: Sequence[Rows]
+    projection: Projection | None
+    allowed: Bool[np.ndarray, " K"] | None
+    largest: float
+    offset: float
+    noise_floor: float
+
+    def point(self, row: int) -> Float64[np.ndarray, " N"]:
+        """Where a row is."""
+        part, number = self._find(row)
+        point: Float64[np.ndarray, " N"] = part.take(np.array([number]))[0].astype(np.float64)
+        return point
+
+    def project(self, result: LogLikelihoods) -> Float64[np.ndarray, " N"]:
+        """Where a result is, rounded as the rows are; raises and warns as `Basis.project` does."""
+        point = self.basis.project(result)
+        known, floor = self.models, self.noise_floor or None
+        warn_of_kind(result, self.basis.convention, known.dtypes, known.adds_bos, floor)
+        rounded: Float64[np.ndarray, " N"] = point.astype(self.parts[0].points.dtype)
+        return rounded.astype(np.float64)
+
+    def ask(
+        self, queries: Sequence[str | LogLikelihoods], rows: Sequence[int | None]
+    ) -> Iterator[Asked]:
+        """Points of the queries, and what bounds need.
+
+        Args:
+            queries: names, of which the rows are known, and results.
+            rows: those of the same names. A result whose row has other numbers is another model.
+        """
+        points = np.empty((len(queries), len(self.basis)))
+        own_rows: list[int | None] = []
+        for at, (query, row) in enumerate(zip(queries, rows, strict=True)):
+            known = None if row is None else self.point(row)
+            point = known if isinstance(query, str) else self.project(query)
+            assert point is not None, "names must have rows"
+            points[at] = point
+            same = known is not None and np.array_equal(point, known)
+            own_rows.append(row if same else None)
+        norms = norms_of(points)
+        refuse_overflow(float(norms.max()))
+        reduced = bounds = None
+        if self.projection is not None:
+            reduced = self._reduce(points, own_rows)
+            bounds = first_bounds(self.parts, reduced)
+        for at, (query, row) in enumerate(zip(queries, own_rows, strict=True)):
+            yield Asked(
+                dtype=self._dtype(query, rows[at]),
+                query=Query(
+                    point=points[at],
+                    reduced=None if reduced is None else reduced[at],
+                    bounds=None if bounds is None else bounds[at],
+                    norms=float(norms[at]) + self.largest,
+                    slack=math.sqrt(len(self.basis)) * (abs(points[at].mean()) + self.offset),
+                    allowed=self._allowed_but(row),
+                ),
+            )
+
+    def hits(self, asked: Asked, found: Found, unit: str, k: int | None = None) -> Hits:
+        """The k nearest of what was found; all of it for None."""
+        factor = self.basis.per_nat(unit)
+        divergences, rows = found.divergences.tolist(), found.rows.tolist()
+        order = sorted(
+            (divergence, self.models.name(row), row)
+            for divergence, row in zip(divergences, rows, strict=True)
+        )
+        hits = [
+            Hit(
+                name,
+                divergence * factor,
+                unit,
+                self.models[row].metadata,
+                partial(self._estimate, asked, row, unit),
+            )
+            for divergence, name, row in order[:k]
+        ]
+        return Hits(hits, replace(found.certificate, bound=found.certificate.bound * factor))
+
+    # ------------------------------------------------------------------ inside
+
+    def _estimate(self, asked: Asked, row: int, unit: str) -> KLEstimate:
+        return self.basis.kl(
+            asked.query.point - self.point(row),
+            (asked.dtype, self.models[row].dtype),
+            unit,
+            noise_floor=self.noise_floor,
+        )
+
+    def _dtype(self, query: str | LogLikelihoods, row: int | None) -> str:
+        if isinstance(query, LogLikelihoods):
+            return query.dtype
+        assert row is not None
+        return self.models[row].dtype
+
+    def _allowed_but(self, row: int | None) -> Bool[np.ndarray, " K"] | None:
+        if row is None:
+            return self.allowed
+        count = sum(map(len, self.parts))
+        allowed = np.ones(count, dtype=bool) if self.allowed is None else self.allowed.copy()
+        allowed[row] = False
+        return allowed
+
+    def _reduce(
+        self, points: Float64[np.ndarray, "Q N"], own_rows: Sequence[int | None]
+    ) -> Reduced:
+        """Lower-bound coordinates, which the index has of its own rows."""
+        assert self.projection is not None
+        other = [at for at, row in enumerate(own_rows) if row is None]
+        computed = self.projection.reduce(points[other])
+        rows = [
+            computed[other.index(at)] if row is None else self._reduced(row)
+            for at, row in enumerate(own_rows)
+        ]
+        return Reduced(
+            np.concatenate([each.first for each in rows]),
+            np.concatenate([each.rest for each in rows]),
+        )
+
+    def _reduced(self, row: int) -> Reduced:
+        part, number = self._find(row)
+        assert part.reduced is not None
+        return part.reduced[number]
+
+    def _find(self, row: int) -> tuple[Rows, int]:
+        for part in self.parts:
+            if row < len(part):
+                return part, row
+            row -= len(part)
+        raise IndexError(f"row must be below {sum(map(len, self.parts))}")
