@@ -10,7 +10,16 @@ from typing import Any
 from . import __version__, cache
 from .store import Store
 
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "pyarrow",
+    "duckdb",
+    "faiss-cpu",
+    "faiss-gpu",
+)
 
 
 def describe(target: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:

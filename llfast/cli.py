@@ -9,6 +9,7 @@ import typer
 
 from . import __version__
 from .cli_bench import bench_app
+from .cli_index import index_app
 from .cli_options import (
     AdapterBase,
     AllowPickle,
@@ -53,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(texts_app, name="texts")
 app.add_typer(bench_app, name="bench")
+app.add_typer(index_app, name="index")
 # What all misuse raises; typer has no public name for it.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -201,6 +203,10 @@ def search_command(
     radius: Annotated[
         float | None, typer.Option(min=0, help="Instead: all models within this KL.")
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Only such models: a SQL condition, \"family = 'llama'\"."),
+    ] = None,
     texts: Annotated[
         Path | None, typer.Option(help="The text set, to score a model the store lacks.")
     ] = None,
@@ -219,6 +225,7 @@ def search_command(
         store,
         k=k,
         radius=radius,
+        where=where,
         texts=texts,
         textset=textset,
         convention=convention,
@@ -227,7 +234,8 @@ def search_command(
         unit=unit,
     )
     if as_json:
-        print_json({"model": query, "unit": unit, "hits": [hit.summary() for hit in hits]})
+        found = {"model": query, "unit": unit, "hits": [hit.summary() for hit in hits]}
+        print_json(found | {"certificate": hits.certificate})
         return
     label = unit.replace("_per_", "/")
     print_table(
@@ -245,6 +253,7 @@ def search_command(
         ],
         title=f"Nearest to {query}",
     )
+    print_line(hits.certificate_line(label))
 
 
 @app.command("kl")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from .errors import SearchError
 from .models import open_model
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .scoring import score
-from .search import Hit, KLIndex
+from .search import Hits, KLIndex, Selection, StoredIndex
 from .space import ModelSpace
 from .store import Store
 from .texts import TextSet
+
+_MOST_IN_MEMORY = 1 << 29  # of log-likelihoods: 6,700 models of 10,000 texts, fitted in 3 s
 
 
 def find_nearest(
@@ -23,13 +27,14 @@ def find_nearest(
     *,
     k: int = 10,
     radius: float | None = None,
+    where: str | None = None,
     texts: str | os.PathLike[str] | None = None,
     textset: str | None = None,
     convention: str | None = None,
     dtype: str | None = None,
     newest: bool = False,
     unit: str = "bits_per_byte",
-) -> tuple[str, list[Hit]]:
+) -> tuple[str, Hits]:
     """The nearest models of a store to one that is in it, or that can be scored.
 
     Args:
@@ -38,6 +43,7 @@ def find_nearest(
         store: the folder of results.
         k: how many relatives.
         radius: instead of `k`, all models within this KL (in `unit`).
+        where: only models of which this SQL condition holds, see `KLIndex.search`.
         texts: the text set that the store's models were scored on, for a model it lacks.
         textset: the start of a text set's digest, for a store with several.
         convention: only results under this convention.
@@ -52,28 +58,73 @@ def find_nearest(
             others than the store's.
         StoreError: if the store does not have what is asked for.
     """
-    matrix = _matrix(store, textset, convention, dtype, newest)
-    query: str | LogLikelihoods | None = _stored_name(model, matrix)
+    index = open_index(store, textset=textset, convention=convention, dtype=dtype, newest=newest)
+    basis = index.basis
+    query: str | LogLikelihoods | None = _stored_name(model, index.names, index.find_revision)
     if query is None:
         if texts is None:
             raise SearchError(
-                f"{_unknown(model, matrix.models)} To score it first, give the text set with "
-                "--texts"
+                f"{_unknown(model, index.names)} To score it first, give the text set with --texts"
             )
         text_set = TextSet.load(texts)
-        if text_set.digest != matrix.textset_digest:
+        if text_set.digest != basis.textset_digest:
             raise SearchError(
                 f"{os.fspath(texts)} must be the texts that the store's models were scored on "
-                f"({matrix.textset_digest[:12]}), got others ({text_set.digest[:12]})"
+                f"({basis.textset_digest[:12]}), got others ({text_set.digest[:12]})"
             )
-        query = score(model, text_set, convention=matrix.convention, dtype=dtype or "auto")
-    index = KLIndex.build(ModelSpace.fit(matrix))
+        query = score(model, text_set, convention=basis.convention, dtype=dtype or "auto")
     hits = (
-        index.search(query, k, unit=unit)
+        index.search(query, k, unit=unit, where=where)
         if radius is None
-        else index.range_search(query, radius, unit=unit)
+        else index.range_search(query, radius, unit=unit, where=where)
     )
     return query if isinstance(query, str) else query.model, hits
+
+
+def open_index(
+    store: str | os.PathLike[str],
+    *,
+    textset: str | None = None,
+    convention: str | None = None,
+    dtype: str | None = None,
+    newest: bool = False,
+) -> KLIndex:
+    """The index of a store if there is one or its models are many; else one in memory.
+
+    Arguments and errors are those of `KLIndex.build`.
+    """
+    opened = Store(store)
+    digest = opened.find_textset(textset)
+    selection = Selection(textset=digest, convention=convention, dtype=dtype, newest=newest)
+    count, n = len(opened.rows(digest)), len(opened.texts(digest)["ids"])
+    if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(opened, selection):
+        return StoredIndex.open(opened, selection)
+    matrix = _matrix(store, textset, convention, dtype, newest)
+    return KLIndex.build(ModelSpace.fit(matrix))
+
+
+def build_index(
+    store: str | os.PathLike[str],
+    mode: str = "auto",
+    *,
+    textset: str | None = None,
+    convention: str | None = None,
+    dtype: str | None = None,
+    newest: bool = False,
+    refit: bool = False,
+) -> dict[str, Any]:
+    """Have an index of a store with all that is there now, see `KLIndex.build`.
+
+    Returns: what there is to tell of it.
+    """
+    start = time.perf_counter()
+    opened = Store(store)
+    selection = Selection(
+        textset=opened.find_textset(textset), convention=convention, dtype=dtype, newest=newest
+    )
+    index = StoredIndex.open(opened, selection, mode=mode, refit=refit)
+    index.merge()
+    return index.summary() | {"seconds": round(time.perf_counter() - start, 3)}
 
 
 def find_kl(
@@ -98,7 +149,8 @@ def find_kl(
     matrix = _matrix(store, textset, convention, dtype, newest)
     names = []
     for model in (a, b):
-        name = _stored_name(model, matrix)
+        pairs = dict(zip(reversed(matrix.revisions), reversed(matrix.models), strict=True))
+        name = _stored_name(model, matrix.models, pairs.get)
         if name is None:
             raise SearchError(_unknown(model, matrix.models))
         names.append(name)
@@ -116,23 +168,15 @@ def _matrix(
     return Store(store).matrix(textset, convention, dtype, duplicates=duplicates)
 
 
-def _stored_name(model: str, matrix: LogLikelihoodMatrix) -> str | None:
-    if model in matrix.models:
+def _stored_name(
+    model: str, names: Sequence[str], find_revision: Callable[[str], str | None]
+) -> str | None:
+    if model in names:
         return model
     if not Path(model).is_dir():
         return None
     normal = os.path.normpath(model)
-    if normal in matrix.models:
-        return normal
-    revision = open_model(model).revision
-    return next(
-        (
-            name
-            for name, own in zip(matrix.models, matrix.revisions, strict=True)
-            if own == revision
-        ),
-        None,
-    )
+    return normal if normal in names else find_revision(open_model(model).revision)
 
 
 def _unknown(model: str, names: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where arrays are; `texts` checks its arguments itself, and is tested to.
 TYPED = "batches batchwise engines forward head importing intervals linear mapping results".split()
-TYPED += "basis scoring space".split()
+TYPED += "basis scans scoring space where".split()
 TYPED += [f"paging.{name}" for name in "model units waves".split()]
 TYPED += [f"search.{name}" for name in "added certified flat index projection snapshot".split()]
 # All of the kernels but those that Triton reads as source.

@@ -71,3 +71,15 @@ class Hits(list[Hit]):
     def __init__(self, hits: Iterable[Hit] = (), certificate: Certificate | None = None) -> None:
         super().__init__(hits)
         self.certificate = certificate
+
+    def certificate_line(self, unit: str) -> str:
+        """What people are told of the certificate."""
+        found = self.certificate
+        if found is None:
+            return "approximate: some that are nearer may be missing"
+        if found.compared == found.models:
+            return f"exact: all {found.models:,} models were compared in full"
+        return (
+            f"exact: {found.compared:,} of {found.models:,} models were compared in full, all "
+            f"others are farther than {found.bound:.4g} {unit}"
+        )

@@ -120,7 +120,8 @@ class KLIndex:
         import_faiss()
         if isinstance(source, ModelSpace):
             return cls._of_space(source, mode)
-        from .stored import Selection, StoredIndex
+        from .building import Selection
+        from .stored import StoredIndex
 
         selection = Selection(
             textset=source.find_textset(textset),
@@ -170,15 +171,34 @@ class KLIndex:
     def __len__(self) -> int:
         return len(self._models)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all models, sorted."""
+        return [self._models.name(row) for row in self._models.there]
+
+    def find_revision(self, revision: str) -> str | None:
+        """The name of a model with these weights."""
+        return self._models.find_revision(revision)
+
     # ------------------------------------------------------------------ searching
 
     @overload
     def search(
-        self, query: str | LogLikelihoods, k: int = 10, *, unit: str = "bits_per_byte"
+        self,
+        query: str | LogLikelihoods,
+        k: int = 10,
+        *,
+        unit: str = "bits_per_byte",
+        where: str | None = None,
     ) -> Hits: ...
     @overload
     def search(
-        self, query: list[str] | list[LogLikelihoods], k: int = 10, *, unit: str = "bits_per_byte"
+        self,
+        query: list[str] | list[LogLikelihoods],
+        k: int = 10,
+        *,
+        unit: str = "bits_per_byte",
+        where: str | None = None,
     ) -> list[Hits]: ...
     def search(
         self,
@@ -186,6 +206,7 @@ class KLIndex:
         k: int = 10,
         *,
         unit: str = "bits_per_byte",
+        where: str | None = None,
     ) -> Hits | list[Hits]:
         """The k nearest models, nearest first; equally near ones by name.
 
@@ -195,6 +216,9 @@ class KLIndex:
                 several of them, which share the reading of bounds.
             k: how many; all there are if there are fewer.
             unit: of the KL: "bits_per_byte" or "nats_per_text".
+            where: only models of which this SQL condition holds, over model, revision, convention,
+                dtype, created and the keys of their metadata: "family = 'llama'". DuckDB evaluates
+                it first, so the answer is exact among them.
 
         Returns: hits and why they are right; for several queries, a list of them.
 
@@ -203,7 +227,8 @@ class KLIndex:
             TypeError: if k is not an integer, or the query neither a name nor a result.
             SpaceError: if the query is not in the index, or was scored on other texts or under
                 another convention, or bytes are asked for and not known.
-            SearchError: if the query is too large for fp32.
+            SearchError: if the query is too large for fp32, or `where` is no condition.
+            MissingDependencyError: if there is a condition, and no DuckDB.
         """
         k = index(k)
         if k < 1:
@@ -211,13 +236,22 @@ class KLIndex:
         self.basis.per_nat(unit)  # refuses a wrong unit before any work
         if not isinstance(query, (list, tuple)):
             _refuse_other_kinds([query])
-            return self._search([query], k, unit)[0]
+            return self._search([query], k, unit, where)[0]
         _refuse_other_kinds(query)
         blocks = range(0, len(query), _QUERIES)
-        return [hits for at in blocks for hits in self._search(query[at : at + _QUERIES], k, unit)]
+        return [
+            hits
+            for at in blocks
+            for hits in self._search(query[at : at + _QUERIES], k, unit, where)
+        ]
 
     def range_search(
-        self, query: str | LogLikelihoods, radius: float, *, unit: str = "bits_per_byte"
+        self,
+        query: str | LogLikelihoods,
+        radius: float,
+        *,
+        unit: str = "bits_per_byte",
+        where: str | None = None,
     ) -> Hits:
         """All models whose KL from the query is at most `radius`, in `unit`, nearest first.
 
@@ -229,6 +263,7 @@ class KLIndex:
         factor = self.basis.per_nat(unit)
         _refuse_other_kinds([query])
         snapshot, rows = self._snapshot([query])
+        snapshot = snapshot.only(where)
         (asked,) = snapshot.ask([query], rows)
         # Widened a little over the margin: the radius has been divided by a rounded factor.
         distance = math.sqrt(radius / factor * 2 * len(self.basis) * (1 + 1e-6))
@@ -301,8 +336,11 @@ class KLIndex:
             ]
         return snapshot, rows
 
-    def _search(self, queries: Sequence[str | LogLikelihoods], k: int, unit: str) -> list[Hits]:
+    def _search(
+        self, queries: Sequence[str | LogLikelihoods], k: int, unit: str, where: str | None
+    ) -> list[Hits]:
         snapshot, rows = self._snapshot(queries)
+        snapshot = snapshot.only(where)
         return [
             snapshot.hits(asked, nearest(snapshot.parts, asked.query, k), unit, k)
             for asked in snapshot.ask(queries, rows)

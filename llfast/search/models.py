@@ -11,9 +11,11 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Bool
 
 from llfast.errors import SpaceError
+from llfast.where import model_table
 
 _MOST_LIKE = 5000  # names that one that is not there is compared with: 0.1 s
 
@@ -54,6 +56,7 @@ class Models:
         self,
         names: Sequence[str],
         row: Callable[[int], IndexedModel],
+        revisions: Callable[[], Sequence[str]],
         *,
         dtypes: Iterable[str],
         adds_bos: Mapping[bool, int],
@@ -63,10 +66,13 @@ class Models:
         Args:
             names: of all of them.
             row: what is known of one, looked up when it is asked for.
+            revisions: of all of them, looked up when they are asked for.
             dtypes: what they ran in.
             adds_bos: how many of their tokenizers add BOS, and how many do not.
         """
         self._base, self._row, self._names = len(names), row, list(names)
+        self._revisions = revisions
+        self._table: pa.Table | None = None
         self._added: list[IndexedModel] = []
         self._by_name = {name: number for number, name in enumerate(names)}
         self.dtypes, self.adds_bos = set(dtypes), Counter(adds_bos)
@@ -79,6 +85,7 @@ class Models:
         return cls(
             [row.name for row in rows],
             rows.__getitem__,
+            lambda: [row.revision for row in rows],
             dtypes=[row.dtype for row in rows],
             adds_bos=Counter(known),
         )
@@ -100,9 +107,31 @@ class Models:
         """Of a row, also one that is gone."""
         return self._names[number]
 
+    def table(self, convention: str) -> pa.Table:
+        """All rows as columns, for conditions; made once, and again after more have come."""
+        if self._table is None or len(self._table) != self.count:
+            rows = [self[number] for number in range(self.count)]
+            self._table = model_table(
+                {
+                    "model": [row.name for row in rows],
+                    "revision": [row.revision for row in rows],
+                    "convention": [convention] * len(rows),
+                    "dtype": [row.dtype for row in rows],
+                    "created": [row.created for row in rows],
+                },
+                [row.metadata for row in rows],
+            )
+        return self._table
+
     def find(self, name: str) -> int | None:
         """The row of a model that is there."""
         return self._by_name.get(name)
+
+    def find_revision(self, revision: str) -> str | None:
+        """The name of a model that is there and had these weights."""
+        known = [*self._revisions(), *(row.revision for row in self._added)]
+        found = (row for row, own in enumerate(known) if own == revision and row not in self.gone)
+        return min((self._names[row] for row in found), default=None)
 
     def row(self, name: str) -> int:
         """The row of a model that is there.
@@ -119,6 +148,11 @@ class Models:
             )
             raise SpaceError(f"model must be in the index, got {name!r}; {hint}")
         return found
+
+    @property
+    def there(self) -> list[int]:
+        """Rows that are not gone, by name."""
+        return [self._by_name[name] for name in sorted(self._by_name)]
 
     def allowed(self) -> Bool[np.ndarray, " K"] | None:
         """Which rows are there; None for all."""

@@ -47,10 +47,12 @@ class Projection:
     Attributes:
         directions: (m1, N) fp64, the most important first.
         first: m0, how many of them the first stage uses.
+        explained: the share of the sample's squared norms that each stage keeps.
     """
 
     directions: Float64[np.ndarray, "M N"]
     first: int
+    explained: tuple[float, float]
 
     @classmethod
     def fit(
@@ -76,7 +78,10 @@ class Projection:
             _, _, found = torch.svd_lowrank(points, q=min(both + 16, most), niter=2)
         # Orthonormal to fp64's precision, which the bound takes for granted.
         directions = np.linalg.qr(found[:, :both].double().numpy())[0].T
-        return cls(np.ascontiguousarray(directions), first)
+        squares = np.square(sample @ directions.T).sum(axis=0)
+        whole = float(np.square(sample).sum()) or 1.0
+        explained = float(squares[:first].sum()) / whole, float(squares.sum()) / whole
+        return cls(np.ascontiguousarray(directions), first, explained)
 
     def reduce(self, points: Float64[np.ndarray, "M N"]) -> Reduced:
         """Lower-bound coordinates of points, computed in fp64 and rounded once."""
@@ -93,9 +98,3 @@ class Projection:
             np.column_stack([along[:, : self.first], first_left_out]).astype(np.float32),
             np.column_stack([beyond, left_out]).astype(np.float32),
         )
-
-    def explained(self, points: Float64[np.ndarray, "M N"]) -> tuple[float, float]:
-        """The share of the points' squared norms that each stage keeps."""
-        squares = np.square(points @ self.directions.T).sum(axis=0)
-        whole = float(np.square(points).sum()) or 1.0
-        return float(squares[: self.first].sum()) / whole, float(squares.sum()) / whole

@@ -88,7 +88,8 @@ class Segment:
             raise SearchError(f"{folder} must be a whole index, got {error!r}") from None
         if directions.shape != (m, n) or not 0 <= first <= m or count < 1:
             raise SearchError(_damaged(folder / "index.npz", "sizes that do not fit together"))
-        self.projection = Projection(directions, first) if m else None
+        explained = self.facts.get("explained", (0.0, 0.0))
+        self.projection = Projection(directions, first, tuple(explained)) if m else None
         self._sums = self._read("checks.u64", np.dtype("<u8"), (count,))
         reduced = None
         if self.projection is not None:
@@ -123,6 +124,7 @@ class Segment:
         return Models(
             self.table["name"].to_pylist(),
             self._model,
+            self.table["revision"].to_pylist,
             dtypes=self.facts["dtypes"],
             adds_bos={json.loads(key): count for key, count in self.facts["adds_bos"].items()},
         )
@@ -237,6 +239,7 @@ class SegmentWriter:
             "files": {name: digest.intdigest() for name, digest in self._sums.items()},
             "facts": {
                 **facts,
+                "explained": None if projection is None else projection.explained,
                 "largest": self.largest,
                 "offset": self.offset,
                 "dtypes": sorted({row.dtype for row in self._models}),

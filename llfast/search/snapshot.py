@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float64
 from llfast.basis import Basis
 from llfast.mixed import warn_of_kind
 from llfast.results import KLEstimate, LogLikelihoods
+from llfast.where import select_rows
 
 from .certified import Found, Query, Rows, first_bounds
 from .flat import norms_of, refuse_overflow
@@ -52,6 +53,14 @@ class Snapshot:
     largest: float
     offset: float
     noise_floor: float
+
+    def only(self, where: str | None) -> Snapshot:
+        """Without the rows of which a SQL condition does not hold; see `KLIndex.search`."""
+        if where is None:
+            return self
+        count = sum(map(len, self.parts))
+        chosen = select_rows(self.models.table(self.basis.convention), where)[:count]
+        return replace(self, allowed=chosen if self.allowed is None else chosen & self.allowed)
 
     def point(self, row: int) -> Float64[np.ndarray, " N"]:
         """Where a row is."""

@@ -11,62 +11,37 @@ names it, so that a kill at any moment leaves the old one or the new one; reader
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import json
-import re
-import secrets
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from llfast.basis import Basis
-from llfast.errors import LlfastWarning, SearchError
-from llfast.files import atomic_write
-from llfast.results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
-from llfast.rows import StoredRow, changes, one_row_a_model
-from llfast.store import Store, matrix_metadata
+from llfast.errors import SearchError
+from llfast.results import LogLikelihoods, ResultKey
+from llfast.rows import StoredRow, changes
+from llfast.store import Store
 
-from .index import EXACT_BYTES, KLIndex, blocks, draw_sample
+from .building import (
+    Selection,
+    build,
+    choose,
+    current,
+    find,
+    folder_of,
+    indexed,
+    only_builder,
+    write,
+)
+from .index import KLIndex, blocks
 from .models import IndexedModel
-from .projection import Projection
-from .segment import Segment, SegmentWriter
+from .segment import Segment
 
-_CURRENT = "current"
 _MOST_ADDED = 1 / 8  # of a segment's rows: with more, opening an index writes a new one
-_FORMAT = "1"  # raised when segments change their meaning
-_TRIES = 20  # to open what a builder may be replacing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which rows of a store are indexed, as `Store.matrix` chooses them.
-
-    Attributes:
-        textset: the text set's whole digest.
-        convention: which tokens were scored; None for the store's own choice.
-        dtype: only models that ran in it; None for all.
-        newest: of several rows of one name take the newest; otherwise they are an error.
-    """
-
-    textset: str
-    convention: str | None = None
-    dtype: str | None = None
-    newest: bool = False
-
-    @property
-    def digest(self) -> str:
-        """A folder's name."""
-        parts = [_FORMAT, self.textset, self.convention, self.dtype, self.newest]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class StoredIndex(KLIndex):
@@ -109,19 +84,24 @@ class StoredIndex(KLIndex):
 
         Raises: as `KLIndex.build` says.
         """
-        folder = (folder or store.folder / "_index") / selection.digest
-        segment = None if refit else _find(folder, mode)
+        folder = folder_of(store, selection, folder)
+        segment = None if refit else find(folder, mode)
         if segment is None:
-            with _builder(folder):
+            with only_builder(folder):
                 # Another builder may have been here meanwhile.
-                segment = None if refit else _find(folder, mode)
-                segment = segment or _build(store, selection, folder, mode)
+                segment = None if refit else find(folder, mode)
+                segment = segment or build(store, selection, folder, mode)
         index = cls(store, selection, folder, segment, mode)
         index.refresh()
         if len(index._added) > len(segment) * _MOST_ADDED:
             with contextlib.suppress(OSError):  # it can be searched as it is, only slower
                 index.merge()
         return index
+
+    @staticmethod
+    def is_built(store: Store, selection: Selection, *, folder: Path | None = None) -> bool:
+        """Whether there is an index of these rows, whole or not."""
+        return current(folder_of(store, selection, folder)) is not None
 
     # ------------------------------------------------------------------ changing
 
@@ -169,12 +149,12 @@ class StoredIndex(KLIndex):
                 for name in gone:
                     self._models.remove(name)
                 for number, row in enumerate(came):
-                    self._append(points[number], _indexed(row))
+                    self._append(points[number], indexed(row))
                 self._shards = shards
             return len(gone) + len(came)
 
     def merge(self) -> None:
-        """Write a new segment of all models that are there now, in the same basis.
+        """Write a new segment of all models that are there now, in the same basis, if others came.
 
         Raises:
             OSError: if it cannot be written; the old one counts then.
@@ -183,6 +163,8 @@ class StoredIndex(KLIndex):
             with self._lock:
                 shards, models = self._shards, self._models
                 rows = [number for number in range(models.count) if number not in models.gone]
+            if len(rows) == len(self._segment) == models.count:
+                return
             if not rows:
                 raise SearchError("an index must have a model, got none; build it again")
             snapshot, _ = self._snapshot([])
@@ -190,9 +172,25 @@ class StoredIndex(KLIndex):
                 ([models[row] for row in some], np.array([snapshot.point(row) for row in some]))
                 for some in (rows[block] for block in blocks(len(rows)))
             )
-            with _builder(self.folder):
-                segment = _write(self.folder, self.basis, self._projection, found, shards)
+            with only_builder(self.folder):
+                segment = write(self.folder, self.basis, self._projection, found, shards)
             self._adopt(segment)
+
+    def summary(self) -> dict[str, Any]:
+        """What people are told of it; memory is without the points, which are mapped."""
+        rows, projection = self._segment.rows, self._projection
+        arrays = [] if rows.reduced is None else [rows.reduced.first, rows.reduced.rest]
+        arrays += [] if projection is None else [projection.directions]
+        return {
+            "models": len(self),
+            "texts": len(self.basis),
+            "mode": self.mode,
+            "directions": 0 if projection is None else len(projection.directions),
+            "explained": None if projection is None else projection.explained[1],
+            "memory_bytes": sum(each.nbytes for each in arrays),
+            "points_bytes": rows.points.nbytes,
+            "folder": str(self._segment.folder),
+        }
 
     # ------------------------------------------------------------------ inside
 
@@ -241,7 +239,7 @@ class StoredIndex(KLIndex):
     def _choose_again(
         self, known: Mapping[ResultKey, IndexedModel]
     ) -> tuple[list[StoredRow], AbstractSet[ResultKey]]:
-        _, chosen = _choose(self.store, self.selection, self.basis.convention)
+        _, chosen = choose(self.store, self.selection, self.basis.convention)
         wanted = {row.key: row for row in chosen}
         came = [
             row
@@ -266,131 +264,6 @@ class StoredIndex(KLIndex):
             None,
             model.scoring_version,
         )
-
-
-# ------------------------------------------------------------------ building
-
-
-def _build(store: Store, selection: Selection, folder: Path, mode: str) -> Segment:
-    shards = store.shards(selection.textset)  # before the rows: what comes between is seen later
-    convention, chosen = _choose(store, selection, selection.convention)
-    if not chosen:
-        raise SearchError(f"{store.folder} must hold complete results to be indexed, got none")
-    texts = store.texts(selection.textset)
-    n = len(texts["ids"])
-    some = [chosen[row] for row in draw_sample(len(chosen), n)]
-    values = np.empty((len(some), n))
-    for numbers, block in store.scan(some):
-        values[numbers] = block
-    sample = LogLikelihoodMatrix(
-        [row.label for row in some],
-        values,
-        np.array(texts["text_bytes"], dtype=np.float64),
-        ids=texts["ids"],
-        groups=texts["groups"],
-        textset_digest=selection.textset,
-        convention=convention,
-    )
-    basis = Basis.fit(sample)
-    projection = None
-    if mode == "certified" or (mode == "auto" and 4 * len(chosen) * n > EXACT_BYTES):
-        projection = Projection.fit(basis.place(values))
-    del values, sample
-
-    def found() -> Iterator[tuple[list[IndexedModel], np.ndarray]]:
-        for numbers, block in store.scan(chosen):
-            yield [_indexed(chosen[number]) for number in numbers], basis.place(block)
-
-    return _write(folder, basis, projection, found(), shards)
-
-
-def _write(
-    folder: Path,
-    basis: Basis,
-    projection: Projection | None,
-    found: Iterable[tuple[Sequence[IndexedModel], np.ndarray]],
-    shards: Mapping[str, int],
-) -> Segment:
-    """A new segment in the place of the current one; call it as the only builder."""
-    token = secrets.token_hex(8)
-    temporary = folder / f".{token}.tmp"
-    try:
-        with SegmentWriter(temporary, basis, projection) as writer:
-            for models, points in found:
-                writer.append(models, points)
-            digest = writer.finish({"shards": dict(shards)})
-        whole = folder / digest
-        if whole.exists():  # damaged, or it would not be written again
-            whole.rename(folder / f".{token}.old")
-        temporary.rename(whole)
-        with atomic_write(folder / _CURRENT) as file:
-            file.write(digest.encode())
-    finally:
-        for other in folder.iterdir():
-            if other.is_dir() and other.name != _current(folder):
-                shutil.rmtree(other, ignore_errors=True)
-    return Segment(whole)
-
-
-@contextlib.contextmanager
-def _builder(folder: Path) -> Iterator[None]:
-    """One at a time, in any process; others wait. A kill ends it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _find(folder: Path, mode: str) -> Segment | None:
-    """The current segment, if it is whole and of use; a damaged one is warned of."""
-    for _ in range(_TRIES):
-        name = _current(folder)
-        if name is None:
-            return None
-        try:
-            segment = Segment(folder / name)
-            len(segment.table)  # read now, so that it is found out if it is damaged
-        except FileNotFoundError:
-            if name == _current(folder):
-                return None
-            continue  # a builder has put another one in its place
-        except SearchError as error:
-            warnings.warn(f"an index is built again: {error}", LlfastWarning, stacklevel=5)
-            return None
-        return None if mode == "certified" and segment.projection is None else segment
-    return None
-
-
-def _current(folder: Path) -> str | None:
-    try:
-        name = (folder / _CURRENT).read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return name if re.fullmatch(r"[0-9a-f]{32}", name) else None
-
-
-def _choose(
-    store: Store, selection: Selection, convention: str | None
-) -> tuple[str, list[StoredRow]]:
-    rows = [
-        row
-        for row in store.rows(selection.textset)
-        if row.status == "complete" and row.key.layer is None
-    ]
-    duplicates = "newest" if selection.newest else "error"
-    return one_row_a_model(rows, convention, selection.dtype, None, duplicates)
-
-
-def _indexed(row: StoredRow) -> IndexedModel:
-    return IndexedModel(
-        row.label,
-        row.key.revision,
-        row.key.dtype,
-        matrix_metadata(row),
-        row.key.scoring_version,
-        row.created,
-        row.shard.name,
-    )
 
 
 def _mode(segment: Segment, mode: str) -> str:

@@ -30,7 +30,7 @@ def leaves(group=None, path=()):
 COMMANDS = {" ".join(path): each for path, each in leaves()}
 
 
-@pytest.mark.parametrize("path", ["", "texts", "bench", *COMMANDS])
+@pytest.mark.parametrize("path", ["", "texts", "bench", "index", *COMMANDS])
 def test_every_command_has_help_and_so_has_every_parameter(command, path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run = command(*path.split(), "--help")
@@ -71,6 +71,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "score": f"score --list {models_list} {score}",
         "import": f"import {tmp_path / 'm.csv'} {imported}",
         "search": f"search gpt2 --store {filled}",
+        "index build": f"index build --store {filled} --mode certified",
         "kl": f"kl gpt2 llama --store {filled}",
         "info": f"info {filled}",
         "compact": f"compact --store {tmp_path / 'empty'}",

@@ -202,7 +202,7 @@ def test_directions_hold_what_points_have_in_common():
     rng = np.random.default_rng(11)
     points = rng.standard_normal((500, 30)) @ rng.standard_normal((30, 400))
     points += 1e-3 * rng.standard_normal((500, 400))
-    first, second = Projection.fit(points).explained(points)
+    first, second = Projection.fit(points).explained
     assert first > 0.9999
     assert 1 >= second > first
     again = Projection.fit(points)

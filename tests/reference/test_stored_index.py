@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from llfast import KLIndex, ModelSpace, SpaceError, Store, StoreError
+from llfast import KLIndex, ModelSpace, SearchError, SpaceError, Store, StoreError
+from llfast.search import snapshot as snapshots
 from tests.reference.test_certified import lineage
 from tests.spaces import make_matrix, make_result
 
@@ -222,3 +223,54 @@ def test_a_deleted_index_is_built_again(store):
 def test_an_empty_store_is_an_error(tmp_path):
     with pytest.raises(StoreError, match="must hold"):
         KLIndex.build(Store(tmp_path / "none"))
+
+
+# ------------------------------------------------------------------ conditions on models
+
+
+@pytest.mark.parametrize("where", ["family = 3", "family in (1, 2) and model < 'model 0200'"])
+def test_a_condition_is_applied_before_the_search(store, values, where):
+    for number in range(300, 320):
+        store.add(result(values, number, metadata={"family": number % 7}))
+    store.remove([name(3)])
+    for index in (KLIndex.build(store, "certified"), KLIndex.build(ModelSpace.fit(store.matrix()))):
+        everything = index.search(name(8), 400)
+        families = {3} if where == "family = 3" else {1, 2}
+        wanted = [
+            hit
+            for hit in everything
+            if hit.metadata["family"] in families and (3 in families or hit.model < name(200))
+        ]
+        assert len(wanted) > 20
+        assert index.search(name(8), 400, where=where) == wanted
+        assert index.search(name(8), 7, where=where) == wanted[:7]
+        assert index.search([name(8)], 7, where=where) == [wanted[:7]]
+        radius = wanted[4].kl * (1 + 1e-9)
+        assert index.range_search(name(8), radius, where=where) == wanted[:5]
+        assert index.search(name(8), 7, where=where).certificate.models == len(wanted)
+        assert index.search(name(8), where="family = 99") == []
+
+
+def test_what_is_no_condition_is_an_error(store):
+    index = KLIndex.build(store)
+    for where in ("nothing = 3", "family = 3; drop table models", ""):
+        with pytest.raises(SearchError, match="where must be a SQL condition over model"):
+            index.search(name(8), where=where)
+
+
+def test_a_merge_between_two_looks_of_a_search_changes_nothing(store, values, monkeypatch):
+    index = KLIndex.build(store, "certified")
+    index.remove(name(0))  # so that rows have other numbers after a merge
+    index.add(result(values, 300))
+    expected = index.search(name(9), 20)
+    nearest = snapshots.first_bounds
+
+    def merge_meanwhile(*arguments):
+        found = nearest(*arguments)
+        index.merge()
+        return found
+
+    monkeypatch.setattr(snapshots, "first_bounds", merge_meanwhile)
+    assert index.search(name(9), 20) == expected
+    monkeypatch.undo()
+    assert index.search(name(9), 20) == expected

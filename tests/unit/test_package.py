@@ -11,11 +11,12 @@ ORDER = (
     "errors memory files cache texts results batches kernels safetensors_file quantised "
     "checkpoint processor dtypes loading models head forward linear traits paging partial progress "
     "devices borrowing batchwise engines verify runs scoring rows shards scans storefiles store "
-    "importing intervals basis mixed spacefile space search estimate model_list outcomes fleet "
-    "nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli_options bench "
-    "cli_bench cli_texts cli __main__"
+    "where importing intervals basis mixed spacefile space search estimate model_list outcomes "
+    "fleet nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli_options "
+    "bench cli_bench cli_texts cli_index cli __main__"
 ).split()
 ONLY_IN = {
+    "duckdb": {"where"},
     "faiss": {"search"},
     "xxhash": {"search"},
     "peft": {"loading"},
@@ -24,8 +25,8 @@ ONLY_IN = {
     "adjustText": {"mapping"},
     "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training"},
     "greenlet": {"paging"},
-    "pyarrow": {"shards", "store", "importing", "search"},
-    "typer": {"cli", "cli_bench", "cli_options", "cli_texts"},
+    "pyarrow": {"shards", "store", "importing", "search", "where"},
+    "typer": {"cli", "cli_bench", "cli_index", "cli_options", "cli_texts"},
     "triton": {"kernels", "bench"},
     "liger_kernel": {"bench"},
     "cut_cross_entropy": {"bench"},

@@ -1,0 +1,194 @@
+"""How the index of a store is built: which rows, in which basis, in one step for all readers."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llfast.basis import Basis
+from llfast.errors import LlfastWarning, SearchError
+from llfast.files import atomic_write
+from llfast.results import LogLikelihoodMatrix
+from llfast.rows import StoredRow, one_row_a_model
+from llfast.store import Store, matrix_metadata
+
+from .index import EXACT_BYTES, draw_sample
+from .models import IndexedModel
+from .projection import Projection
+from .segment import Segment, SegmentWriter
+
+_CURRENT = "current"
+_FORMAT = "1"  # raised when segments change their meaning
+_TRIES = 20  # to open what a builder may be replacing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which rows of a store are indexed, as `Store.matrix` chooses them.
+
+    Attributes:
+        textset: the text set's whole digest.
+        convention: which tokens were scored; None for the store's own choice.
+        dtype: only models that ran in it; None for all.
+        newest: of several rows of one name take the newest; otherwise they are an error.
+    """
+
+    textset: str
+    convention: str | None = None
+    dtype: str | None = None
+    newest: bool = False
+
+    @property
+    def digest(self) -> str:
+        """A folder's name."""
+        parts = [_FORMAT, self.textset, self.convention, self.dtype, self.newest]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def build(store: Store, selection: Selection, folder: Path, mode: str) -> Segment:
+    """A segment of what a store has, in a basis of its own; call it as the only builder.
+
+    Memory: the sample that the basis is fitted to, and a block of rows.
+
+    Raises:
+        StoreError: if there is nothing to choose, or a model twice.
+        OSError: if it cannot be written.
+    """
+    shards = store.shards(selection.textset)  # before the rows: what comes between is seen later
+    convention, chosen = choose(store, selection, selection.convention)
+    if not chosen:
+        raise SearchError(f"{store.folder} must hold complete results to be indexed, got none")
+    texts = store.texts(selection.textset)
+    n = len(texts["ids"])
+    some = [chosen[row] for row in draw_sample(len(chosen), n)]
+    values = np.empty((len(some), n))
+    for numbers, block in store.scan(some):
+        values[numbers] = block
+    sample = LogLikelihoodMatrix(
+        [row.label for row in some],
+        values,
+        np.array(texts["text_bytes"], dtype=np.float64),
+        ids=texts["ids"],
+        groups=texts["groups"],
+        textset_digest=selection.textset,
+        convention=convention,
+    )
+    basis = Basis.fit(sample)
+    projection = None
+    if mode == "certified" or (mode == "auto" and 4 * len(chosen) * n > EXACT_BYTES):
+        projection = Projection.fit(basis.place(values))
+    del values, sample
+
+    def found() -> Iterator[tuple[list[IndexedModel], np.ndarray]]:
+        for numbers, block in store.scan(chosen):
+            yield [indexed(chosen[number]) for number in numbers], basis.place(block)
+
+    return write(folder, basis, projection, found(), shards)
+
+
+def write(
+    folder: Path,
+    basis: Basis,
+    projection: Projection | None,
+    found: Iterable[tuple[Sequence[IndexedModel], np.ndarray]],
+    shards: Mapping[str, int],
+) -> Segment:
+    """A new segment in the place of the current one; call it as the only builder."""
+    token = secrets.token_hex(8)
+    temporary = folder / f".{token}.tmp"
+    try:
+        with SegmentWriter(temporary, basis, projection) as writer:
+            for models, points in found:
+                writer.append(models, points)
+            digest = writer.finish({"shards": dict(shards)})
+        whole = folder / digest
+        if whole.exists():  # damaged, or it would not be written again
+            whole.rename(folder / f".{token}.old")
+        temporary.rename(whole)
+        with atomic_write(folder / _CURRENT) as file:
+            file.write(digest.encode())
+    finally:
+        for other in folder.iterdir():
+            if other.is_dir() and other.name != current(folder):
+                shutil.rmtree(other, ignore_errors=True)
+    return Segment(whole)
+
+
+@contextlib.contextmanager
+def only_builder(folder: Path) -> Iterator[None]:
+    """One at a time, in any process; others wait. A kill ends it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def find(folder: Path, mode: str) -> Segment | None:
+    """The current segment, if it is whole and of use; a damaged one is warned of."""
+    for _ in range(_TRIES):
+        name = current(folder)
+        if name is None:
+            return None
+        try:
+            segment = Segment(folder / name)
+            len(segment.table)  # read now, so that it is found out if it is damaged
+        except FileNotFoundError:
+            if name == current(folder):
+                return None
+            continue  # a builder has put another one in its place
+        except SearchError as error:
+            warnings.warn(f"an index is built again: {error}", LlfastWarning, stacklevel=5)
+            return None
+        return None if mode == "certified" and segment.projection is None else segment
+    return None
+
+
+def current(folder: Path) -> str | None:
+    """The name of the segment that counts, if any does."""
+    try:
+        name = (folder / _CURRENT).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if re.fullmatch(r"[0-9a-f]{32}", name) else None
+
+
+def folder_of(store: Store, selection: Selection, folder: Path | None) -> Path:
+    """Where the segments of a selection are; `folder` is for all indexes, None for the store's."""
+    return (folder or store.folder / "_index") / selection.digest
+
+
+def choose(
+    store: Store, selection: Selection, convention: str | None
+) -> tuple[str, list[StoredRow]]:
+    """The convention, and the rows that are to be indexed, by name."""
+    rows = [
+        row
+        for row in store.rows(selection.textset)
+        if row.status == "complete" and row.key.layer is None
+    ]
+    duplicates = "newest" if selection.newest else "error"
+    return one_row_a_model(rows, convention, selection.dtype, None, duplicates)
+
+
+def indexed(row: StoredRow) -> IndexedModel:
+    """What an index keeps of a row."""
+    return IndexedModel(
+        row.label,
+        row.key.revision,
+        row.key.dtype,
+        matrix_metadata(row),
+        row.key.scoring_version,
+        row.created,
+        row.shard.name,
+    )
