@@ -6,7 +6,6 @@ none but harmless functions, in a database without files, network, extensions or
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from .errors import MissingDependencyError, SearchError
 from .files import as_utf8
 
 _MOST_CHARACTERS = 10_000
-_MOST_BRACKETS = 50  # one in the other; DuckDB's parser needs seconds for some thousands
+_MOST_BRACKETS = 200  # DuckDB's parser needs seconds for thousands, one in the other
 _MOST_LISTED = 30  # columns in an error, which is one line
 _CONFIG = {
     "enable_external_access": "false",
@@ -112,9 +111,9 @@ def _check_expression(connection: Any, where: str) -> None:
     """Raise ValueError unless DuckDB's own parser finds one plain expression, and nothing else."""
     if len(where) > _MOST_CHARACTERS:
         raise ValueError(f"it may have {_MOST_CHARACTERS:,} characters, got {len(where):,}")
-    depth = itertools.accumulate((c in "([{") - (c in ")]}") for c in where)
-    if max(depth, default=0) > _MOST_BRACKETS:
-        raise ValueError(f"it may have {_MOST_BRACKETS} brackets one in the other, got more")
+    brackets = sum(where.count(each) for each in "([{")
+    if brackets > _MOST_BRACKETS:
+        raise ValueError(f"it may have {_MOST_BRACKETS} brackets, got {brackets:,}")
     found, plain = (
         json.loads(
             connection.execute("SELECT json_serialize_sql(?)", [_QUERY + text]).fetchall()[0][0]

@@ -73,6 +73,7 @@ MODELS = [
         ("coalesce(parameters, 0) + 1 = 1", [3]),
         ("null", []),
         ("true", [0, 1, 2, 3]),
+        ("(" * 200 + "tuned" + ")" * 200, [1, 3]),
     ],
 )
 def test_conditions_choose_rows(where, numbers):
@@ -273,7 +274,7 @@ def test_times_are_utc_wherever_it_runs(monkeypatch):
         ("len(x -> x > 0) = 1", "must have no lambda"),
         ("model = ?", "must have no parameter"),
         ("#1 = 'a'", "must have no positional reference"),
-        ("(" * 51 + "true" + ")" * 51, "may have 50 brackets one in the other"),
+        ("(" * 201 + "true" + ")" * 201, "may have 200 brackets, got 201"),
         ("not " * 2400 + "true", "expression depth"),
         ("true and " * 1200 + "true", "may have 10,000 characters, got 10,804"),
         ("model = '\ud800'", ""),
