@@ -108,6 +108,24 @@ def demo(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def real_models(found: dict[str, Any]) -> list[str]:
+    """The nearest of some of 90 real models."""
+    lines = ["| model | nearest | second | third |", "|---|---|---|---|"]
+    for model, hits in found["nearest"].items():
+        cells = [
+            "{} {:.4f} ({:.4f} to {:.4f})".format(h["model"], h["kl"], *h["interval"]) for h in hits
+        ]
+        lines.append(f"| {model} | " + " | ".join(cells[:3]) + " |")
+    lines.append("")
+    lines.append(
+        f"{found['models']} models on {found['texts']} texts. The nearest model is of the same "
+        f"family for {found['nearest_is_kin']} of the {found['with_kin']} whose family has "
+        "another. Bytes of the texts are not known, so values order models but are no absolute KL. "
+        "Command: `python benchmarks/real_models.py bits_per_byte.csv`."
+    )
+    return lines
+
+
 def cpu_kernel(found: dict[str, Any]) -> list[str]:
     """The fused head beside torch's ways, and with few tokens beside a read of the head."""
     peers = {
@@ -288,6 +306,7 @@ TABLES = {
     "cpu_kernel_avx2": cpu_kernel,
     "intervals": intervals,
     "demo": demo,
+    "real_models": real_models,
     "kernel_resources": kernel_resources,
     # A GPU's table is in the README once its JSON is here.
     **{
