@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from llfast import KLIndex, ModelSpace, SearchError, SpaceError, Store, StoreError
@@ -118,6 +121,23 @@ def test_a_store_that_was_compacted_needs_no_new_index(store, values):
     assert index.refresh() == 11
     check(index, store)
     assert index._segment_name() == segment
+
+
+def test_models_that_a_second_compaction_drops_are_gone(store, values):
+    index = KLIndex.build(store, "certified")
+    for number in (300, 301):
+        store.add(result(values, number))
+        store.compact()
+        index.refresh()
+    # As where the removal itself has been forgotten: the row is simply not there any more.
+    (shard,) = store.shards(store.find_textset())
+    table = pq.read_table(next(store.folder.glob(f"*/{shard}")))
+    kept = table.filter(pc.not_equal(table["model"], name(5)))
+    pq.write_table(kept, next(store.folder.glob("textset=*")) / f"{time.time_ns():020d}.parquet")
+    next(store.folder.glob(f"*/{shard}")).unlink()
+    assert name(5) not in store.matrix().models
+    assert index.refresh() == 1
+    check(index, store)
 
 
 def test_many_additions_are_merged_when_it_is_opened(store, values):
