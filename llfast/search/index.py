@@ -29,6 +29,7 @@ from .flat import import_faiss, norms_of, refuse_overflow
 from .hits import Hits
 from .models import IndexedModel, Models
 from .projection import Projection, Reduced
+from .segment import Segment
 from .snapshot import Snapshot
 
 MODES = ("auto", "exact", "certified")
@@ -168,6 +169,22 @@ class KLIndex:
         )
         return index
 
+    @classmethod
+    def of_segment(cls, segment: Segment, mode: str = "certified") -> KLIndex:
+        """Search in a segment as it is; what is added later is kept in memory.
+
+        Raises:
+            ValueError: if there is no such mode, or bounds are asked for and it has none.
+            MissingDependencyError: if faiss is not installed.
+        """
+        if mode not in ("exact", "certified"):
+            raise ValueError(f"mode must be exact or certified, got {mode!r}")
+        if mode == "certified" and segment.projection is None:
+            raise ValueError("mode must be exact for a segment without bounds, got 'certified'")
+        index = KLIndex(segment.basis, mode=mode)
+        index._set_segment(segment)
+        return index
+
     def __len__(self) -> int:
         return len(self._models)
 
@@ -303,6 +320,20 @@ class KLIndex:
     def _project(self, result: LogLikelihoods) -> Float64[np.ndarray, " N"]:
         snapshot, _ = self._snapshot([])
         return snapshot.project(result)
+
+    def _set_segment(self, segment: Segment) -> None:
+        """Search in its rows from now on."""
+        facts, rows, projection = segment.facts, segment.rows, segment.projection
+        if self.mode == "exact":
+            rows, projection = replace(rows, reduced=None), None
+        self._set(
+            segment.models(),
+            rows,
+            projection,
+            largest=facts["largest"],
+            offset=facts["offset"],
+            noise_floor=facts["noise_floor"],
+        )
 
     def _append(self, point: Float64[np.ndarray, " N"], model: IndexedModel) -> None:
         """One more row; call it with the lock."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
@@ -204,21 +203,11 @@ class StoredIndex(KLIndex):
         return self._segment.folder.name
 
     def _adopt(self, segment: Segment) -> None:
-        facts = segment.facts
-        rows, projection = segment.rows, segment.projection
-        if self.mode == "exact":
-            rows, projection = replace(rows, reduced=None), None
         with self._lock:
-            self._set(
-                segment.models(),
-                rows,
-                projection,
-                largest=facts["largest"],
-                offset=facts["offset"],
-                noise_floor=facts["noise_floor"],
-            )
+            self._set_segment(segment)
             self._segment = segment
-            self._shards, self._removed, self._known = facts["shards"], {}, None
+            self._shards, self._removed = segment.facts["shards"], {}
+            self._known = None
 
     def _points(
         self, rows: Sequence[StoredRow], placed: Mapping[ResultKey, np.ndarray]

@@ -1,0 +1,394 @@
+"""One collection: every provider is asked the same, in turn."""
+
+from __future__ import annotations
+
+import gc
+import math
+import mmap
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cpu_limits import Limits
+from loading_peers import cached_share, drop
+from memory import status_kib
+from search_collections import Question, Questions, build, held_in, outside
+from search_peers import Budget, Peer, build_peers
+from synthetic import Recipe
+
+from llfast.bench import report
+from llfast.intervals import half_variances
+from llfast.search import Hits, KLIndex
+from llfast.search.certified import first_bounds
+from llfast.search.segment import Segment
+
+K = 10
+CERTIFIED, EXACT, INTERVALS = "llfast certified", "llfast exact", "llfast certified, intervals"
+FIRST_PASS, READ_FIRST, READ = "first pass", "read of its bytes", "read"
+NO_SEARCH = (FIRST_PASS, READ_FIRST, READ)  # timed in between, to hold searches against
+BATCH, BATCHES = 32, 3
+SETTLE_SECONDS = 0.01  # for some milliseconds after a call, OpenMP's threads spin in others' way
+MOST_SECONDS = 20.0  # a provider and kind of question; a slow one is asked fewer of them
+READ_BYTES = 512 << 20  # far beyond any cache
+CHECKED = 2  # questions of each kind that are answered in fp64 by brute force, too
+TOUCHES = 10  # searches of an index that was just opened
+
+Ask = Callable[[Questions], Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        questions: of each kind.
+        budget: of the peers; None for none of them.
+        read_bytes: how much is read to find out memory's rate.
+    """
+
+    questions: int
+    budget: Budget | None
+    read_bytes: int = READ_BYTES
+
+
+class Case:
+    """A collection's index, opened, with everything that searches it."""
+
+    def __init__(self, recipe: Recipe, path: Path, plan: Plan, limits: Limits) -> None:
+        self.recipe, self.plan = recipe, plan
+        gc.collect()
+        before, start = status_kib("RssAnon"), time.perf_counter()
+        self.segment = segment = Segment(path)
+        self.certified = KLIndex.of_segment(segment)
+        self.certified.search(segment.table["name"][0].as_py(), K)  # what is made when first asked
+        self.open_seconds = round(time.perf_counter() - start, 3)
+        self.resident_mib = round((status_kib("RssAnon") - before) / 1024, 1)
+        self.exact = KLIndex.of_segment(segment, "exact")
+        self.names = {name: row for row, name in enumerate(segment.table["name"].to_pylist())}
+        self.peers: dict[str, Peer] = {}
+        self.built: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, str] = {}
+        if plan.budget is not None:
+            found = build_peers(segment.rows.points, torch.get_num_threads(), plan.budget)
+            self.peers, self.built, self.left_out = found
+        self._read = torch.ones(plan.read_bytes // 4)
+        self._limits = limits
+
+    def providers(self) -> dict[str, Ask]:
+        """What is timed."""
+        searches: dict[str, Ask] = {
+            CERTIFIED: lambda asked: self.certified.search(asked.asks, K),
+            EXACT: lambda asked: self.exact.search(asked.asks, K),
+        }
+        for name, peer in self.peers.items():
+            # One more than is wanted, for a model of the collection finds itself.
+            searches[name] = lambda asked, peer=peer: peer.search(asked.points, K + 1)
+        return searches
+
+    def others(self) -> dict[str, Ask]:
+        """What is timed in between."""
+        segment, limits = self.segment, self._limits
+        assert segment.projection is not None
+        assert segment.rows.reduced is not None
+        first = torch.from_numpy(segment.rows.reduced.first)
+        reduced = segment.projection.reduce(np.zeros((1, self.recipe.texts)))
+
+        def with_intervals(asked: Questions) -> Any:
+            found = self.certified.search(asked.asks, K)
+            return [hit.interval for hits in found for hit in hits]
+
+        return {
+            INTERVALS: with_intervals,
+            FIRST_PASS: lambda _: first_bounds([segment.rows], reduced),
+            READ_FIRST: lambda _: limits.read_seconds(first),
+            READ: lambda _: limits.read_seconds(self._read),
+        }
+
+    def rows(self, answer: Any, asked: Questions) -> list[list[int]]:
+        """The rows that were found for each question."""
+        found = []
+        for hits, question in zip(answer, asked.each, strict=True):
+            if isinstance(hits, Hits):
+                found.append([self.names[hit.model] for hit in hits])
+            else:
+                found.append([int(row) for row in hits if row != question.row and row >= 0][:K])
+        return found
+
+    def divergences(self, question: Question, rows: Sequence[int]) -> np.ndarray:
+        """KL of rows, in nats a text."""
+        points = self.segment.rows.points[list(rows)].astype(np.float64)
+        return half_variances(points - question.point.astype(np.float64))
+
+
+def measure(recipe: Recipe, folder: Path, plan: Plan, limits: Limits) -> dict[str, Any]:
+    """All of a collection's figures."""
+    path, built = build(recipe, folder)
+    say(f"{path.name}: built in {built['seconds']:.0f} s")
+    case = Case(recipe, path, plan, limits)
+    say(f"  built {', '.join(case.built) or 'no others'}; left out {case.left_out or 'none'}")
+    asked = {
+        "held in": held_in(case.segment, plan.questions),
+        "outside": outside(recipe, case.segment.basis, plan.questions),
+    }
+    found = {
+        "families": recipe.families,
+        "models": recipe.models,
+        "texts": recipe.texts,
+        "commit": report.commit(),
+        "raw_bytes": case.segment.rows.points.nbytes,
+        "build": {"llfast": built, **case.built},
+        "left_out": case.left_out,
+        "memory": _memory(case),
+        "open_seconds": case.open_seconds,
+        "questions": {kind: _kind(case, kind, each) for kind, each in asked.items()},
+    }
+    del case
+    gc.collect()
+    for kind, each in asked.items():
+        found["questions"][kind] |= _first_touches(path, each[:TOUCHES])
+    return found
+
+
+# ------------------------------------------------------------------------------------ correctness
+
+
+def _truth(case: Case, questions: Sequence[Question]) -> tuple[list[Hits], dict[str, int]]:
+    """What is right, and how often each provider is asked; SystemExit if llfast is wrong."""
+    asked = [Questions([question]) for question in questions]
+    stride = {}
+    for name, call in (case.providers() | case.others()).items():
+        call(asked[0])
+        seconds = min(_seconds(call, asked[0]) for _ in range(2))
+        stride[name] = max(1, math.ceil(len(asked) * seconds / MOST_SECONDS))
+    found = [case.certified.search(each.asks, K)[0] for each in asked]
+    for at in range(0, len(asked), stride[EXACT]):
+        exact = case.exact.search(asked[at].asks, K)[0]
+        if _told(exact) != _told(found[at]) or found[at].certificate is None:
+            raise SystemExit(f"certified must find what exact finds, got another for question {at}")
+    step = max(1, -(-CHECKED // stride[EXACT])) * stride[EXACT]
+    checked = range(0, min(len(asked), CHECKED * step), step)
+    for at, expected in zip(checked, _brute([questions[at] for at in checked], case), strict=True):
+        if _told(case.exact.search(asked[at].asks, K)[0]) != expected:
+            raise SystemExit(f"exact must find what brute force finds, got another for {at}")
+    return found, stride
+
+
+def _told(hits: Hits) -> list[tuple[str, float]]:
+    return [(hit.model, hit.kl) for hit in hits]
+
+
+def _brute(questions: Sequence[Question], case: Case) -> list[list[tuple[str, float]]]:
+    """The nearest models by KL of everything in fp64."""
+    points, names = case.segment.rows.points, list(case.names)
+    kls = np.empty((len(questions), len(points)))
+    for at in range(0, len(points), 256):
+        block = points[at : at + 256].astype(np.float64)
+        for own, question in zip(kls, questions, strict=True):
+            own[at : at + 256] = half_variances(block - question.point)
+    kls *= case.segment.basis.per_nat("bits_per_byte")
+    found = []
+    for own, question in zip(kls, questions, strict=True):
+        order = sorted((kl, name) for kl, name in zip(own.tolist(), names, strict=True))
+        without = [(name, kl) for kl, name in order if case.names[name] != question.row]
+        found.append(without[:K])
+    return found
+
+
+def _recall(case: Case, answers: Sequence[tuple[Question, Sequence[int]]]) -> float:
+    """The share of the answers that are as near as the K nearest are; ties all count."""
+    right = wanted = 0
+    for question, rows in answers:
+        (truth,) = case.certified.search([question.ask], K, unit="nats_per_text")
+        limit = truth[-1].kl * (1 + 1e-12)
+        right += int((case.divergences(question, rows) <= limit).sum()) if rows else 0
+        wanted += len(truth)
+    return round(right / wanted, 4)
+
+
+# ------------------------------------------------------------------------------------ times
+
+
+def _kind(case: Case, kind: str, questions: Sequence[Question]) -> dict[str, Any]:
+    """One question after the other, then in batches."""
+    hits, stride = _truth(case, questions)
+    searches, others = case.providers(), case.others()
+    asked = [Questions([question]) for question in questions]
+    recall = {}
+    for name, call in searches.items():
+        answers = [
+            (each.each[0], case.rows(call(each), each)[0]) for each in asked[:: stride[name]]
+        ]
+        recall[name] = _recall(case, answers)
+    say(f"  {kind}: recall {recall}")
+    times = _interleaved(searches | others, asked, stride)
+    providers = {
+        name: {"recall": recall[name], **_beside(each, times[CERTIFIED])}
+        for name, each in times.items()
+        if name in searches
+    }
+    certificates = [each.certificate for each in hits if each.certificate is not None]
+    rates = _rates(case, times)
+    line = {name: each["ms"]["median"] for name, each in providers.items()}
+    say(f"  {kind}: ms {line}")
+    return {
+        "providers": providers,
+        "certified": {
+            "checked_with_exact": len(asked[:: stride[EXACT]]),
+            "compared": report.spread([each.compared for each in certificates]),
+            "second": report.spread([each.second for each in certificates]),
+            "closed_by": dict(Counter(each.closed_by for each in certificates)),
+            "with_intervals": _beside(times[INTERVALS], times[CERTIFIED]),
+            "first_pass_ms": report.spread([1e3 * each for each in times[FIRST_PASS].values()]),
+        },
+        "rates": rates,
+        "batch": _batches(case, questions, stride) if case.plan.budget is not None else {},
+    }
+
+
+def _interleaved(
+    calls: dict[str, Ask], asked: Sequence[Questions], stride: dict[str, int]
+) -> dict[str, dict[int, float]]:
+    """Seconds of each provider by question; another one is the first each time."""
+    times: dict[str, dict[int, float]] = {name: {} for name in calls}
+    names = list(calls)
+    for at, each in enumerate(asked):
+        for name in names[at % len(names) :] + names[: at % len(names)]:
+            if at % stride.get(name, 1) == 0:
+                time.sleep(SETTLE_SECONDS)
+                times[name][at] = _seconds(calls[name], each)
+    return times
+
+
+def _seconds(call: Ask, asked: Questions) -> float:
+    start = time.perf_counter()
+    found = call(asked)
+    seconds = time.perf_counter() - start
+    return found if isinstance(found, float) else seconds  # a read tells its own time
+
+
+def _beside(own: dict[int, float], certified: dict[int, float]) -> dict[str, Any]:
+    both = [at for at in own if at in certified]
+    return {
+        "calls": len(own),
+        "ms": report.spread([1e3 * each for each in own.values()]),
+        "over_certified": report.paired([own[at] for at in both], [certified[at] for at in both]),
+    }
+
+
+def _rates(case: Case, times: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """What memory gives, and how much of it the reading providers reach."""
+    read = statistics.median(case.plan.read_bytes / each for each in times[READ].values())
+    found = {
+        "read_gb_a_second": report.spread(
+            [case.plan.read_bytes / each / 1e9 for each in times[READ].values()]
+        ),
+        # Of the same bytes by as many threads: at 100,000 models they fit into many an L3.
+        "first_pass_share_of_read": report.paired(
+            list(times[READ_FIRST].values()), list(times[FIRST_PASS].values())
+        ),
+    }
+    nbytes = case.segment.rows.points.nbytes
+    for name in (EXACT, "faiss Flat"):
+        if name in times:
+            shares = [nbytes / each / read for each in times[name].values()]
+            found[f"{name}, share of read"] = report.spread(shares)
+    return found
+
+
+def _batches(
+    case: Case, questions: Sequence[Question], stride: dict[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Several questions in one call."""
+    size = min(BATCH, len(questions))
+    starts = range(0, len(questions) - size + 1, size)[:BATCHES]
+    asked = [Questions(questions[at : at + size]) for at in starts]
+    searches = case.providers()
+    recall = {}
+    for name, call in searches.items():
+        answers: list[tuple[Question, list[int]]] = []
+        for each in asked[:1] if stride[name] > 1 else asked:
+            answers += zip(each.each, case.rows(call(each), each), strict=True)
+        recall[name] = _recall(case, answers)
+    times = _interleaved(searches, asked, {})
+    found = {}
+    a_question = {
+        name: {at: seconds / size for at, seconds in each.items()} for name, each in times.items()
+    }
+    for name, each in a_question.items():
+        beside = _beside(each, a_question[CERTIFIED])
+        found[name] = {
+            "recall": recall[name],
+            "questions": size,
+            "calls": beside["calls"],
+            "ms_a_question": beside["ms"],
+            "over_certified": beside["over_certified"],
+        }
+    return found
+
+
+def _first_touches(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
+    """Searches of rows that this process has not seen, cached by the kernel and not."""
+    found: dict[str, Any] = {}
+    for what in ("first_touch_ms", "cold_ms"):
+        segment = Segment(path)
+        index = KLIndex.of_segment(segment)
+        index.search(segment.table["name"][0].as_py(), K)
+        times, shares = [], []
+        for question in questions:
+            if what == "cold_ms":
+                # The kernel keeps what is mapped; and rows that were checked before are few.
+                segment.rows.points.base.madvise(mmap.MADV_DONTNEED)
+                drop([path / "points.f32"])
+                shares.append(cached_share([path / "points.f32"]))
+            start = time.perf_counter()
+            index.search(question.ask, K)
+            times.append(1e3 * (time.perf_counter() - start))
+        found[what] = report.spread(times)
+        if shares:
+            found["cold_cached_share"] = round(max(shares), 4)
+        del index, segment
+        gc.collect()
+    return found
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def _memory(case: Case) -> dict[str, Any]:
+    """What the index holds beside the mapped vectors, in bytes."""
+    segment, rows = case.segment, case.segment.rows
+    assert segment.projection is not None
+    assert rows.reduced is not None
+    names = list(case.names)
+    arrays = {
+        "first": rows.reduced.first.nbytes,
+        "rest": rows.reduced.rest.nbytes,
+        "directions": segment.projection.directions.nbytes,
+        "checks": 9 * len(segment),  # a sum, and whether it was compared
+        "names": sum(map(sys.getsizeof, [*names, names, case.names])),
+    }
+    total = sum(arrays.values())
+    return {
+        "arrays": arrays,
+        "share_of_vectors": float(f"{total / rows.points.nbytes:.4g}"),
+        "table_bytes": 2 * segment.table.nbytes,  # revisions, dtypes, metadata; looked up by row
+        "resident_mib": case.resident_mib,
+    }
+
+
+def say(line: str) -> None:
+    """Tell how far it is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def quiet() -> None:
+    """Without the warnings that peers' modules raise when they are imported."""
+    warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)
