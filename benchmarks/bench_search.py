@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.only is not None:
         command += " --only " + " ".join(map(str, options.only))
     # The command and commit are those of the whole run; cases measured again tell their own commit.
-    found = {**described(command + " --million" * options.million), **found}
+    here = described(command + " --million" * options.million)
+    found = {**here, **found}
     texts = QUICK_TEXTS if options.quick else TEXTS
     limits = Limits()
     budget = Budget(options.memory_gb * 1e9, options.peer_seconds)
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for size, families, each in todo:
         recipe = Recipe(models=size, texts=texts, families=families)
         case = measure(recipe, options.folder, each, limits)
-        found["cases"] = replaced(found["cases"], case)
+        found["cases"] = replaced(found["cases"], {**case, "commit": here["commit"]})
         save()
     return found
 

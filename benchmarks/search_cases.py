@@ -142,7 +142,6 @@ def measure(recipe: Recipe, folder: Path, plan: Plan, limits: Limits) -> dict[st
         "families": recipe.families,
         "models": recipe.models,
         "texts": recipe.texts,
-        "commit": report.commit(),
         "raw_bytes": case.segment.rows.points.nbytes,
         "build": {"llfast": built, **case.built},
         "left_out": case.left_out,
