@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from readme_loading import loading, relatives
+from readme_search import search
 
 from llfast.mapping import draw_map
 
@@ -302,6 +303,7 @@ TABLES = {
     "scoring_bfloat16": scoring,
     "loading": loading,
     "relatives": relatives,
+    "search": search,
     "cpu_kernel_avx512_bf16": cpu_kernel,
     "cpu_kernel_avx2": cpu_kernel,
     "intervals": intervals,

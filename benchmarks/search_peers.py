@@ -154,7 +154,6 @@ def build_peers(
                 peers[name], built[name] = peer, {**found, "settings": peer.settings}
                 free -= needed
         del peer
-        gc.collect()
     return peers, built, left_out
 
 
