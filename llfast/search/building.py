@@ -23,9 +23,9 @@ from llfast.results import LogLikelihoodMatrix
 from llfast.rows import StoredRow, one_row_a_model
 from llfast.store import Store, matrix_metadata
 
-from .index import EXACT_BYTES, draw_sample
+from .index import EXACT_BYTES
 from .models import IndexedModel
-from .projection import Projection
+from .projection import Projection, draw_sample
 from .segment import Segment, SegmentWriter
 
 _CURRENT = "current"

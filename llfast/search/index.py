@@ -15,7 +15,7 @@ from threading import Lock
 from typing import overload
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from llfast.basis import Basis
 from llfast.mixed import adds_bos_of
@@ -28,14 +28,12 @@ from .certified import Rows, nearest, within
 from .flat import import_faiss, norms_of, refuse_overflow
 from .hits import Hits
 from .models import IndexedModel, Models
-from .projection import Projection, Reduced
+from .projection import Projection, Reduced, draw_sample
 from .segment import Segment
 from .snapshot import Snapshot
 
 MODES = ("auto", "exact", "certified")
 EXACT_BYTES = 64 << 20  # of fp32 points: reading them all takes as long as looking at bounds
-_SAMPLE_BYTES = 1 << 28  # of fp64 points, from which basis and directions are found
-_MOST_SAMPLE = 4096
 _ROUNDED = float(np.finfo(np.float32).eps)  # how far fp32 moves a mean, of the norm, at most
 _ROWS = 256  # worked on at once: 20 MB of fp64 at 10,000 texts
 _QUERIES = 32  # whose bounds are found at once
@@ -393,12 +391,3 @@ def check_mode(mode: str) -> None:
 def blocks(count: int) -> Iterator[slice]:
     """Rows that are worked on at once."""
     return (slice(at, at + _ROWS) for at in range(0, count, _ROWS))
-
-
-def draw_sample(count: int, dimensions: int) -> Int64[np.ndarray, " S"]:
-    """Rows from which directions are found: all of them, or some drawn at random."""
-    most = min(_MOST_SAMPLE, max(1, _SAMPLE_BYTES // (8 * dimensions)))
-    if count <= most:
-        return np.arange(count)
-    drawn: Int64[np.ndarray, " S"] = np.random.default_rng(0).choice(count, most, replace=False)
-    return np.sort(drawn)

@@ -13,13 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 
 from .flat import norms_of
 
 # With the norm, 64 and 192 floats: whole cache lines. 3.1 % of 10,000-dimensional fp32 vectors,
 # the directions themselves for 100,000 models included.
 STAGES = (63, 254)
+_SAMPLE_BYTES = 1 << 28  # of fp64 points, from which basis and directions are found
+_MOST_SAMPLE = 4096
 _LITTLE = 1e-4  # of a squared norm
 
 
@@ -98,3 +100,12 @@ class Projection:
             np.column_stack([along[:, : self.first], first_left_out]).astype(np.float32),
             np.column_stack([beyond, left_out]).astype(np.float32),
         )
+
+
+def draw_sample(count: int, dimensions: int) -> Int64[np.ndarray, " S"]:
+    """Rows from which directions are found: all of them, or some drawn at random."""
+    most = min(_MOST_SAMPLE, max(1, _SAMPLE_BYTES // (8 * dimensions)))
+    if count <= most:
+        return np.arange(count)
+    drawn: Int64[np.ndarray, " S"] = np.random.default_rng(0).choice(count, most, replace=False)
+    return np.sort(drawn)
