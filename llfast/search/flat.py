@@ -53,24 +53,15 @@ def squares_to(
             f"rows must have the queries' dimensions, got {rows.shape} and {queries.shape}"
         )
     found = np.empty((len(queries), len(rows)), dtype=np.float32)
-    faiss = import_faiss()
-    pointer = faiss.swig_ptr
-
-    def fill(begin: int, end: int) -> None:
-        if before_block is not None:
-            before_block(begin, end)
-        block = pointer(rows[begin:end])
-        for query, squares in zip(queries, found, strict=True):
-            part = pointer(squares[begin:end])
-            faiss.fvec_L2sqr_ny(part, pointer(query), block, dimensions, end - begin)
-
     step = max(1, _BLOCK_BYTES // (4 * dimensions))
-    blocks = [(at, min(at + step, len(rows))) for at in range(0, len(rows), step)]
+    blocks = [slice(at, min(at + step, len(rows))) for at in range(0, len(rows), step)]
     if len(blocks) < 2:
         for block in blocks:
-            fill(*block)
+            _fill(found, queries, rows, block, before_block)
         return found
-    for done in [_threads(os.getpid()).submit(fill, *block) for block in blocks]:
+    threads = _threads(os.getpid())
+    given = found, queries, rows
+    for done in [threads.submit(_fill, *given, block, before_block) for block in blocks]:
         done.result()
     return found
 
@@ -107,6 +98,24 @@ def farthest(square: float, dimensions: int, norms: float) -> float:
     gamma = share / (1 - share)
     rounded = math.sqrt((square + dimensions * float(_FP32.tiny)) / (1 - gamma))
     return rounded * (1 + 1e-6) + float(_FP32.eps) * norms
+
+
+def _fill(
+    found: Float32[np.ndarray, "Q K"],
+    queries: Float32[np.ndarray, "Q D"],
+    rows: Float32[np.ndarray, "K D"],
+    block: slice,
+    before_block: Callable[[int, int], None] | None,
+) -> None:
+    """Squares of one block; for any thread."""
+    if before_block is not None:
+        before_block(block.start, block.stop)
+    faiss = import_faiss()
+    some = faiss.swig_ptr(rows[block])
+    count, dimensions = block.stop - block.start, queries.shape[1]
+    for query, squares in zip(queries, found, strict=True):
+        part = faiss.swig_ptr(squares[block])
+        faiss.fvec_L2sqr_ny(part, faiss.swig_ptr(query), some, dimensions, count)
 
 
 def refuse_overflow(norm: float) -> None:
