@@ -25,9 +25,8 @@ from synthetic_lineage import FINE_TUNE
 from llfast.basis import Basis
 from llfast.results import LogLikelihoodMatrix, LogLikelihoods
 from llfast.search import projection, segment
-from llfast.search.index import draw_sample
 from llfast.search.models import IndexedModel
-from llfast.search.projection import Projection
+from llfast.search.projection import Projection, draw_sample
 from llfast.search.segment import Segment, SegmentWriter
 
 TEXTSET, CONVENTION = "synthetic", "paper"
