@@ -10,19 +10,23 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llfast.basis import Basis
 from llfast.errors import LlfastWarning, SearchError
 from llfast.files import atomic_write
-from llfast.results import LogLikelihoodMatrix
-from llfast.rows import StoredRow, one_row_a_model
+from llfast.results import LogLikelihoodMatrix, ResultKey
+from llfast.rows import StoredRow, changes, one_row_a_model
+from llfast.scans import RowGoneError
 from llfast.store import Store, matrix_metadata
 
+from .flat import refuse_large_rows
 from .index import EXACT_BYTES
 from .models import IndexedModel
 from .projection import Projection, draw_sample
@@ -30,7 +34,8 @@ from .segment import Segment, SegmentWriter
 
 _CURRENT = "current"
 _FORMAT = "1"  # raised when segments change their meaning
-_TRIES = 20  # to open what a builder may be replacing
+_TRIES = 20  # to read what is just being replaced
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +70,9 @@ def build(store: Store, selection: Selection, folder: Path, mode: str) -> Segmen
         StoreError: if there is nothing to choose, or a model twice.
         OSError: if it cannot be written.
     """
-    shards = store.shards(selection.textset)  # before the rows: what comes between is seen later
-    convention, chosen = choose(store, selection, selection.convention)
+    shards = store.shards(selection.textset)
+    known = changes({}, store.read_shards(selection.textset, sorted(shards)))
+    convention, chosen = choose(known.new, selection, selection.convention)
     if not chosen:
         raise SearchError(f"{store.folder} must hold complete results to be indexed, got none")
     texts = store.texts(selection.textset)
@@ -85,16 +91,18 @@ def build(store: Store, selection: Selection, folder: Path, mode: str) -> Segmen
         convention=convention,
     )
     basis = Basis.fit(sample)
+    placed = basis.place(values)
+    refuse_large_rows(placed, sample.models)
     projection = None
     if mode == "certified" or (mode == "auto" and 4 * len(chosen) * n > EXACT_BYTES):
-        projection = Projection.fit(basis.place(values))
-    del values, sample
+        projection = Projection.fit(placed)
+    del values, sample, placed
 
     def found() -> Iterator[tuple[list[IndexedModel], np.ndarray]]:
         for numbers, block in store.scan(chosen):
             yield [indexed(chosen[number]) for number in numbers], basis.place(block)
 
-    return write(folder, basis, projection, found(), shards)
+    return write(folder, basis, projection, found(), facts_of(shards, known.removed))
 
 
 def write(
@@ -102,7 +110,7 @@ def write(
     basis: Basis,
     projection: Projection | None,
     found: Iterable[tuple[Sequence[IndexedModel], np.ndarray]],
-    shards: Mapping[str, int],
+    facts: Mapping[str, Any],
 ) -> Segment:
     """A new segment in the place of the current one; call it as the only builder."""
     token = secrets.token_hex(8)
@@ -111,7 +119,7 @@ def write(
         with SegmentWriter(temporary, basis, projection) as writer:
             for models, points in found:
                 writer.append(models, points)
-            digest = writer.finish({"shards": dict(shards)})
+            digest = writer.finish(facts)
         whole = folder / digest
         if whole.exists():  # damaged, or it would not be written again
             whole.rename(folder / f".{token}.old")
@@ -123,6 +131,20 @@ def write(
             if other.is_dir() and other.name != current(folder):
                 shutil.rmtree(other, ignore_errors=True)
     return Segment(whole)
+
+
+def facts_of(shards: Mapping[str, int], removed: Mapping[ResultKey, datetime]) -> dict[str, Any]:
+    """What of the store a segment has: which shards, and the removals in them."""
+    when = [[list(key), each.isoformat()] for key, each in removed.items()]
+    return {"shards": dict(shards), "removed": when}
+
+
+def retry(read: Callable[[], _Read]) -> _Read:
+    """Read a store again if a compaction or a removal came between listing and reading."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError, RowGoneError):
+            return read()
+    return read()
 
 
 @contextlib.contextmanager
@@ -169,14 +191,10 @@ def folder_of(store: Store, selection: Selection, folder: Path | None) -> Path:
 
 
 def choose(
-    store: Store, selection: Selection, convention: str | None
+    rows: Iterable[StoredRow], selection: Selection, convention: str | None
 ) -> tuple[str, list[StoredRow]]:
-    """The convention, and the rows that are to be indexed, by name."""
-    rows = [
-        row
-        for row in store.rows(selection.textset)
-        if row.status == "complete" and row.key.layer is None
-    ]
+    """The convention, and which of these rows are to be indexed, by name."""
+    rows = [row for row in rows if row.status == "complete" and row.key.layer is None]
     duplicates = "newest" if selection.newest else "error"
     return one_row_a_model(rows, convention, selection.dtype, None, duplicates)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -118,10 +118,19 @@ def _fill(
         faiss.fvec_L2sqr_ny(part, faiss.swig_ptr(query), some, dimensions, count)
 
 
-def refuse_overflow(norm: float) -> None:
+def refuse_overflow(norm: float, whose: str = "") -> None:
     """Raise SearchError for points of which fp32 cannot hold squared distances."""
     if not norm < _LARGEST_NORM:
-        raise SearchError(f"coordinates must have norms below 1e18 nats for faiss, got {norm:.3g}")
+        of = whose and f" of {whose!r}"
+        raise SearchError(
+            f"coordinates{of} must have norms below 1e18 nats for faiss, got {norm:.3g}"
+        )
+
+
+def refuse_large_rows(points: Float64[np.ndarray, "M N"], names: Sequence[str]) -> None:
+    """Raise SearchError as `refuse_overflow` does, with the name of the largest row."""
+    worst = int(np.abs(points).max(axis=1).argmax())  # norms themselves may overflow
+    refuse_overflow(float(norms_of(points).max()), names[worst])
 
 
 def norms_of(rows: Float64[np.ndarray, "M N"]) -> Float64[np.ndarray, " M"]:

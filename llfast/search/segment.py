@@ -34,6 +34,7 @@ from llfast.mixed import dtype_pairs
 from llfast.spacefile import read_space, write_space
 
 from .certified import Rows
+from .flat import refuse_large_rows
 from .models import IndexedModel, Models
 from .projection import Projection, Reduced
 
@@ -191,7 +192,8 @@ class SegmentWriter:
             opened.close()
 
     def append(self, models: Sequence[IndexedModel], points: Float64[np.ndarray, "M N"]) -> None:
-        """More rows, rounded to fp32."""
+        """More rows, rounded to fp32; raises SearchError if that cannot hold them."""
+        refuse_large_rows(points, [row.name for row in models])
         rounded = np.ascontiguousarray(points, dtype="<f4")
         exact = rounded.astype(np.float64)
         self.largest = max(self.largest, float(np.sqrt(np.einsum("ij,ij->i", exact, exact)).max()))

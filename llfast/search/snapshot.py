@@ -16,7 +16,7 @@ from llfast.results import KLEstimate, LogLikelihoods
 from llfast.where import select_rows
 
 from .certified import Found, Query, Rows, first_bounds
-from .flat import norms_of, refuse_overflow
+from .flat import norms_of, refuse_large_rows
 from .hits import Hit, Hits
 from .models import Models
 from .projection import Projection, Reduced
@@ -69,8 +69,12 @@ class Snapshot:
         return point
 
     def project(self, result: LogLikelihoods) -> Float64[np.ndarray, " N"]:
-        """Where a result is, rounded as the rows are; raises and warns as `Basis.project` does."""
+        """Where a result is, rounded as the rows are.
+
+        Raises and warns as `Basis.project` does; SearchError if it is too large for fp32.
+        """
         point = self.basis.project(result)
+        refuse_large_rows(point[None], [result.model])
         known, floor = self.models, self.noise_floor or None
         warn_of_kind(result, self.basis.convention, known.dtypes, known.adds_bos, floor)
         rounded: Float64[np.ndarray, " N"] = point.astype(self.parts[0].points.dtype)
@@ -88,14 +92,14 @@ class Snapshot:
         points = np.empty((len(queries), len(self.basis)))
         own_rows: list[int | None] = []
         for at, (query, row) in enumerate(zip(queries, rows, strict=True)):
-            known = None if row is None else self.point(row)
-            point = known if isinstance(query, str) else self.project(query)
-            assert point is not None, "names must have rows"
-            points[at] = point
-            same = known is not None and np.array_equal(point, known)
+            if isinstance(query, str):
+                assert row is not None, "names must have rows"
+                points[at] = self.point(row)
+            else:
+                points[at] = self.project(query)
+            same = isinstance(query, str) or (row is not None and self._is_at(row, points[at]))
             own_rows.append(row if same else None)
         norms = norms_of(points)
-        refuse_overflow(float(norms.max()))
         reduced = bounds = None
         if self.projection is not None:
             reduced = self._reduce(points, own_rows)
@@ -177,6 +181,11 @@ class Snapshot:
         part, number = self._find(row)
         assert part.reduced is not None
         return part.reduced[number]
+
+    def _is_at(self, row: int, point: Float64[np.ndarray, " N"]) -> bool:
+        """Whether a row has this point: what is added may be rounded where the rest is not."""
+        dtype = self._find(row)[0].points.dtype
+        return np.array_equal(point.astype(dtype).astype(np.float64), self.point(row))
 
     def _find(self, row: int) -> tuple[Rows, int]:
         for part in self.parts:

@@ -13,14 +13,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 import numpy as np
 
-from llfast.errors import SearchError
+from llfast.errors import SearchError, StoreError
 from llfast.results import LogLikelihoods, ResultKey
 from llfast.rows import StoredRow, changes
 from llfast.store import Store
@@ -30,13 +32,17 @@ from .building import (
     build,
     choose,
     current,
+    facts_of,
     find,
     folder_of,
     indexed,
     only_builder,
+    retry,
     write,
 )
+from .flat import refuse_large_rows
 from .index import KLIndex, blocks
+from .models import IndexedModel
 from .segment import Segment
 
 _MOST_ADDED = 1 / 8  # of a segment's rows: with more, opening an index writes a new one
@@ -89,7 +95,7 @@ class StoredIndex(KLIndex):
             with only_builder(folder):
                 # Another builder may have been here meanwhile.
                 segment = None if refit else find(folder, mode)
-                segment = segment or build(store, selection, folder, mode)
+                segment = segment or retry(partial(build, store, selection, folder, mode))
         index = cls(store, selection, folder, segment, mode)
         index.refresh()
         if len(index._added) > len(segment) * _MOST_ADDED:
@@ -110,8 +116,13 @@ class StoredIndex(KLIndex):
         Raises:
             OSError: if it cannot be written.
             SpaceError: if it was scored on other texts or under another convention.
+            SearchError: if it is too large for fp32.
+            StoreError: if the model is there with another revision or dtype, and the newest was
+                not asked for.
         """
-        point = self._project(result)  # refuses what does not fit before the store has it
+        # What does not fit is refused before the store has it.
+        point = self._project(result)
+        self._refuse_second(result)
         self.store.add(result)
         self._refresh({result.key: point})
 
@@ -136,28 +147,6 @@ class StoredIndex(KLIndex):
         """
         return self._refresh({})
 
-    def _refresh(self, placed: Mapping[ResultKey, np.ndarray]) -> int:
-        """As `refresh`; the numbers of these need not be read, unless others took their place."""
-        with self._refreshing:
-            shards = self.store.shards(self.selection.textset)
-            new, vanished = shards.keys() - self._shards.keys(), self._shards.keys() - shards.keys()
-            if not new and not vanished:
-                return 0
-            rows = self.store.read_shards(self.selection.textset, sorted(new))
-            known = self._find_known()
-            came, gone = self._changes(known, rows, vanished)
-            points = self._points(came, placed)
-            with self._lock:
-                for key in gone:
-                    self._models.remove(key.model)
-                for row, point in zip(came, points, strict=True):
-                    self._append(point, indexed(row))
-                self._shards = shards
-            known.forget(gone)
-            known.learn(came)
-            known.move(rows)
-            return len(gone) + len(came)
-
     def merge(self) -> None:
         """Write a new segment of all models that are there now, in the same basis, if others came.
 
@@ -173,12 +162,18 @@ class StoredIndex(KLIndex):
             if not rows:
                 raise SearchError("an index must have a model, got none; build it again")
             snapshot, _ = self._snapshot([])
+            known = self._find_known()
             found = (
-                ([models[row] for row in some], np.array([snapshot.point(row) for row in some]))
+                (
+                    [known.at_home(models[row], self._key(models[row])) for row in some],
+                    np.array([snapshot.point(row) for row in some]),
+                )
                 for some in (rows[block] for block in blocks(len(rows)))
             )
+            facts = facts_of(shards, self._removed)
             with only_builder(self.folder):
-                segment = write(self.folder, self.basis, self._projection, found, shards)
+                projection = self._segment.projection  # also where this index does not use it
+                segment = write(self.folder, self.basis, projection, found, facts)
             self._adopt(segment)
 
     def summary(self) -> dict[str, Any]:
@@ -199,6 +194,32 @@ class StoredIndex(KLIndex):
 
     # ------------------------------------------------------------------ inside
 
+    def _refresh(self, placed: Mapping[ResultKey, np.ndarray]) -> int:
+        """As `refresh`; the numbers of these need not be read, unless others took their place."""
+        with self._refreshing:
+            return retry(partial(self._refresh_once, placed))
+
+    def _refresh_once(self, placed: Mapping[ResultKey, np.ndarray]) -> int:
+        shards = self.store.shards(self.selection.textset)
+        new = {name for name, _ in shards.items() - self._shards.items()}
+        vanished = {name for name, _ in self._shards.items() - shards.items()}
+        if not new and not vanished:
+            return 0
+        rows = self.store.read_shards(self.selection.textset, sorted(new))
+        known = self._find_known()
+        came, gone = self._changes(known, rows, vanished)
+        points = self._points(came, placed)
+        with self._lock:
+            for key in gone:
+                self._models.remove(key.model)
+            for row, point in zip(came, points, strict=True):
+                self._append(point, indexed(row))
+            self._shards = shards
+            known.forget(gone)
+            known.learn(came)
+            known.move(rows)
+        return len(gone) + len(came)
+
     def _segment_name(self) -> str:
         return self._segment.folder.name
 
@@ -206,7 +227,9 @@ class StoredIndex(KLIndex):
         with self._lock:
             self._set_segment(segment)
             self._segment = segment
-            self._shards, self._removed = segment.facts["shards"], {}
+            self._shards = segment.facts["shards"]
+            removed = segment.facts["removed"]
+            self._removed = {ResultKey(*key): datetime.fromisoformat(when) for key, when in removed}
             self._known = None
 
     def _points(
@@ -216,7 +239,9 @@ class StoredIndex(KLIndex):
             return [placed[rows[0].key]]
         points: dict[int, np.ndarray] = {}
         for numbers, values in self.store.scan(rows):
-            points.update(zip(numbers, self.basis.place(values), strict=True))
+            found = self.basis.place(values)
+            refuse_large_rows(found, [rows[number].label for number in numbers])
+            points.update(zip(numbers, found, strict=True))
         return [points[number] for number in range(len(rows))]
 
     def _find_known(self) -> _Known:
@@ -239,7 +264,8 @@ class StoredIndex(KLIndex):
         )
         if gone or other or len({row.label for row in came}) < len(came):
             # Which of several rows of a name counts is for all of them to say.
-            _, chosen = choose(self.store, self.selection, self.basis.convention)
+            there = self.store.rows(self.selection.textset)
+            _, chosen = choose(there, self.selection, self.basis.convention)
             came = [row for row in chosen if known.created.get(row.key) != row.created]
             gone = known.created.keys() - {row.key for row in chosen}
         return came, gone
@@ -249,6 +275,29 @@ class StoredIndex(KLIndex):
         if key.layer is not None or key.convention != self.basis.convention:
             return False
         return dtype in (None, key.dtype)
+
+    def _refuse_second(self, result: LogLikelihoods) -> None:
+        with self._lock:
+            row = self._models.find(result.model)
+            known = None if row is None else self._key(self._models[row])
+        if known in (None, result.key) or self.selection.newest:
+            return
+        if self.selection.dtype in (None, result.dtype):
+            raise StoreError(
+                f"{result.model!r} must have one row, got another revision, dtype or version; "
+                "remove the one that is there, or build the index with newest=True"
+            )
+
+    def _key(self, model: IndexedModel) -> ResultKey:
+        return ResultKey(
+            model.name,
+            model.revision,
+            self.selection.textset,
+            self.basis.convention,
+            model.dtype,
+            None,
+            model.scoring_version,
+        )
 
 
 class _Known:
@@ -273,6 +322,10 @@ class _Known:
         """These are gone."""
         for key in keys:
             del self.created[key], self._shards[key]
+
+    def at_home(self, model: IndexedModel, key: ResultKey) -> IndexedModel:
+        """The model, with the shard that has it now."""
+        return replace(model, shard=self._shards.get(key, model.shard))
 
     def learn(self, rows: Iterable[StoredRow]) -> None:
         """These are there now."""
