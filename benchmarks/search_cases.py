@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import mmap
 import statistics
 import sys
 import time
@@ -18,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from cpu_limits import Limits
-from loading_peers import cached_share, drop
 from memory import status_kib
 from search_collections import Question, Questions, build, held_in, outside
+from search_opening import first_touches, memory_of
 from search_peers import Budget, Peer, build_peers
 from synthetic import Recipe
 
 from llfast.bench import report
+from llfast.errors import LlfastWarning
 from llfast.intervals import half_variances
 from llfast.search import Hits, KLIndex
 from llfast.search.certified import first_bounds
@@ -156,14 +156,17 @@ def measure(recipe: Recipe, folder: Path, plan: Plan, limits: Limits) -> dict[st
         "raw_bytes": case.segment.rows.points.nbytes,
         "build": {"llfast": built, **case.built},
         "left_out": case.left_out,
-        "memory": _memory(case),
+        "memory": {
+            **memory_of(case.segment, case.names),
+            "resident_mib": case.resident_mib,
+        },
         "open_seconds": case.open_seconds,
         "questions": {kind: _kind(case, kind, each) for kind, each in asked.items()},
     }
     del case
     gc.collect()
     for kind, each in asked.items():
-        found["questions"][kind] |= _first_touches(path, each[:TOUCHES])
+        found["questions"][kind] |= first_touches(path, each[:TOUCHES], K)
     return found
 
 
@@ -344,61 +347,12 @@ def _batches(
     return found
 
 
-def _first_touches(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
-    """Searches of rows that this process has not seen, cached by the kernel and not."""
-    found: dict[str, Any] = {}
-    for what in ("first_touch_ms", "cold_ms"):
-        segment = Segment(path)
-        index = KLIndex.of_segment(segment)
-        index.search(segment.table["name"][0].as_py(), K)
-        times, shares = [], []
-        for question in questions:
-            if what == "cold_ms":
-                # The kernel keeps what is mapped; and rows that were checked before are few.
-                segment.rows.points.base.madvise(mmap.MADV_DONTNEED)
-                drop([path / "points.f32"])
-                shares.append(cached_share([path / "points.f32"]))
-            start = time.perf_counter()
-            index.search(question.ask, K)
-            times.append(1e3 * (time.perf_counter() - start))
-        found[what] = report.spread(times)
-        if shares:
-            found["cold_cached_share"] = round(max(shares), 4)
-        del index, segment
-        gc.collect()
-    return found
-
-
-# ------------------------------------------------------------------------------------ memory
-
-
-def _memory(case: Case) -> dict[str, Any]:
-    """What the index holds beside the mapped vectors, in bytes."""
-    segment, rows = case.segment, case.segment.rows
-    assert segment.projection is not None
-    assert rows.reduced is not None
-    names = list(case.names)
-    arrays = {
-        "first": rows.reduced.first.nbytes,
-        "rest": rows.reduced.rest.nbytes,
-        "directions": segment.projection.directions.nbytes,
-        "checks": 9 * len(segment),  # a sum, and whether it was compared
-        "names": sum(map(sys.getsizeof, [*names, names, case.names])),
-    }
-    total = sum(arrays.values())
-    return {
-        "arrays": arrays,
-        "share_of_vectors": float(f"{total / rows.points.nbytes:.4g}"),
-        "table_bytes": 2 * segment.table.nbytes,  # revisions, dtypes, metadata; looked up by row
-        "resident_mib": case.resident_mib,
-    }
-
-
 def say(line: str) -> None:
     """Tell how far it is."""
     print(line, file=sys.stderr, flush=True)
 
 
 def quiet() -> None:
-    """Without the warnings that peers' modules raise when they are imported."""
+    """Without warnings of peers' modules, and of new models that are worse than the others."""
+    warnings.filterwarnings("ignore", ".* are below the clip of this space", LlfastWarning)
     warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)

@@ -161,21 +161,20 @@ def _build(peer: Peer, points: np.ndarray, most_seconds: float) -> dict[str, Any
     """How long it took and what it holds; or why it was given up."""
     gc.collect()
     before = status_kib("RssAnon")
-    start = last = time.perf_counter()
+    start = time.perf_counter()
     step = peer.piece or len(points)
     for at in range(0, len(points), step):
         peer.add(points[at : at + step])
-        now = time.perf_counter()
+        seconds = time.perf_counter() - start
         rows = min(at + step, len(points))
         # Later rows take longer than earlier ones, so all of them take longer than this.
-        least = now - start + (len(points) - rows) / step * (now - last)
-        if at and least > most_seconds:
+        least = seconds * len(points) / rows
+        if rows < len(points) and least > most_seconds:
             return (
                 f"building it takes more than {least:.0f} s, the limit was {most_seconds:.0f} s "
-                f"({rows:,} rows took {now - start:.0f} s)"
+                f"({rows:,} rows took {seconds:.1f} s)"
             )
-        last = now
     return {
-        "seconds": round(last - start, 2),
+        "seconds": round(seconds, 2),
         "resident_mib": round((status_kib("RssAnon") - before) / 1024, 1),
     }

@@ -142,7 +142,9 @@ def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
     budget = search_peers.Budget(1.5 * points.nbytes, 7.5)
     kept, built, left_out = search_peers.build_peers(points, 1, budget)
     assert list(kept) == list(built) == ["whole"]
-    assert left_out["slow"].startswith("building it takes more than 8 s, the limit was 8 s (1,024")
+    assert left_out["slow"].startswith(
+        "building it takes more than 8 s, the limit was 8 s (512 rows"
+    )
     assert left_out["few"] == "measured with up to 100 models only"
     assert "more than was left for it" in left_out["large"]
 
