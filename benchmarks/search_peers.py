@@ -45,7 +45,8 @@ def faiss_flat(shape: tuple[int, int], threads: int) -> Peer:
 
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexFlatL2(shape[1])
-    return Peer(index.add, lambda points, k: index.search(points, k)[1], "IndexFlatL2", piece=None)
+    settings = "IndexFlatL2, which takes one thread for one question"
+    return Peer(index.add, lambda points, k: index.search(points, k)[1], settings, piece=None)
 
 
 def faiss_hnsw(shape: tuple[int, int], threads: int) -> Peer:
