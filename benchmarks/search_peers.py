@@ -5,6 +5,7 @@ A peer that does not fit into the memory or the time that there is is left out, 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -161,6 +162,7 @@ def build_peers(
 def _build(peer: Peer, points: np.ndarray, most_seconds: float) -> dict[str, Any] | str:
     """How long it took and what it holds; or why it was given up."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = status_kib("RssAnon")
     start = time.perf_counter()
     step = peer.piece or len(points)
