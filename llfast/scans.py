@@ -45,10 +45,9 @@ def scan_rows(
         StoreError: if a shard is damaged, or values are not N finite ones.
     """
     block_rows = max(1, block_bytes // (8 * max(n, 1)))
-    batch_rows = max(1, block_rows // _BATCHES)
     left = len(rows)
     numbers: list[int] = []
-    for number, found in _each(rows, batch_rows, list_again):
+    for number, found in _each(rows, block_bytes // _BATCHES, list_again):
         if not numbers:
             values = np.empty((min(block_rows, left), n))
         if len(found) != n:
@@ -69,7 +68,7 @@ def scan_rows(
 
 def read_row(row: StoredRow) -> dict[str, Any]:
     """All columns of one row; raises as `read_batches` says."""
-    for start, batch in read_batches(row.shard, batch_rows=16, positions=[row.position]):
+    for start, batch in read_batches(row.shard, batch_bytes=1 << 20, positions=[row.position]):
         if start <= row.position < start + batch.num_rows:
             found: dict[str, Any] = batch.slice(row.position - start, 1).to_pylist()[0]
             return found
@@ -82,7 +81,7 @@ def wrong_length(row: StoredRow, name: str, n: int, found: int) -> str:
 
 
 def _each(
-    rows: Sequence[StoredRow], batch_rows: int, list_again: Callable[[], Iterable[StoredRow]]
+    rows: Sequence[StoredRow], batch_bytes: int, list_again: Callable[[], Iterable[StoredRow]]
 ) -> Iterator[tuple[int, Float64[np.ndarray, " N"]]]:
     """Every row's number and values, wherever compactions put it meanwhile."""
     waiting = dict(enumerate(rows))
@@ -90,7 +89,7 @@ def _each(
         moved: list[int] = []
         for shard, numbers in _by_shard(waiting).items():
             try:
-                yield from _of_shard(shard, waiting, numbers, batch_rows)
+                yield from _of_shard(shard, waiting, numbers, batch_bytes)
             except FileNotFoundError:  # it is open before the first row comes: none has come
                 moved += numbers
         if not moved:
@@ -118,12 +117,12 @@ def _find_again(
 
 
 def _of_shard(
-    shard: Path, rows: Mapping[int, StoredRow], numbers: Sequence[int], batch_rows: int
+    shard: Path, rows: Mapping[int, StoredRow], numbers: Sequence[int], batch_bytes: int
 ) -> Iterator[tuple[int, Float64[np.ndarray, " N"]]]:
     positions = [rows[number].position for number in numbers]
     done = 0
     for start, batch in read_batches(
-        shard, ["loglikelihoods"], batch_rows=batch_rows, positions=positions
+        shard, ["loglikelihoods"], batch_bytes=batch_bytes, positions=positions
     ):
         column = batch.column(0)
         offsets = column.offsets.to_numpy()

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from .errors import LlfastWarning, StoreError
 from .files import atomic_write
 from .results import LogLikelihoodMatrix, ResultKey
-from .rows import StoredRow, lasting
+from .rows import StoredRow
 
 SCHEMA = pa.schema(
     [
@@ -75,15 +75,15 @@ def read_batches(
     shard: Path,
     columns: Sequence[str] | None = None,
     *,
-    batch_rows: int,
+    batch_bytes: int,
     positions: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The rows of a shard, at most `batch_rows` at a time, each with the position of its first.
+    """The rows of a shard, some at a time, and with them the position of the first.
 
     Args:
         shard: the file.
         columns: only these; all if None.
-        batch_rows: the most rows that are held at once.
+        batch_bytes: about what is held at once, if that is more than a row.
         positions: ascending; row groups without any of them are passed over.
 
     Raises:
@@ -93,12 +93,14 @@ def read_batches(
     with _open_shard(shard) as file:
         end = 0
         for group in range(file.num_row_groups):
-            start, end = end, end + file.metadata.row_group(group).num_rows
+            footer = file.metadata.row_group(group)
+            start, end = end, end + footer.num_rows
             if positions is not None:
                 at = bisect_left(positions, start)
                 if at == len(positions) or positions[at] >= end:
                     continue
-            for batch in file.iter_batches(batch_rows, row_groups=[group], columns=columns):
+            rows = max(1, batch_bytes * footer.num_rows // _decoded_bytes(footer, columns))
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
                 yield start, batch
                 start += batch.num_rows
             if start != end:
@@ -115,7 +117,7 @@ def read_rows(shard: Path) -> list[StoredRow]:
         with _open_shard(shard) as file:
             return _stored_rows(shard, file.read(_LISTED))
     except StoreError as error:
-        _warn_of_damage(error)
+        warn_of_damage(error)
         return []
 
 
@@ -156,53 +158,42 @@ def read_folder(folder: Path) -> list[StoredRow]:
     return rows
 
 
-def write_shard(folder: Path, tables: Iterable[pa.Table]) -> None:
+def write_shard(folder: Path, tables: Iterable[pa.Table], *, most_bytes: int | None = None) -> None:
     """Add a shard under a name that no other writer takes; raises OSError if that fails.
 
-    Each table, of at most about `GROUP_BYTES`, is a row group of its own. There is at least one.
+    Args:
+        folder: of the text set.
+        tables: at least one; each, of at most about `GROUP_BYTES`, is a row group of its own.
+        most_bytes: once the shard has so many, no more tables are taken.
     """
     name = f"{time.time_ns():020d}-{secrets.token_hex(8)}.parquet"
     tables = iter(tables)
     first = next(tables)
+    # Numbers seldom repeat: a dictionary of them takes 31 MB to make and a quarter of a file.
+    repeating = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in first.schema
+        if field.name != "loglikelihoods"
+    ]
     with (
         atomic_write(folder / name) as file,
         pq.ParquetWriter(
-            file, first.schema, compression="zstd", write_page_checksum=True
+            file,
+            first.schema,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=repeating,
         ) as writer,
     ):
         for table in itertools.chain([first], tables):
             writer.write_table(table)
+            if most_bytes is not None and file.tell() >= most_bytes:
+                break
 
 
-def merge_shards(folder: Path) -> int:
-    """Put one shard in the place of all, without the rows that newer ones replace.
-
-    Returns: how many shards were merged.
-
-    Raises:
-        FileNotFoundError: if another compaction has removed one meanwhile.
-        OSError: if the merged shard cannot be written; all others are still there then.
-    """
-    tables: dict[Path, pa.Table] = {}
-    rows: list[StoredRow] = []
-    for shard in sorted(folder.glob("*.parquet")):
-        try:
-            with _open_shard(shard) as file:
-                table = file.read()
-            rows += _stored_rows(shard, table)
-            tables[shard] = table
-        except StoreError as error:
-            _warn_of_damage(error)  # it stays where it is
-    if len(tables) < 2:
-        return 0
-    positions: dict[Path, list[int]] = {}
-    for row in lasting(rows, forget_before=None):
-        positions.setdefault(row.shard, []).append(row.position)
-    parts = [tables[shard].take(chosen) for shard, chosen in positions.items()]
-    write_shard(folder, [pa.concat_tables(parts, promote_options="default")])
-    for shard in tables:
-        shard.unlink(missing_ok=True)
-    return len(tables)
+def warn_of_damage(error: StoreError) -> None:
+    """Say that a shard is left out."""
+    warnings.warn(f"left out of the store: {error}", LlfastWarning, stacklevel=4)
 
 
 @contextlib.contextmanager
@@ -222,6 +213,17 @@ def _open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
         raise StoreError(
             f"{shard} must be a whole shard, got: {reason}; move it away and score its models again"
         ) from None
+
+
+def _decoded_bytes(group: pq.RowGroupMetaData, columns: Sequence[str] | None) -> int:
+    """About what a row group takes in memory: numbers are of at most 8 bytes."""
+    found = (group.column(number) for number in range(group.num_columns))
+    sizes: Iterator[int] = (
+        max(8 * column.num_values, column.total_uncompressed_size)
+        for column in found
+        if columns is None or column.path_in_schema.split(".")[0] in columns
+    )
+    return 1 + sum(sizes)
 
 
 def _check_footer(fields: Sequence[pa.Field], footer: pq.FileMetaData) -> None:
@@ -276,7 +278,3 @@ def _matrix_fields(matrix: LogLikelihoodMatrix, row: int) -> dict[str, Any]:
     )
     values = {"loglikelihoods": matrix.values[row], "provenance": "{}"}
     return row_fields(key, metadata=matrix.metadata[row]) | values
-
-
-def _warn_of_damage(error: StoreError) -> None:
-    warnings.warn(f"left out of the store: {error}", LlfastWarning, stacklevel=4)

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
+from .compaction import merge_shards
 from .errors import StoreError
 from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
 from .rows import StoredRow, named, newest, one_row_a_model, refuse_incomplete
@@ -33,7 +34,6 @@ from .shards import (
     SCHEMA,
     list_shards,
     matrix_groups,
-    merge_shards,
     read_folder,
     read_rows,
     row_fields,
@@ -125,7 +125,10 @@ class Store:
         write_marker(self.folder)
 
     def compact(self) -> int:
-        """Merge each text set's shards into one; drop what is removed, or replaced by newer rows.
+        """Merge each text set's small shards; drop what is removed, or replaced by newer rows.
+
+        Large shards whose results all count stay as they are, so that it costs no more than what
+        is new.
 
         Readers and writers may go on meanwhile.
 

@@ -196,7 +196,7 @@ def test_readers_go_on_while_models_are_removed_and_two_compact(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llfast import Store
+from llfast import Store, compaction
 from tests.stores import make_result
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
 
@@ -215,7 +215,9 @@ def die_before(place, name, left):
 
 def act(what):
     store = Store(sys.argv[1])
-    if what == "compact":
+    if what.startswith("compact"):
+        if what == "compact-small":
+            compaction.GROUP_BYTES, compaction.SHARD_BYTES = 600, 1
         store.compact()
     elif what.startswith("remove:"):
         store.remove([what.removeprefix("remove:")])
@@ -263,6 +265,23 @@ def killer(tmp_path):
             return outcome == "killed\n"
 
         yield kill
+
+
+def test_a_kill_at_every_step_of_a_compaction_into_several_leaves_every_row(tmp_path, killer):
+    store = Store(tmp_path / "store")
+    step, killed = 0, True
+    while killed:
+        for model in "abcdefg":  # the same ones, for a kill at each step of the same work
+            store.add(make_result(model))
+        store.add(make_result("a", loglikelihoods=numbers("newer")))
+        store.remove(["b"])
+        before = contents(store)
+        killed = killer("compact-small", f"step{step}")
+        assert contents(store) == before
+        store.compact()
+        assert contents(store) == before
+        step += 1
+    assert step > 20, "there are steps at which to be killed"
 
 
 def test_a_kill_at_every_step_of_a_compaction_leaves_every_row(tmp_path, killer):

@@ -61,3 +61,38 @@ def test_a_large_row_group_is_read_in_little_memory(stores):
     assert float(total) == pytest.approx(expected, rel=1e-12)
     assert int(arrow) < 6 << 20, "a quarter of a block, pages, and the rows' names"
     assert int(resident) < 20 << 20
+
+
+COMPACT = (
+    PEAK
+    + """
+from llfast import compaction
+
+def compact(store, shards):
+    compaction.GROUP_BYTES, compaction.SHARD_BYTES = 1 << 20, 8 << 20
+    assert store.compact() == shards
+
+compact(Store(sys.argv[1]), 2)
+before = peak_bytes()
+compact(Store(sys.argv[2]), 6)
+print(peak_bytes() - before, pa.default_memory_pool().max_memory())
+"""
+)
+
+
+def test_shards_are_merged_in_little_memory(stores):
+    small, large = stores
+    add_together(small, ["m2"], n=TEXTS)
+    for part in range(5):
+        add_together(large, [f"{part} {each}" for each in range(100)], n=TEXTS)
+    for shard in store_shards(large):
+        rewrite(shard, compression="zstd", write_page_checksum=True)  # as one row group
+    run = run_python(COMPACT, *(store.folder for store in stores))
+    resident, arrow = map(int, run.stdout.split())
+    assert arrow < 14 << 20, "a row group twice, a quarter of one, pages, and what writing takes"
+    assert resident < 36 << 20, "of 50 MB of numbers, and with the names of 2,500 rows"
+    assert len(store_shards(large)) > 3
+    matrix = large.matrix()
+    assert len(matrix) == MODELS + 500
+    for number in (0, 777, len(matrix) - 1):
+        assert matrix.values[number].tolist() == numbers(matrix.models[number], TEXTS).tolist()

@@ -8,9 +8,9 @@ import llfast
 PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
-    "errors memory files cache texts results batches kernels safetensors_file quantised "
-    "checkpoint processor dtypes loading models head forward linear traits paging partial progress "
-    "devices borrowing batchwise engines verify runs scoring rows shards scans storefiles store "
+    "errors memory files cache texts results batches kernels safetensors_file quantised checkpoint "
+    "processor dtypes loading models head forward linear traits paging partial progress devices "
+    "borrowing batchwise engines verify runs scoring rows shards scans compaction storefiles store "
     "where importing intervals basis mixed spacefile space search estimate model_list outcomes "
     "fleet nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli_options "
     "bench cli_bench cli_texts cli_index cli __main__"
@@ -25,7 +25,7 @@ ONLY_IN = {
     "adjustText": {"mapping"},
     "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training"},
     "greenlet": {"paging"},
-    "pyarrow": {"shards", "store", "importing", "search", "where"},
+    "pyarrow": {"compaction", "shards", "store", "importing", "search", "where"},
     "typer": {"cli", "cli_bench", "cli_index", "cli_options", "cli_texts"},
     "triton": {"kernels", "bench"},
     "liger_kernel": {"bench"},

@@ -1,10 +1,27 @@
 """Merging shards loses and changes nothing, whoever reads, writes or dies meanwhile."""
 
-import pyarrow.dataset as ds
-import pytest
+from datetime import timedelta
 
-from llfast import Store, StoreError
-from tests.stores import DIGEST, make_result, numbers, store_contents, store_shards
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llfast import Store, StoreError, compaction
+from llfast.errors import LlfastWarning
+from tests.stores import (
+    DIGEST,
+    N,
+    add_together,
+    make_result,
+    numbers,
+    rewrite,
+    store_contents,
+    store_shards,
+)
 
 
 @pytest.fixture
@@ -69,3 +86,187 @@ def test_a_store_that_is_not_there_is_not_nothing_to_merge(tmp_path):
     with pytest.raises(StoreError, match="typo must be a store, got no such folder"):
         Store(tmp_path / "typo").compact()
     assert not (tmp_path / "typo").exists()
+
+
+# ------------------------------------------------------------------------------ large shards
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Row groups of about three results, and shards of one row group."""
+    monkeypatch.setattr(compaction, "GROUP_BYTES", 600)
+    monkeypatch.setattr(compaction, "SHARD_BYTES", 1)
+
+
+def test_rows_go_by_name_into_row_groups_that_readers_can_hold(store, monkeypatch):
+    monkeypatch.setattr(compaction, "GROUP_BYTES", 600)
+    for model in "gbfadce":
+        store.add(make_result(model))
+    before = store_contents(store)
+    assert store.compact() == 7
+    (shard,) = store_shards(store)
+    assert ds.dataset(shard).to_table()["model"].to_pylist() == list("abcdefg")
+    footer = pq.ParquetFile(shard).metadata
+    sizes = [footer.row_group(each).num_rows for each in range(footer.num_row_groups)]
+    assert sum(sizes) == 7
+    assert 1 < max(sizes) < 4
+    assert store_contents(store) == before
+
+
+def test_large_shards_that_count_whole_stay_as_they_are(store, monkeypatch):
+    add_together(store, [f"old {each}" for each in range(9)])
+    (large,) = store_shards(store)
+    monkeypatch.setattr(compaction, "LARGE_BYTES", large.stat().st_size)
+    content = large.read_bytes()
+    for model in ("a", "b"):
+        store.add(make_result(model))
+    before = store_contents(store)
+    assert store.compact() == 2
+    assert large.read_bytes() == content
+    assert len(store_shards(store)) == 2
+    assert store.compact() == 0, "one small shard is left as well"
+    assert store_contents(store) == before
+    store.add(make_result("old 3", loglikelihoods=numbers("newer")))
+    store.remove(["old 4"])
+    before = store_contents(store)
+    assert store.compact() == 4, "a row of the large one is replaced"
+    assert store_contents(store) == before
+    assert len(store_shards(store)) == 1
+
+
+def test_a_large_shard_that_replaces_others_has_to_be_whole(store, monkeypatch):
+    store.add(make_result("a"))
+    add_together(store, [f"m{each}" for each in range(20)], n=N)
+    store.add(make_result("b"))
+    large = max(store_shards(store), key=lambda shard: shard.stat().st_size)
+    table = pq.read_table(large, partitioning=None)
+    place = table.column_names.index("model")
+    names = pa.array(["a", *table["model"].to_pylist()[1:]])
+    table = table.set_column(place, "model", names)
+    for name, value in (("revision", "r1"), ("dtype", "float32")):
+        column = pa.array([value] * len(table))
+        table = table.set_column(table.column_names.index(name), name, column)
+    version = pa.array([1] * len(table), pa.int32())
+    table = table.set_column(
+        table.column_names.index("scoring_version"), "scoring_version", version
+    )
+    pq.write_table(table, large, compression="zstd", write_page_checksum=True)
+    assert store.matrix().models[0] == "a"
+    np.testing.assert_array_equal(store.matrix().row("a"), numbers("m0"))
+    monkeypatch.setattr(compaction, "LARGE_BYTES", large.stat().st_size)
+    data = bytearray(large.read_bytes())
+    column = pq.ParquetFile(large).metadata.row_group(0).column(9)
+    data[column.dictionary_page_offset + 60] ^= 1
+    large.write_bytes(data)
+    with pytest.warns(LlfastWarning, match="left out of the store"):
+        assert store.compact() == 2
+    large.unlink()
+    np.testing.assert_array_equal(store.matrix().row("a"), numbers("a"))
+    assert store.matrix().models == ("a", "b")
+
+
+def test_several_shards_are_written_and_old_ones_go_on_the_way(store, small_groups, monkeypatch):
+    for each in range(11):
+        store.add(make_result(f"m{each:02}"))
+    before, steps = store_contents(store), []
+    unlink = type(store.folder).unlink
+
+    def seen(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        if path.suffix == ".parquet":
+            assert store_contents(store) == before, "every row is somewhere"
+            steps.append(len(store_shards(store)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store.folder), "unlink", seen)
+        assert store.compact() == 11
+    assert max(steps) < 13, "at no time is there more than a row group twice"
+    assert 3 < len(store_shards(store)) < 11
+    assert store_contents(store) == before
+
+
+@given(
+    shards=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    again=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=4),
+    removed=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=3),
+    group_bytes=st.sampled_from([1, 300, 1000, 1 << 20]),
+    shard_bytes=st.sampled_from([1, 4000, 2 << 30]),
+    large_bytes=st.sampled_from([1, 12_000, 1 << 30]),
+)
+@settings(max_examples=30, deadline=None)
+def test_whatever_the_sizes_are_nothing_changes(
+    tmp_path_factory, shards, again, removed, group_bytes, shard_bytes, large_bytes
+):
+    store = Store(tmp_path_factory.mktemp("sizes") / "store")
+    for number, size in enumerate(shards):
+        add_together(store, [f"{number} {each}" for each in range(size)])
+    for number, each in again:
+        add_together(store, [f"{number} {each}"])
+    there = {row.label for row in store.rows()}
+    store.remove([name for name in (f"{n} {e}" for n, e in set(removed)) if name in there])
+    before = store_contents(store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "GROUP_BYTES", group_bytes)
+        patch.setattr(compaction, "SHARD_BYTES", shard_bytes)
+        patch.setattr(compaction, "LARGE_BYTES", large_bytes)
+        for _ in range(2):
+            store.compact()
+            assert store_contents(store) == before
+    statuses = [
+        row.status for row in store.read_shards(DIGEST, store.shards(DIGEST)) if row.key.model
+    ]
+    assert statuses.count("complete") == len(before), "what was replaced or removed is gone"
+
+
+def test_columns_of_others_are_kept(store):
+    for model in "ab":
+        store.add(make_result(model))
+    shard = store_shards(store)[0]
+    rewrite(shard, use_compliant_nested_type=False)
+    table = pq.read_table(shard, partitioning=None)
+    pq.write_table(table.append_column("more", pa.array([7])), shard)
+    before = store_contents(store)
+    store.compact()
+    assert store_contents(store) == before
+    assert ds.dataset(store_shards(store)[0]).to_table()["more"].to_pylist() == [7, None]
+
+
+# ------------------------------------------------------------------------------ removals
+
+
+def statuses(store):
+    return sorted(row.status for row in store.read_shards(DIGEST, store.shards(DIGEST)))
+
+
+def test_a_removal_is_forgotten_when_nothing_can_come_up_any_more(store, monkeypatch):
+    store.add(make_result("a"))
+    store.add(make_result("b"))
+    store.remove(["a"])
+    assert store.compact() == 3
+    assert statuses(store) == ["complete", "removed"]
+    assert store.compact() == 0, "another compaction may still be writing what it hides"
+    monkeypatch.setattr(compaction, "REMOVALS_LAST", timedelta(0))
+    shard = store_shards(store)[0]
+    damaged = shard.with_name("damaged.parquet")
+    damaged.write_bytes(b"PAR1")
+    with pytest.warns(LlfastWarning, match="left out"):
+        assert store.compact() == 0
+    damaged.unlink()
+    assert store.compact() == 1
+    assert statuses(store) == ["complete"]
+    assert store.matrix().models == ("b",)
+    assert store.compact() == 0
+
+
+def test_a_removal_stays_as_long_as_what_it_hides(store, monkeypatch):
+    monkeypatch.setattr(compaction, "REMOVALS_LAST", timedelta(0))
+    store.add(make_result("a"))
+    store.remove(["a"])
+    assert store.compact() == 2
+    assert statuses(store) == ["removed"], "a kill in between may have left what it hides"
+    assert store.compact() == 1
+    assert store_shards(store) == []
+    assert store.rows() == []
+    assert store.compact() == 0
+    store.add(make_result("a"))
+    assert store.matrix().models == ("a",)

@@ -114,7 +114,7 @@ def test_compaction_keeps_shards_whose_numbers_are_damaged(store):
     data = bytearray(shard.read_bytes())
     column = pq.ParquetFile(shard).metadata.row_group(0).column(9)
     assert column.path_in_schema.startswith("loglikelihoods")
-    data[column.data_page_offset - 20] ^= 1  # in the numbers, which lie before their page
+    data[column.data_page_offset + column.total_compressed_size - 20] ^= 1  # in the numbers
     shard.write_bytes(data)
     with pytest.raises(StoreError, match="must be a whole shard.*move it away") as caught:
         store.matrix()
