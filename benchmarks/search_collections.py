@@ -24,7 +24,8 @@ from synthetic_lineage import FINE_TUNE
 
 from llfast.basis import Basis
 from llfast.results import LogLikelihoodMatrix, LogLikelihoods
-from llfast.search import projection, segment
+from llfast.search import projection
+from llfast.search import segment as segments
 from llfast.search.models import IndexedModel
 from llfast.search.projection import Projection, draw_sample
 from llfast.search.segment import Segment, SegmentWriter
@@ -54,12 +55,13 @@ def build(recipe: Recipe, folder: Path) -> tuple[Path, dict[str, Any]]:
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads((whole / "build.json").read_text())
         if facts.pop("made_by") == made_by:
-            return whole, facts
+            return whole / facts.pop("segment"), facts
     temporary = folder / f".{whole.name}.tmp"
     for old in (whole, temporary):
         shutil.rmtree(old, ignore_errors=True)
     clock = Clock()
-    _write(recipe, temporary, clock)
+    temporary.mkdir(parents=True)
+    segment = _write(recipe, temporary, clock)
     seconds = {what: round(each, 2) for what, each in clock.seconds.items()}
     generated = seconds.pop("generate")
     facts = {
@@ -67,12 +69,14 @@ def build(recipe: Recipe, folder: Path) -> tuple[Path, dict[str, Any]]:
         "parts": seconds,
         "generate_seconds": generated,  # making models up is no part of building an index
     }
-    (temporary / "build.json").write_text(json.dumps({**facts, "made_by": made_by}))
+    kept = {**facts, "made_by": made_by, "segment": segment}
+    (temporary / "build.json").write_text(json.dumps(kept))
     temporary.rename(whole)
-    return whole, facts
+    return whole / segment, facts
 
 
-def _write(recipe: Recipe, folder: Path, clock: Clock) -> None:
+def _write(recipe: Recipe, folder: Path, clock: Clock) -> str:
+    """Returns: the segment's name in the folder."""
     made = _timed(blocks(recipe), clock)
     most = len(draw_sample(recipe.models, recipe.texts))
     held: list[tuple[list[str], list[dict[str, Any]], np.ndarray]] = []
@@ -93,7 +97,7 @@ def _write(recipe: Recipe, folder: Path, clock: Clock) -> None:
         basis = Basis.fit(matrix)
         directions = Projection.fit(basis.place(values))
         del matrix, values
-    with SegmentWriter(folder, basis, directions) as writer:
+    with SegmentWriter(folder / "new", basis, directions) as writer:
         for names, metadata, values in chain(_emptied(held), made):
             with clock("place, project and write"):
                 models = [
@@ -102,7 +106,9 @@ def _write(recipe: Recipe, folder: Path, clock: Clock) -> None:
                 ]
                 writer.append(models, basis.place(values.astype(np.float64)))
         with clock("finish"):
-            writer.finish({"shards": {}})
+            digest = writer.finish({"shards": {}})
+            (folder / "new").rename(folder / digest)
+    return digest
 
 
 def _timed(made: Iterator[Any], clock: Clock) -> Iterator[Any]:
@@ -123,7 +129,11 @@ def _digest() -> str:
     """Of the sources that decide what is in a folder."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    paths = [*(here / name for name in _MADE_BY), Path(projection.__file__), Path(segment.__file__)]
+    paths = [
+        *(here / name for name in _MADE_BY),
+        Path(projection.__file__),
+        Path(segments.__file__),
+    ]
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -32,7 +32,7 @@ from .models import IndexedModel
 from .projection import Projection, draw_sample
 from .segment import Segment, SegmentWriter
 
-_CURRENT = "current"
+_CURRENT, _LOCK = "current", "lock"
 _FORMAT = "1"  # raised when segments change their meaning
 _TRIES = 20  # to read what is just being replaced
 _Read = TypeVar("_Read")
@@ -119,18 +119,37 @@ def write(
         with SegmentWriter(temporary, basis, projection) as writer:
             for models, points in found:
                 writer.append(models, points)
-            digest = writer.finish(facts)
+            digest = writer.finish({**facts, "selection": folder.name})
         whole = folder / digest
-        if whole.exists():  # damaged, or it would not be written again
+        if whole.exists() and not _is_whole(whole):
             whole.rename(folder / f".{token}.old")
-        temporary.rename(whole)
+        if not whole.exists():  # else it has been the same before: it stays, at every moment
+            temporary.rename(whole)
         with atomic_write(folder / _CURRENT) as file:
             file.write(digest.encode())
     finally:
-        for other in folder.iterdir():
-            if other.is_dir() and other.name != current(folder):
-                shutil.rmtree(other, ignore_errors=True)
+        _clean(folder)
     return Segment(whole)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        Segment(folder).verify()
+    except (OSError, SearchError):
+        return False
+    return True
+
+
+def _clean(folder: Path) -> None:
+    """Remove what other builders have left behind, some of them killed."""
+    with contextlib.suppress(OSError):
+        for other in folder.iterdir():
+            if other.name in (_LOCK, _CURRENT, current(folder)):
+                continue
+            if other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+            else:
+                other.unlink()
 
 
 def facts_of(shards: Mapping[str, int], removed: Mapping[ResultKey, datetime]) -> dict[str, Any]:
@@ -151,27 +170,37 @@ def retry(read: Callable[[], _Read]) -> _Read:
 def only_builder(folder: Path) -> Iterator[None]:
     """One at a time, in any process; others wait. A kill ends it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("wb") as file:
+    with (folder / _LOCK).open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def find(folder: Path, mode: str) -> Segment | None:
+def find_or_warn(folder: Path, mode: str) -> Segment | None:
     """The current segment, if it is whole and of use; a damaged one is warned of."""
+    try:
+        return find(folder, mode)
+    except SearchError as error:
+        warnings.warn(f"an index is built again: {error}", LlfastWarning, stacklevel=5)
+        return None
+
+
+def find(folder: Path, mode: str) -> Segment | None:
+    """The current segment, if there is one of use; raises SearchError if it is damaged."""
     for _ in range(_TRIES):
         name = current(folder)
         if name is None:
+            if (folder / _CURRENT).exists():
+                raise SearchError(f"{folder / _CURRENT} must name an index, got something else")
             return None
         try:
             segment = Segment(folder / name)
             len(segment.table)  # read now, so that it is found out if it is damaged
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if name == current(folder):
-                return None
+                raise SearchError(f"{error.filename} must be there, got no such file") from None
             continue  # a builder has put another one in its place
-        except SearchError as error:
-            warnings.warn(f"an index is built again: {error}", LlfastWarning, stacklevel=5)
-            return None
+        if segment.facts.get("selection") != folder.name:
+            raise SearchError(f"{segment.folder} must be an index of this selection, got another")
         return None if mode == "certified" and segment.projection is None else segment
     return None
 

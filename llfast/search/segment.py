@@ -6,19 +6,19 @@
     models.parquet   what is known of each row
     index.npz    the basis, the directions, and the sizes and xxh3 of the files above
 
-faiss reads none of them: it is given arrays whose sizes, types and sums have been checked.
+The folder's name is the xxh3 of index.npz, so that none of this can be another's. faiss reads none
+of it: it is given arrays whose sizes, types and sums have been checked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,7 @@ from .projection import Projection, Reduced
 
 _BASIS = ("clip", "ids", "groups", "textset_digest", "convention")
 _ARRAYS = ("reference", "text_bytes", "directions")
+_Bytes = TypeVar("_Bytes", bytes, memoryview)
 _SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -70,6 +71,8 @@ class Segment:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if _digest(folder / "index.npz") != folder.name:
+            raise SearchError(_damaged(folder / "index.npz", "other bytes than were written"))
         try:
             fields = read_space(folder / "index.npz", _ARRAYS)
         except SpaceError as error:
@@ -111,14 +114,15 @@ class Segment:
     def table(self) -> pa.Table:
         """What is known of each row; raises SearchError if it is damaged."""
         path = self.folder / "models.parquet"
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read()
-        except (ValueError, MemoryError, pa.ArrowException) as error:
-            raise SearchError(_damaged(path, _first_line(error))) from None
+        table = pq.read_table(pa.BufferReader(self._check_sum(path.name, path.read_bytes())))
         if table.schema != _SCHEMA or len(table) != len(self):
             raise SearchError(_damaged(path, f"{len(table)} rows of another kind"))
         return table
+
+    def verify(self) -> None:
+        """Read all of it; raises SearchError if it is damaged."""
+        len(self.table)
+        self._check(range(len(self)))
 
     def models(self) -> Models:
         """Its rows, by name; another object each time, for models come and go."""
@@ -142,9 +146,13 @@ class Segment:
     def _read(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
         """A small file, whole and checked."""
         array = np.array(self._map(name, dtype, shape))
-        if xxhash.xxh3_64_intdigest(array.data) != self._files.get(name):
-            raise SearchError(_damaged(self.folder / name, "other bytes than were written"))
+        self._check_sum(name, array.data)
         return array
+
+    def _check_sum(self, name: str, data: _Bytes) -> _Bytes:
+        if xxhash.xxh3_64_intdigest(data) != self._files.get(name):
+            raise SearchError(_damaged(self.folder / name, "other bytes than were written"))
+        return data
 
     def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
         path, size = self.folder / name, math.prod(shape) * dtype.itemsize
@@ -213,7 +221,7 @@ class SegmentWriter:
         Args:
             facts: what JSON can hold; kept as `Segment.facts`, with norms, dtypes and tokenizers.
 
-        Returns: a digest of the basis and of all rows, to be the folder's name.
+        Returns: a digest of all of it, to be the folder's name.
         """
         for opened in self._files.values():
             opened.flush()
@@ -230,8 +238,11 @@ class SegmentWriter:
             },
             schema=_SCHEMA,
         )
+        written = pa.BufferOutputStream()
+        pq.write_table(table, written, compression="zstd")
         with atomic_write(self._folder / "models.parquet") as file:
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+            file.write(written.getvalue())
+        self._sums["models.parquet"] = xxhash.xxh3_64(written.getvalue())
         known = [row.metadata["adds_bos"] for row in self._models if "adds_bos" in row.metadata]
         projection, basis = self._projection, self._basis
         directions = np.empty((0, len(basis))) if projection is None else projection.directions
@@ -251,9 +262,7 @@ class SegmentWriter:
         }
         arrays = {"reference": basis.reference, "text_bytes": basis.text_bytes}
         write_space(self._folder / "index.npz", fields, arrays | {"directions": directions})
-        digest = hashlib.sha256(json.dumps([basis.digest, fields["files"]]).encode())
-        digest.update((self._folder / "models.parquet").read_bytes())
-        return digest.hexdigest()[:32]
+        return _digest(self._folder / "index.npz")
 
     def _noise_floor(self) -> float:
         """The largest KL between two dtypes of one model, nats a text; 0 if there is none."""
@@ -276,8 +285,8 @@ class SegmentWriter:
 
 
 def _damaged(path: Path, reason: str) -> str:
-    return f"{path} must be as it was written, got {reason}; build the index again"
+    return f"{path} must be as it was written, got {reason}; build it again with refit=True"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _digest(path: Path) -> str:
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())

@@ -34,6 +34,7 @@ from .building import (
     current,
     facts_of,
     find,
+    find_or_warn,
     folder_of,
     indexed,
     only_builder,
@@ -90,11 +91,14 @@ class StoredIndex(KLIndex):
         Raises: as `KLIndex.build` says.
         """
         folder = folder_of(store, selection, folder)
-        segment = None if refit else find(folder, mode)
+        segment = None
+        if not refit:
+            with contextlib.suppress(SearchError):
+                segment = find(folder, mode)
         if segment is None:
             with only_builder(folder):
                 # Another builder may have been here meanwhile.
-                segment = None if refit else find(folder, mode)
+                segment = None if refit else find_or_warn(folder, mode)
                 segment = segment or retry(partial(build, store, selection, folder, mode))
         index = cls(store, selection, folder, segment, mode)
         index.refresh()
