@@ -58,49 +58,35 @@ def find_nearest(
             others than the store's.
         StoreError: if the store does not have what is asked for.
     """
-    index = open_index(store, textset=textset, convention=convention, dtype=dtype, newest=newest)
-    basis = index.basis
-    query: str | LogLikelihoods | None = _stored_name(model, index.names, index.find_revision)
+    source = _open(store, textset=textset, convention=convention, dtype=dtype, newest=newest)
+    names: Sequence[str]
+    find_revision: Callable[[str], str | None]
+    if isinstance(source, StoredIndex):
+        names, find_revision = source.names, source.find_revision
+        digest, convention = source.basis.textset_digest, source.basis.convention
+    else:
+        names, find_revision = source.models, _revisions(source).get
+        digest, convention = source.textset_digest, source.convention
+    query: str | LogLikelihoods | None = _stored_name(model, names, find_revision)
     if query is None:
         if texts is None:
             raise SearchError(
-                f"{_unknown(model, index.names)} To score it first, give the text set with --texts"
+                f"{_unknown(model, names)} To score it first, give the text set with --texts"
             )
         text_set = TextSet.load(texts)
-        if text_set.digest != basis.textset_digest:
+        if text_set.digest != digest:
             raise SearchError(
                 f"{os.fspath(texts)} must be the texts that the store's models were scored on "
-                f"({basis.textset_digest[:12]}), got others ({text_set.digest[:12]})"
+                f"({digest[:12]}), got others ({text_set.digest[:12]})"
             )
-        query = score(model, text_set, convention=basis.convention, dtype=dtype or "auto")
+        query = score(model, text_set, convention=convention, dtype=dtype or "auto")
+    index = source if isinstance(source, StoredIndex) else KLIndex.build(ModelSpace.fit(source))
     hits = (
         index.search(query, k, unit=unit, where=where)
         if radius is None
         else index.range_search(query, radius, unit=unit, where=where)
     )
     return query if isinstance(query, str) else query.model, hits
-
-
-def open_index(
-    store: str | os.PathLike[str],
-    *,
-    textset: str | None = None,
-    convention: str | None = None,
-    dtype: str | None = None,
-    newest: bool = False,
-) -> KLIndex:
-    """The index of a store if there is one or its models are many; else one in memory.
-
-    Arguments and errors are those of `KLIndex.build`.
-    """
-    opened = Store(store)
-    digest = opened.find_textset(textset)
-    selection = Selection(textset=digest, convention=convention, dtype=dtype, newest=newest)
-    count, n = len(opened.rows(digest)), len(opened.texts(digest)["ids"])
-    if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(opened, selection):
-        return StoredIndex.open(opened, selection)
-    matrix = _matrix(store, textset, convention, dtype, newest)
-    return KLIndex.build(ModelSpace.fit(matrix))
 
 
 def build_index(
@@ -149,8 +135,7 @@ def find_kl(
     matrix = _matrix(store, textset, convention, dtype, newest)
     names = []
     for model in (a, b):
-        pairs = dict(zip(reversed(matrix.revisions), reversed(matrix.models), strict=True))
-        name = _stored_name(model, matrix.models, pairs.get)
+        name = _stored_name(model, matrix.models, _revisions(matrix).get)
         if name is None:
             raise SearchError(_unknown(model, matrix.models))
         names.append(name)
@@ -166,6 +151,29 @@ def _matrix(
 ) -> LogLikelihoodMatrix:
     duplicates = "newest" if newest else "error"
     return Store(store).matrix(textset, convention, dtype, duplicates=duplicates)
+
+
+def _open(
+    store: str | os.PathLike[str],
+    *,
+    textset: str | None,
+    convention: str | None,
+    dtype: str | None,
+    newest: bool,
+) -> StoredIndex | LogLikelihoodMatrix:
+    """The index of a store if there is one or its models are many; else what it holds."""
+    opened = Store(store)
+    digest = opened.find_textset(textset)
+    selection = Selection(textset=digest, convention=convention, dtype=dtype, newest=newest)
+    count, n = len(opened.rows(digest)), len(opened.texts(digest)["ids"])
+    if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(opened, selection):
+        return StoredIndex.open(opened, selection)
+    return _matrix(store, textset, convention, dtype, newest)
+
+
+def _revisions(matrix: LogLikelihoodMatrix) -> dict[str, str]:
+    """The first model with each revision."""
+    return dict(zip(reversed(matrix.revisions), reversed(matrix.models), strict=True))
 
 
 def _stored_name(
