@@ -158,13 +158,15 @@ def read_folder(folder: Path) -> list[StoredRow]:
     return rows
 
 
-def write_shard(folder: Path, tables: Iterable[pa.Table], *, most_bytes: int | None = None) -> None:
+def write_shard(folder: Path, tables: Iterable[pa.Table], *, most_bytes: int | None = None) -> str:
     """Add a shard under a name that no other writer takes; raises OSError if that fails.
 
     Args:
         folder: of the text set.
         tables: at least one; each, of at most about `GROUP_BYTES`, is a row group of its own.
         most_bytes: once the shard has so many, no more tables are taken.
+
+    Returns: the name.
     """
     name = f"{time.time_ns():020d}-{secrets.token_hex(8)}.parquet"
     tables = iter(tables)
@@ -189,6 +191,7 @@ def write_shard(folder: Path, tables: Iterable[pa.Table], *, most_bytes: int | N
             writer.write_table(table)
             if most_bytes is not None and file.tell() >= most_bytes:
                 break
+    return name
 
 
 def warn_of_damage(error: StoreError) -> None:

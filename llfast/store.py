@@ -61,8 +61,10 @@ class Store:
 
     # ---------------------------------------------------------------- writing
 
-    def add(self, result: LogLikelihoods) -> None:
+    def add(self, result: LogLikelihoods) -> str:
         """Keep a result, durably, before this returns.
+
+        Returns: the name of its shard.
 
         Raises:
             OSError: if it cannot be written.
@@ -75,7 +77,7 @@ class Store:
             "token_budgets": result.token_budgets,
             "provenance": json.dumps(dict(result.provenance)),
         }
-        self._write_shard(result.textset_digest, [[row]])
+        return self._write_shard(result.textset_digest, [[row]])
 
     def add_failure(self, key: ResultKey, reason: str) -> None:
         """Keep the reason why a model could not be scored; a complete row takes its place."""
@@ -361,11 +363,11 @@ class Store:
         path.parent.mkdir(exist_ok=True)
         write_texts(path, ids, text_bytes, groups)
 
-    def _write_shard(self, digest: str, groups: Iterable[list[dict[str, Any]]]) -> None:
+    def _write_shard(self, digest: str, groups: Iterable[list[dict[str, Any]]]) -> str:
         self.prepare()
         folder = self._partition(digest)
         folder.mkdir(exist_ok=True)
-        write_shard(folder, (pa.Table.from_pylist(rows, schema=SCHEMA) for rows in groups))
+        return write_shard(folder, (pa.Table.from_pylist(rows, schema=SCHEMA) for rows in groups))
 
     def _retry(self, read: Callable[[], _Read]) -> _Read:
         """Read again if a shard or a row was removed between listing and reading."""

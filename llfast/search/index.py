@@ -189,7 +189,8 @@ class KLIndex:
     @property
     def names(self) -> list[str]:
         """Of all models, sorted."""
-        return [self._models.name(row) for row in self._models.there]
+        with self._lock:
+            return [self._models.name(row) for row in self._models.there]
 
     def find_revision(self, revision: str) -> str | None:
         """The name of a model with these weights."""

@@ -109,9 +109,10 @@ class Models:
 
     def table(self, convention: str) -> pa.Table:
         """All rows as columns, for conditions; made once, and again after more have come."""
-        if self._table is None or len(self._table) != self.count:
+        table = self._table  # other threads may put theirs in its place
+        if table is None or len(table) != self.count:
             rows = [self[number] for number in range(self.count)]
-            self._table = model_table(
+            self._table = table = model_table(
                 {
                     "model": [row.name for row in rows],
                     "revision": [row.revision for row in rows],
@@ -121,7 +122,7 @@ class Models:
                 },
                 [row.metadata for row in rows],
             )
-        return self._table
+        return table
 
     def find(self, name: str) -> int | None:
         """The row of a model that is there."""

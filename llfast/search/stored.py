@@ -127,8 +127,8 @@ class StoredIndex(KLIndex):
         # What does not fit is refused before the store has it.
         point = self._project(result)
         self._refuse_second(result)
-        self.store.add(result)
-        self._refresh({result.key: point})
+        shard = self.store.add(result)
+        self._refresh({shard: point})
 
     def remove(self, model: str) -> None:
         """Take a model out of the store, and have it not found any more.
@@ -198,12 +198,12 @@ class StoredIndex(KLIndex):
 
     # ------------------------------------------------------------------ inside
 
-    def _refresh(self, placed: Mapping[ResultKey, np.ndarray]) -> int:
-        """As `refresh`; the numbers of these need not be read, unless others took their place."""
+    def _refresh(self, placed: Mapping[str, np.ndarray]) -> int:
+        """As `refresh`; the numbers in these shards need not be read: they hold one row each."""
         with self._refreshing:
             return retry(partial(self._refresh_once, placed))
 
-    def _refresh_once(self, placed: Mapping[ResultKey, np.ndarray]) -> int:
+    def _refresh_once(self, placed: Mapping[str, np.ndarray]) -> int:
         shards = self.store.shards(self.selection.textset)
         new = {name for name, _ in shards.items() - self._shards.items()}
         vanished = {name for name, _ in self._shards.items() - shards.items()}
@@ -237,10 +237,10 @@ class StoredIndex(KLIndex):
             self._known = None
 
     def _points(
-        self, rows: Sequence[StoredRow], placed: Mapping[ResultKey, np.ndarray]
+        self, rows: Sequence[StoredRow], placed: Mapping[str, np.ndarray]
     ) -> list[np.ndarray]:
-        if len(rows) == 1 and rows[0].key in placed:
-            return [placed[rows[0].key]]
+        if len(rows) == 1 and rows[0].shard.name in placed:
+            return [placed[rows[0].shard.name]]
         points: dict[int, np.ndarray] = {}
         for numbers, values in self.store.scan(rows):
             found = self.basis.place(values)

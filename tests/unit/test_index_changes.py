@@ -181,6 +181,24 @@ def test_a_second_revision_is_refused_before_the_store_has_it(store):
     assert_right(newest, store, duplicates="newest")
 
 
+def test_of_two_who_add_a_model_at_once_the_newer_one_counts(store, monkeypatch):
+    index = KLIndex.build(store, "certified")
+    add = Store.add
+
+    def add_and_another(self, result):
+        added = add(self, result)
+        add(self, index_result(30, values=model_values(88)))
+        return added
+
+    for compacted in (False, True):
+        monkeypatch.setattr(Store, "add", add_and_another)
+        if compacted:
+            fails_once(monkeypatch, Store, "shards", store.compact)
+        index.add(index_result(30))
+        monkeypatch.undo()
+        assert_right(index, store)
+
+
 def test_a_result_that_was_added_in_memory_leaves_itself_out():
     values = np.array([model_values(number) for number in range(9)])
     for mode in ("exact", "certified"):
@@ -295,6 +313,7 @@ def test_searches_are_right_while_models_come_go_and_are_merged(store, mode, unt
                     for hit in hits[:3]:
                         assert hit.metadata.get("number") in (int(hit.model[-3:]), None)
                         assert hit.estimate.value == hit.kl
+                assert len(index.names) > 20
                 for hit in index.search(name(0), 40):
                     differences = points[name(0)] - points[hit.model]
                     assert hit.kl == half_variances(differences[None])[0] * factor
