@@ -303,7 +303,7 @@ TABLES = {
     "scoring_bfloat16": scoring,
     "loading": loading,
     "relatives": relatives,
-    "search": search,
+    **({"search": search} if (RESULTS / "search.json").exists() else {}),
     "cpu_kernel_avx512_bf16": cpu_kernel,
     "cpu_kernel_avx2": cpu_kernel,
     "intervals": intervals,
