@@ -1,5 +1,6 @@
 """Results to store, with numbers that follow from a model's name in any process."""
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -106,3 +107,25 @@ def _may_mount():
     except FileNotFoundError:
         return False
     return run.returncode == 0
+
+
+@contextlib.contextmanager
+def process(code, *args):
+    """Code in a process of its own, which says when it is ready and goes on at a line of input."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code, *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    ) as running:
+        try:
+            assert running.stdout.readline() == "ready\n"
+            yield running
+        finally:
+            running.kill()
+
+
+def tell(running, line="go"):
+    running.stdin.write(f"{line}\n")
+    running.stdin.flush()

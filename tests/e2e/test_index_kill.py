@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import subprocess
-import sys
 import time
 
 import pytest
 
 from llfast import KLIndex, Store
 from tests.indexes import assert_right, index_result, make_store, name
-from tests.stores import ROOT
+from tests.stores import process, tell
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
 
 DEADLINE_SECONDS = 60
-
-
-@contextlib.contextmanager
-def process(code, *args):
-    """Code in a process of its own, which says when it is ready and goes on at a line of input."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *map(str, args)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        text=True,
-    ) as running:
-        try:
-            assert running.stdout.readline() == "ready\n"
-            yield running
-        finally:
-            running.kill()
-
-
-def tell(running, line="go"):
-    running.stdin.write(f"{line}\n")
-    running.stdin.flush()
 
 
 # A process that forks others, and kills them: before the n-th change that they make to a file, or

@@ -1,9 +1,6 @@
 """Several processes at one store, and processes that are killed at it."""
 
-import contextlib
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,31 +8,9 @@ import pyarrow.dataset as ds
 import pytest
 
 from llfast import Store
-from tests.stores import ROOT, N, make_result, numbers, store_shards
+from tests.stores import N, make_result, numbers, process, store_shards, tell
 
 DEADLINE_SECONDS = 60
-
-
-@contextlib.contextmanager
-def process(code, *args):
-    """Code in a process of its own, which says when it is ready and goes on at a line of input."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *map(str, args)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        text=True,
-    ) as running:
-        try:
-            assert running.stdout.readline() == "ready\n"
-            yield running
-        finally:
-            running.kill()
-
-
-def tell(running, line="go"):
-    running.stdin.write(f"{line}\n")
-    running.stdin.flush()
 
 
 WRITE = """
