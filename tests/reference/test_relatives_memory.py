@@ -65,6 +65,7 @@ def test_nor_do_those_that_are_left(done, tmp_path, tokenizer, monkeypatch):
     assert loading.slot_bytes + loading.kept_bytes < least
 
 
+@pytest.mark.slow
 def test_what_stays_is_not_there_twice(tmp_path, tokenizer, monkeypatch):
     """Tables that are converted: as they are stored, one at a time."""
     changes = [(seed, embedding) for seed in range(6)]
@@ -87,7 +88,8 @@ def test_what_stays_is_not_there_twice(tmp_path, tokenizer, monkeypatch):
     assert table <= max(most) <= 2 * table
 
 
-@pytest.mark.parametrize("weights", ["paged", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["paged", "auto"])
 @pytest.mark.filterwarnings("ignore:.*one after the other:llfast.LlfastWarning")
 def test_together_they_never_read_much_more_than_alone(weights, tmp_path, tokenizer):
     changes = [(seed, second_layer) for seed in range(4)]
