@@ -109,17 +109,10 @@ class ModelSpace:
 
     @classmethod
     def fit(cls, matrix: LogLikelihoodMatrix, clip_quantile: float | None = 0.02) -> ModelSpace:
-        """Freeze a basis on these models and place them in it.
-
-        Args:
-            matrix: log-likelihoods of K models on N texts.
-            clip_quantile: the share of all K·N values that is raised to the clip (numpy's linear
-                quantile); 0 or None for none.
+        """Freeze a basis on these models, see `Basis.fit`, and place them in it.
 
         Warns: LlfastWarning if models ran in different dtypes, or if, under convention "paper",
             some tokenizers add BOS and others do not (`metadata["adds_bos"]`).
-        Raises: ValueError if `clip_quantile` is outside [0, 1).
-        Source: Oyama et al., arXiv 2502.16173 (clipping at 2 %, double centring).
         """
         basis = Basis.fit(matrix, clip_quantile)
         space = cls(

@@ -26,20 +26,9 @@ torch.set_num_threads(1)
 from llfast import KLIndex, Store
 from llfast.search.flat import import_faiss
 from tests.indexes import index_result, name
+from tests.stores import die_before
 import_faiss()
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-
-
-def die_before(place, name, left):
-    whole = getattr(place, name)
-
-    def step(*args, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*args, **options)
-
-    setattr(place, name, step)
 
 
 def act(folder, what, number):

@@ -172,20 +172,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from llfast import Store, compaction
-from tests.stores import make_result
+from tests.stores import die_before, make_result
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-
-
-def die_before(place, name, left):
-    whole = getattr(place, name)
-
-    def step(*args, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*args, **options)
-
-    setattr(place, name, step)
 
 
 def act(what):
