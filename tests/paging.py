@@ -1,10 +1,14 @@
-"""Scoring by pages in as little memory as it takes."""
+"""Scoring by pages in as little memory as it takes, and files to read pages from."""
 
+import json
 import re
 
+import numpy as np
 import pytest
+import torch
 
 import llfast
+from llfast.dtypes import STORED_DTYPES
 from llfast.paging import LoadingStatistics
 
 # Kept small, or a unit of its own: the limits that `units` has for both.
@@ -43,3 +47,39 @@ def check_same(one, other):
     assert one.token_budgets.tolist() == other.token_budgets.tolist()
     provenance = [{**each.provenance, "weights": ""} for each in (one, other)]
     assert provenance[0] == provenance[1]
+
+
+def make_tensor(dtype, shape, seed=0):
+    """Any bits, NaNs among them."""
+    count = int(np.prod(shape, dtype=int))
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    size = count * dtype.itemsize
+    most = 2 if dtype == torch.bool else 256
+    raw = np.random.default_rng(seed).integers(0, most, size, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+def same_bits(one, other):
+    assert one.dtype == other.dtype
+    assert one.shape == other.shape
+    raw = [each.contiguous().view(-1).view(torch.uint8) for each in (one, other) if each.numel()]
+    assert not raw or torch.equal(*raw)
+
+
+def plain_file(path, tensors):
+    """A file whose tensors lie right after a header of any length, in the order given."""
+    header, begin, data = {}, 0, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        dtype = next(key for key, kind in STORED_DTYPES.items() if kind == tensor.dtype)
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, begin + len(raw)],
+        }
+        begin += len(raw)
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path

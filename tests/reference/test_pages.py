@@ -1,7 +1,6 @@
 """Pages against safetensors' own reader, and files that change while they are read."""
 
 import gc
-import json
 import os
 import weakref
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from llfast.paging.layout import Page, Part, lay_out
 from llfast.paging.pages import Pages
 from llfast.paging.statistics import LoadingStatistics
 from llfast.safetensors_file import StoredTensor, read_header
+from tests.paging import make_tensor, plain_file, same_bits
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (5, 3), (2, 3, 4), (64, 33)]
 
@@ -36,44 +36,8 @@ class Files:
         return {name: each for path in self.weights for name, each in read_header(path).items()}
 
 
-def make_tensor(dtype, shape, seed=0):
-    """Any bits, NaNs among them."""
-    count = int(np.prod(shape, dtype=int))
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    size = count * dtype.itemsize
-    most = 2 if dtype == torch.bool else 256
-    raw = np.random.default_rng(seed).integers(0, most, size, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-def same_bits(one, other):
-    assert one.dtype == other.dtype
-    assert one.shape == other.shape
-    raw = [each.contiguous().view(-1).view(torch.uint8) for each in (one, other) if each.numel()]
-    assert not raw or torch.equal(*raw)
-
-
 def pages_of(files):
     return Pages(files.weights, torch.device("cpu"), LoadingStatistics())
-
-
-def plain_file(path, tensors):
-    """A file whose tensors lie right after a header of any length, in the order given."""
-    header, begin, data = {}, 0, b""
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        dtype = next(key for key, kind in STORED_DTYPES.items() if kind == tensor.dtype)
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, begin + len(raw)],
-        }
-        begin += len(raw)
-        data += raw
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return path
 
 
 @pytest.fixture
