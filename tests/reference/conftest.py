@@ -6,6 +6,13 @@ import pytest
 from llfast import ModelSpace
 from tests.heads import DTYPES, INTERPRETED, SETS, force
 from tests.spaces import make_matrix
+from tests.tiny import one_thread
+
+
+@pytest.fixture(scope="module")
+def on_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture

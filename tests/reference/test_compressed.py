@@ -16,18 +16,15 @@ from llfast.quantised import compressed
 from tests.compressed import ARGUMENTS, save_compressed
 from tests.paging import check_same, least_budget, score_paged
 from tests.quantised import KINDS, edit, save_plain
-from tests.tiny import TEXTS, make_model, make_tokenizer, one_thread, quiet
+from tests.tiny import TEXTS, make_model, make_tokenizer, quiet
+
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
+
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 OPTIONS = {"token_budget": 64}
 FEW = TEXTS[1::4]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

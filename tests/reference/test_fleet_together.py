@@ -9,13 +9,9 @@ from llfast.fleet import score_models
 from llfast.model_list import ModelRequest
 from llfast.paging.pages import Pages
 from tests.families import age, make_family
-from tests.tiny import TEXTS, make_model, make_tokenizer, one_thread, save
+from tests.tiny import TEXTS, make_model, make_tokenizer, save
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
 
 @pytest.fixture

@@ -21,17 +21,13 @@ from llfast.quantised.dequantise import in_fp32, multiplied
 from llfast.quantised.weight import Fp8Weight
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.quantised import KINDS, edit, is_quantised, quantise, save_fp8, save_plain, spread
-from tests.tiny import TEXTS, make_model, make_tokenizer, one_thread, quiet
+from tests.tiny import TEXTS, make_model, make_tokenizer, quiet
+
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
 OPTIONS = {"token_budget": 64}
 FEW = TEXTS[1::3]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

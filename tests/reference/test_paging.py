@@ -14,16 +14,12 @@ from llfast.errors import LlfastWarning, UnsupportedModelError
 from llfast.paging import model as paged_model
 from llfast.paging import units
 from tests.paging import LIMITS, check_same, least_budget, score_paged
-from tests.tiny import SIZES, TEXTS, make_model, make_tokenizer, one_thread, quiet, save
+from tests.tiny import SIZES, TEXTS, make_model, make_tokenizer, quiet, save
+
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
 OPTIONS = {"token_budget": 64}
 FEW = TEXTS[1::2]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from llfast.errors import CannotPageError, UnsupportedModelError
 from llfast.paging import units
 from tests.architectures import TOKENS, architectures, build
 from tests.paging import LIMITS, check_same, least_budget, score_paged
-from tests.tiny import one_thread, quiet
+from tests.tiny import quiet
+
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
 # One token has no predecessor; 16 is a whole block; the longest passes every window.
 _LENGTHS = (37, 1, 16, 2, 60, 13)
@@ -37,12 +39,6 @@ def parameters():
         pytest.param(name, marks=() if name in _EVERYDAY else pytest.mark.slow)
         for name in architectures()
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(autouse=True)

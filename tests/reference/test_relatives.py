@@ -32,13 +32,9 @@ from tests.families import (
 )
 from tests.paging import LIMITS, check_same
 from tests.quantised import KINDS, save_fp8
-from tests.tiny import make_model, make_tokenizer, one_thread, quiet, save
+from tests.tiny import make_model, make_tokenizer, quiet, save
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
 
 @pytest.fixture

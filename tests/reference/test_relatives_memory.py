@@ -24,13 +24,9 @@ from tests.families import (
     together,
 )
 from tests.paging import check_same
-from tests.tiny import make_tokenizer, one_thread
+from tests.tiny import make_tokenizer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
 
 @pytest.fixture

@@ -21,17 +21,13 @@ from llfast.paging import LoadingStatistics, PagedModel, Task, open_waves, quest
 from llfast.paging.pages import Pages
 from llfast.paging.states import StateMeter
 from tests.paging import LIMITS, check_same, least_budget, score_paged
-from tests.tiny import make_model, one_thread, save
+from tests.tiny import make_model, save
+
+pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
 IDS = [[(7 * row + place) % 290 + 5 for place in range(5 + 9 * row)] for row in range(8)]
 OPTIONS = {"token_ids": IDS, "dtype": "float32", "token_budget": 32}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
