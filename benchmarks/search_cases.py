@@ -20,7 +20,7 @@ import torch
 from cpu_limits import Limits
 from memory import status_kib
 from search_collections import Question, Questions, build, held_in, outside
-from search_opening import first_touches, memory_of
+from search_opening import first_touches, lists_of, memory_of
 from search_peers import Budget, Peer, build_peers
 from synthetic import Recipe
 
@@ -33,6 +33,7 @@ from llfast.search.segment import Segment
 
 K = 10
 CERTIFIED, EXACT, INTERVALS = "llfast certified", "llfast exact", "llfast certified, intervals"
+APPROXIMATE = "llfast approximate"
 FIRST_PASS, READ_FIRST, READ = "first pass", "read of its bytes", "read"
 NO_SEARCH = (FIRST_PASS, READ_FIRST, READ)  # timed in between, to hold searches against
 BATCH, BATCHES = 32, 3
@@ -74,6 +75,7 @@ class Case:
         self.open_seconds = round(time.perf_counter() - start, 3)
         self.resident_mib = round((status_kib("RssAnon") - before) / 1024, 1)
         self.exact = KLIndex.of_segment(segment, "exact")
+        self.approximate = KLIndex.of_segment(segment, "approximate")
         self.names = {name: row for row, name in enumerate(segment.table["name"].to_pylist())}
         self.peers: dict[str, Peer] = {}
         self.built: dict[str, dict[str, Any]] = {}
@@ -91,6 +93,8 @@ class Case:
             CERTIFIED: lambda asked: self.certified.search(asked.asks, K),
             EXACT: lambda asked: self.exact.search(asked.asks, K),
         }
+        if self.approximate.recall is not None:  # there are enough models for lists
+            searches[APPROXIMATE] = lambda asked: self.approximate.search(asked.asks, K)
         for name, peer in self.peers.items():
             # One more than is wanted, for a model of the collection finds itself.
             searches[name] = lambda asked, peer=peer: peer.search(asked.points, K + 1)
@@ -163,6 +167,7 @@ def measure(recipe: Recipe, folder: Path, plan: Plan, limits: Limits) -> dict[st
             "resident_mib": case.resident_mib,
         },
         "open_seconds": case.open_seconds,
+        "lists": lists_of(case.segment),
         "questions": {kind: _kind(case, kind, each) for kind, each in asked.items()},
     }
     del case

@@ -24,11 +24,11 @@ from synthetic_lineage import FINE_TUNE
 
 from llfast.basis import Basis
 from llfast.results import LogLikelihoodMatrix, LogLikelihoods
-from llfast.search import projection
-from llfast.search import segment as segments
+from llfast.search import listing, projection, segment, writer
 from llfast.search.models import IndexedModel
 from llfast.search.projection import Projection, draw_sample
-from llfast.search.segment import Segment, SegmentWriter
+from llfast.search.segment import Segment
+from llfast.search.writer import SegmentWriter
 
 TEXTSET, CONVENTION = "synthetic", "paper"
 _MADE_BY = ("synthetic.py", "synthetic_lineage.py", "search_collections.py")
@@ -61,7 +61,7 @@ def build(recipe: Recipe, folder: Path) -> tuple[Path, dict[str, Any]]:
         shutil.rmtree(old, ignore_errors=True)
     clock = Clock()
     temporary.mkdir(parents=True)
-    segment = _write(recipe, temporary, clock)
+    name = _write(recipe, temporary, clock)
     seconds = {what: round(each, 2) for what, each in clock.seconds.items()}
     generated = seconds.pop("generate")
     facts = {
@@ -69,10 +69,10 @@ def build(recipe: Recipe, folder: Path) -> tuple[Path, dict[str, Any]]:
         "parts": seconds,
         "generate_seconds": generated,  # making models up is no part of building an index
     }
-    kept = {**facts, "made_by": made_by, "segment": segment}
+    kept = {**facts, "made_by": made_by, "segment": name}
     (temporary / "build.json").write_text(json.dumps(kept))
     temporary.rename(whole)
-    return whole / segment, facts
+    return whole / name, facts
 
 
 def _write(recipe: Recipe, folder: Path, clock: Clock) -> str:
@@ -129,11 +129,8 @@ def _digest() -> str:
     """Of the sources that decide what is in a folder."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    paths = [
-        *(here / name for name in _MADE_BY),
-        Path(projection.__file__),
-        Path(segments.__file__),
-    ]
+    paths = [here / name for name in _MADE_BY]
+    paths += [Path(each.__file__) for each in (listing, projection, segment, writer)]
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -48,10 +48,12 @@ def memory_of(segment: Segment, names: dict[str, int]) -> dict[str, Any]:
     rows = segment.rows
     assert segment.projection is not None
     assert rows.reduced is not None
+    lists = segment.lists
     arrays = {
         "first": rows.reduced.first.nbytes,
         "rest": rows.reduced.rest.nbytes,
         "directions": segment.projection.directions.nbytes,
+        "lists": 0 if lists is None else lists.centroids.nbytes + lists.numbers.nbytes,
         "checks": 9 * len(segment),  # a sum, and whether it was compared
         "names": sum(map(sys.getsizeof, [*names, list(names), names])),
     }
@@ -60,4 +62,19 @@ def memory_of(segment: Segment, names: dict[str, int]) -> dict[str, Any]:
         "arrays": arrays,
         "share_of_vectors": float(f"{total / rows.points.nbytes:.4g}"),
         "table_bytes": 2 * segment.table.nbytes,  # revisions, dtypes, metadata; looked up by row
+    }
+
+
+def lists_of(segment: Segment) -> dict[str, Any] | None:
+    """What an approximate search goes by; None if there are no lists."""
+    lists = segment.lists
+    if lists is None:
+        return None
+    assert segment.rows.reduced is not None
+    first = segment.rows.reduced.first
+    return {
+        "count": len(lists.centroids),
+        "probes": lists.probes,
+        "recall_when_built": round(lists.recall, 4),
+        "more_memory_bytes": first.nbytes + 8 * len(first),  # list by list, and their rows
     }

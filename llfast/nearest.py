@@ -80,7 +80,10 @@ def find_nearest(
                 f"({digest[:12]}), got others ({text_set.digest[:12]})"
             )
         query = score(model, text_set, convention=convention, dtype=dtype or "auto")
-    index = source if isinstance(source, StoredIndex) else KLIndex.build(ModelSpace.fit(source))
+    if isinstance(source, StoredIndex):
+        index: KLIndex = source
+    else:  # for one question, reading all takes less than finding bounds
+        index = KLIndex.build(ModelSpace.fit(source), "exact")
     hits = (
         index.search(query, k, unit=unit, where=where)
         if radius is None

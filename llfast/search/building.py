@@ -26,14 +26,15 @@ from llfast.rows import StoredRow, changes, one_row_a_model
 from llfast.scans import RowGoneError
 from llfast.store import Store, matrix_metadata
 
+from .contents import choose_mode
 from .flat import refuse_large_rows
-from .index import EXACT_BYTES
 from .models import IndexedModel
 from .projection import Projection, draw_sample
-from .segment import Segment, SegmentWriter
+from .segment import Segment
+from .writer import SegmentWriter
 
 _CURRENT, _LOCK = "current", "lock"
-_FORMAT = "1"  # raised when segments change their meaning
+_FORMAT = "2"  # raised when segments change their meaning
 _TRIES = 20  # to read what is just being replaced
 _Read = TypeVar("_Read")
 
@@ -61,10 +62,13 @@ class Selection:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def build(store: Store, selection: Selection, folder: Path, mode: str) -> Segment:
-    """A segment of what a store has, in a basis of its own; call it as the only builder.
+def build(
+    store: Store, selection: Selection, folder: Path, mode: str, basis: Basis | None = None
+) -> Segment:
+    """A segment of what a store has, in a basis of its own unless one is given.
 
-    Memory: the sample that the basis is fitted to, and a block of rows.
+    Call it as the only builder. Memory: the sample that the basis is fitted to, a block of rows,
+    and what the index itself will hold.
 
     Raises:
         StoreError: if there is nothing to choose, or a model twice.
@@ -90,11 +94,11 @@ def build(store: Store, selection: Selection, folder: Path, mode: str) -> Segmen
         textset_digest=selection.textset,
         convention=convention,
     )
-    basis = Basis.fit(sample)
+    basis = basis or Basis.fit(sample)
     placed = basis.place(values)
     refuse_large_rows(placed, sample.models)
     projection = None
-    if mode == "certified" or (mode == "auto" and 4 * len(chosen) * n > EXACT_BYTES):
+    if choose_mode(mode, 4 * len(chosen) * n) != "exact":
         projection = Projection.fit(placed)
     del values, sample, placed
 
@@ -175,17 +179,17 @@ def only_builder(folder: Path) -> Iterator[None]:
         yield
 
 
-def find_or_warn(folder: Path, mode: str) -> Segment | None:
-    """The current segment, if it is whole and of use; a damaged one is warned of."""
+def find_or_warn(folder: Path) -> Segment | None:
+    """The current segment, if it is whole; a damaged one is warned of."""
     try:
-        return find(folder, mode)
+        return find(folder)
     except SearchError as error:
         warnings.warn(f"an index is built again: {error}", LlfastWarning, stacklevel=5)
         return None
 
 
-def find(folder: Path, mode: str) -> Segment | None:
-    """The current segment, if there is one of use; raises SearchError if it is damaged."""
+def find(folder: Path) -> Segment | None:
+    """The current segment, if there is one; raises SearchError if it is damaged."""
     for _ in range(_TRIES):
         name = current(folder)
         if name is None:
@@ -201,8 +205,13 @@ def find(folder: Path, mode: str) -> Segment | None:
             continue  # a builder has put another one in its place
         if segment.facts.get("selection") != folder.name:
             raise SearchError(f"{segment.folder} must be an index of this selection, got another")
-        return None if mode == "certified" and segment.projection is None else segment
+        return segment
     return None
+
+
+def serves(segment: Segment, mode: str) -> bool:
+    """Whether a segment has what a mode needs."""
+    return mode in ("auto", "exact") or segment.projection is not None
 
 
 def current(folder: Path) -> str | None:

@@ -5,6 +5,7 @@
 
 Errors of rounding are bounded as well, so the answer is that of brute force in fp64, for any query.
 Where bounds rule out too little, all rows are compared in full, as a search without bounds would.
+An approximate search goes the same way, but from the rows of some lists instead of all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 
 from llfast.intervals import half_variances
 
-from .flat import farthest, reach, squares_to
+from .flat import farthest, norms_of, reach, squares_to
+from .lists import ListedRows
 from .projection import Reduced
 
 _LEAST_ROWS = 16  # compared in full at once; twice as many each time
@@ -56,12 +58,14 @@ class Rows:
         points: (K, N) nats, in fp32 or fp64; maybe in a mapped file.
         flat: (K, N) the same in fp32; None if that would be a copy that is not worth its memory.
         reduced: their lower-bound coordinates; None where all are compared in full.
+        listed: the same in lists, of which a search looks at some only; None where it is exact.
         check: called with row numbers before these points are read; it raises if they are damaged.
     """
 
     points: Shaped[np.ndarray, "K N"]
     flat: Float32[np.ndarray, "K N"] | None
     reduced: Reduced | None
+    listed: ListedRows | None = None
     check: Callable[[Sequence[int] | range], None] | None = None
 
     def __len__(self) -> int:
@@ -98,6 +102,7 @@ class Query:
         point: (N,) fp64.
         reduced: its lower-bound coordinates, in one row; None where there are none.
         bounds: (K,) of `first_bounds`; None where there are none.
+        rows: (C,) the only ones that are looked at, which `bounds` are of; None for all.
         norms: its norm, and the largest of the rows'.
         slack: how far the mean of a difference may be from 0, times √N: KL does not count it.
         allowed: which rows may be found; None for all.
@@ -105,10 +110,34 @@ class Query:
 
     point: Float64[np.ndarray, " N"]
     reduced: Reduced | None
-    bounds: Float32[np.ndarray, " K"] | None
+    bounds: Float32[np.ndarray, " C"] | None
+    rows: Int64[np.ndarray, " C"] | None
     norms: float
     slack: float
     allowed: Bool[np.ndarray, " K"] | None
+
+    @classmethod
+    def around(
+        cls,
+        point: Float64[np.ndarray, " N"],
+        reduced: Reduced | None,
+        *,
+        largest: float,
+        offset: float,
+        allowed: Bool[np.ndarray, " K"] | None,
+        bounds: Float32[np.ndarray, " C"] | None,
+        rows: Int64[np.ndarray, " C"] | None = None,
+    ) -> Query:
+        """With `norms` and `slack` for rows of norms of at most `largest` and means of `offset`."""
+        return cls(
+            point=point,
+            reduced=reduced,
+            bounds=bounds,
+            rows=rows,
+            norms=float(norms_of(point[None])[0]) + largest,
+            slack=math.sqrt(len(point)) * (abs(float(point.mean())) + offset),
+            allowed=allowed,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -128,6 +157,32 @@ def first_bounds(parts: Sequence[Rows], queries: Reduced) -> Float32[np.ndarray,
     )
 
 
+def listed_bounds(
+    parts: Sequence[Rows], query: Reduced, least: int, allowed: Bool[np.ndarray, " K"] | None
+) -> tuple[Int64[np.ndarray, " C"], Float32[np.ndarray, " C"]]:
+    """Rows that may well be near, and squares that they are not nearer than.
+
+    Args:
+        parts: of those without lists, all rows may be near.
+        query: in one row.
+        least: how many there must be, of those that are allowed, if there are so many.
+        allowed: which rows may be found; None for all.
+    """
+    rows, bounds, start = [], [], 0
+    for part in parts:
+        here = slice(start, start + len(part))
+        assert part.reduced is not None
+        if part.listed is None:
+            own, squares = np.arange(len(part)), squares_to(query.first, part.reduced.first)[0]
+        else:
+            some = None if allowed is None else allowed[here]
+            own, squares = part.listed.near(query.first, least, some)
+        rows.append(own + start)
+        bounds.append(squares)
+        start = here.stop
+    return np.concatenate(rows), np.concatenate(bounds)
+
+
 def nearest(parts: Sequence[Rows], query: Query, k: int) -> Found:
     """The k nearest rows, and those that tie with the k-th.
 
@@ -140,8 +195,7 @@ def nearest(parts: Sequence[Rows], query: Query, k: int) -> Found:
     if (first := search.bounds) is None:
         search.scan()
         return search.within(search.kth(k))
-    start = min(2 * k + 14, search.count)
-    likely = np.argpartition(first, start - 1)[:start] if start < len(first) else _finite(first)
+    likely = search.likely(first, min(first_look(k), search.count))
     search.compare(likely[np.argsort(search.second_bounds(likely))[: k + 6]])
     distance = search.kth(k)
     left = search.left_by_first(first, distance)
@@ -158,6 +212,11 @@ def nearest(parts: Sequence[Rows], query: Query, k: int) -> Found:
         search.compare(left[begin : min(begin + step, near)])
         distance = search.kth(k)
     return search.within(distance)
+
+
+def first_look(k: int) -> int:
+    """How many rows are looked at before it is known how far the k-th is."""
+    return 2 * k + 14
 
 
 def within(parts: Sequence[Rows], query: Query, distance: float) -> Found:
@@ -183,8 +242,11 @@ class _Search:
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self._total = int(self._starts[-1])
         self._point32 = _fp32(query.point[None])
-        allowed = query.allowed
-        self.count = self._total if allowed is None else int(np.count_nonzero(allowed))
+        allowed, self._chosen = query.allowed, query.rows
+        if allowed is not None and self._chosen is not None:
+            allowed = allowed[self._chosen]
+        count = self._total if self._chosen is None else len(self._chosen)
+        self.count = count if allowed is None else int(np.count_nonzero(allowed))
         self.bounds = query.bounds
         if self.bounds is not None and allowed is not None:
             self.bounds = np.where(allowed, self.bounds, np.inf).astype(np.float32, copy=False)
@@ -196,15 +258,21 @@ class _Search:
 
     # ------------------------------------------------------------------ bounds
 
+    def likely(self, bounds: Float32[np.ndarray, " C"], count: int) -> Int64[np.ndarray, " M"]:
+        """So many rows whose first bounds are least; all that are allowed, if they are so few."""
+        if count < len(bounds):
+            return self._numbers(np.argpartition(bounds, count - 1)[:count])
+        return self._numbers(np.flatnonzero(np.isfinite(bounds)))
+
     def left_by_first(
-        self, bounds: Float32[np.ndarray, " K"], distance: float
+        self, bounds: Float32[np.ndarray, " C"], distance: float
     ) -> Int64[np.ndarray, " M"]:
         """Rows that may be within a distance, but for those that are compared already."""
         assert self._query.reduced is not None
         dimensions = self._query.reduced.first.shape[1]
         limit = reach(distance, dimensions, self._query.norms, slack=self._query.slack)
-        left = np.flatnonzero(bounds <= min(limit, float(np.finfo(np.float32).max)))
-        left = left[~self._compared_mask[left]]
+        near = np.flatnonzero(bounds <= min(limit, float(np.finfo(np.float32).max)))
+        left = self._numbers(near[~self._compared_mask[self._numbers(near)]])
         self._second += len(left)
         return left
 
@@ -254,6 +322,8 @@ class _Search:
 
     def is_scan_faster(self, rows: int) -> bool:
         """Whether to compare all rows in order instead of so many here and there."""
+        if self._chosen is not None:
+            return False
         return len(self._rows) + rows > max(_SCAN_SHARE * self._total, _MOST_ROWS)
 
     def kth(self, k: int) -> float:
@@ -285,6 +355,13 @@ class _Search:
         )
         return Found(rows=rows, divergences=divergences, certificate=certificate)
 
+    def _numbers(self, places: Int64[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
+        """The rows whose bounds are at these places."""
+        if self._chosen is None:
+            return places
+        chosen: Int64[np.ndarray, " M"] = self._chosen[places]
+        return chosen
+
     def _by_part(
         self, rows: Int64[np.ndarray, " M"]
     ) -> Iterator[tuple[Rows, Bool[np.ndarray, " M"] | slice, Int64[np.ndarray, " m"]]]:
@@ -308,7 +385,3 @@ def _growing(count: int) -> Iterator[tuple[int, int]]:
 
 def _fp32(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32)
-
-
-def _finite(bounds: Float32[np.ndarray, " K"]) -> Int64[np.ndarray, " M"]:
-    return np.flatnonzero(np.isfinite(bounds))

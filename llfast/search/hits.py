@@ -66,17 +66,24 @@ class Hits(list[Hit]):
 
     Attributes:
         certificate: why nothing nearer can have been missed; None if something can.
+        recall: where something can: the share of the 10 nearest that was found for models held out
+            when the index was built.
     """
 
-    def __init__(self, hits: Iterable[Hit] = (), certificate: Certificate | None = None) -> None:
+    def __init__(
+        self,
+        hits: Iterable[Hit] = (),
+        certificate: Certificate | None = None,
+        recall: float | None = None,
+    ) -> None:
         super().__init__(hits)
-        self.certificate = certificate
+        self.certificate, self.recall = certificate, recall
 
     def certificate_line(self, unit: str) -> str:
         """What people are told of the certificate."""
         found = self.certificate
         if found is None:
-            return "approximate: some that are nearer may be missing"
+            return f"approximate: about {self.recall or 0:.1%} of the 10 nearest are found"
         if found.compared == found.models:
             return f"exact: all {found.models:,} models were compared in full"
         return (

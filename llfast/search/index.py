@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from operator import index
 from pathlib import Path
@@ -24,28 +24,28 @@ from llfast.space import ModelSpace
 from llfast.store import Store
 
 from .added import Added
-from .certified import Rows, nearest, within
+from .certified import first_look, nearest, within
+from .contents import Contents, choose_mode
 from .flat import import_faiss, norms_of, refuse_overflow
 from .hits import Hits
-from .models import IndexedModel, Models
-from .projection import Projection, Reduced, draw_sample
+from .models import IndexedModel
 from .segment import Segment
 from .snapshot import Snapshot
 
-MODES = ("auto", "exact", "certified")
-EXACT_BYTES = 64 << 20  # of fp32 points: reading them all takes as long as looking at bounds
+MODES = ("auto", "exact", "certified", "approximate")
 _ROUNDED = float(np.finfo(np.float32).eps)  # how far fp32 moves a mean, of the norm, at most
-_ROWS = 256  # worked on at once: 20 MB of fp64 at 10,000 texts
 _QUERIES = 32  # whose bounds are found at once
 
 
 class KLIndex:
-    """Exact nearest models. Searches do not change it, `add` and `remove` do.
+    """Nearest models, exactly unless asked otherwise.
+
+    Searches do not change it, `add` and `remove` do.
 
     Attributes:
         basis: what its points are coordinates in.
-        mode: "exact" (all rows are compared in full) or "certified" (lower bounds rule most out;
-            the answer is the same).
+        mode: "exact" (all rows are compared in full), "certified" (lower bounds rule most out;
+            the answer is the same), or "approximate" (most rows are not looked at).
     """
 
     def __init__(self, basis: Basis, *, mode: str) -> None:
@@ -54,29 +54,13 @@ class KLIndex:
         self.basis, self.mode = basis, mode
         self._lock = Lock()
 
-    def _set(
-        self,
-        models: Models,
-        rows: Rows,
-        projection: Projection | None,
-        *,
-        largest: float,
-        offset: float,
-        noise_floor: float,
-    ) -> None:
-        """Search in these from now on.
-
-        Args:
-            models: one a row.
-            rows: their points.
-            projection: what their lower-bound coordinates were made with, if there are any.
-            largest: norm of the points, at most.
-            offset: mean of a point's coordinates, at most.
-            noise_floor: the largest KL between two dtypes of one model, nats a text.
-        """
-        self._models, self._rows, self._projection = models, rows, projection
-        self._added = Added(len(self.basis), projection)
-        self._largest, self._offset, self._noise_floor = largest, offset, noise_floor
+    def _set(self, contents: Contents) -> None:
+        """Search in these from now on."""
+        self._models, self._rows = contents.models, contents.rows
+        self._projection = contents.projection
+        self._added = Added(len(self.basis), contents.projection)
+        self._largest, self._offset = contents.largest, contents.offset
+        self._noise_floor = contents.noise_floor
 
     @classmethod
     def build(
@@ -100,7 +84,10 @@ class KLIndex:
 
         Args:
             source: coordinates of a space are referred to, not copied.
-            mode: "exact", "certified", or "auto": the first for small spaces.
+            mode: "exact", "certified", or "auto": the first for small spaces. "approximate" looks
+                at the likeliest of some thousand models and more, and finds most of the nearest:
+                how many was measured when it was built, see `recall`. Fewer models, and those of
+                which a condition holds, are searched as with "certified".
             textset: the start of a text set's digest, for a store with several.
             convention: only results under this convention.
             dtype: only models that ran in it.
@@ -133,38 +120,10 @@ class KLIndex:
 
     @staticmethod
     def _of_space(space: ModelSpace, mode: str) -> KLIndex:
-        points = space.coordinates
-        norms = np.concatenate([norms_of(points[block]) for block in blocks(len(space))])
-        refuse_overflow(float(norms.max()))
-        models = Models.of(
-            [
-                IndexedModel(*each)
-                for each in zip(
-                    space.models, space.revisions, space.dtypes, space.metadata, strict=True
-                )
-            ]
-        )
-        if mode == "auto":
-            mode = "exact" if points.nbytes // 2 <= EXACT_BYTES else "certified"
-        projection, flat, reduced = None, None, None
-        if mode == "exact":
-            flat = points.astype(np.float32)
-        else:
-            projection = Projection.fit(points[draw_sample(*points.shape)])
-            parts = [projection.reduce(points[block]) for block in blocks(len(space))]
-            reduced = Reduced(
-                np.concatenate([each.first for each in parts]),
-                np.concatenate([each.rest for each in parts]),
-            )
+        mode = choose_mode(mode, space.coordinates.nbytes // 2)
+        contents = Contents.of_space(space, mode)
         index = KLIndex(space.basis, mode=mode)
-        index._set(
-            models,
-            Rows(points=points, flat=flat, reduced=reduced),
-            projection,
-            largest=float(norms.max()),
-            offset=float(np.abs(points.mean(axis=1)).max()),
-            noise_floor=space.noise_floor("nats_per_text") or 0.0,
-        )
+        index._set(contents)
         return index
 
     @classmethod
@@ -175,16 +134,26 @@ class KLIndex:
             ValueError: if there is no such mode, or bounds are asked for and it has none.
             MissingDependencyError: if faiss is not installed.
         """
-        if mode not in ("exact", "certified"):
-            raise ValueError(f"mode must be exact or certified, got {mode!r}")
-        if mode == "certified" and segment.projection is None:
-            raise ValueError("mode must be exact for a segment without bounds, got 'certified'")
+        check_mode(mode)
+        if mode == "auto":
+            mode = "exact" if segment.projection is None else "certified"
+        if mode != "exact" and segment.projection is None:
+            raise ValueError(f"mode must be exact for a segment without bounds, got {mode!r}")
         index = KLIndex(segment.basis, mode=mode)
-        index._set_segment(segment)
+        index._set(Contents.of_segment(segment, mode))
         return index
 
     def __len__(self) -> int:
         return len(self._models)
+
+    @property
+    def recall(self) -> float | None:
+        """The share of the 10 nearest that an approximate search finds; None if it is exact.
+
+        It was measured when the lists of models were made, for models held out from that.
+        """
+        listed = self._rows.listed
+        return None if listed is None else listed.lists.recall
 
     @property
     def names(self) -> list[str]:
@@ -320,20 +289,6 @@ class KLIndex:
         snapshot, _ = self._snapshot([])
         return snapshot.project(result)
 
-    def _set_segment(self, segment: Segment) -> None:
-        """Search in its rows from now on."""
-        facts, rows, projection = segment.facts, segment.rows, segment.projection
-        if self.mode == "exact":
-            rows, projection = replace(rows, reduced=None), None
-        self._set(
-            segment.models(),
-            rows,
-            projection,
-            largest=facts["largest"],
-            offset=facts["offset"],
-            noise_floor=facts["noise_floor"],
-        )
-
     def _append(self, point: Float64[np.ndarray, " N"], model: IndexedModel) -> None:
         """One more row; call it with the lock."""
         norm = float(norms_of(point[None])[0])
@@ -373,7 +328,7 @@ class KLIndex:
         snapshot = snapshot.only(where)
         return [
             snapshot.hits(asked, nearest(snapshot.parts, asked.query, k), unit, k)
-            for asked in snapshot.ask(queries, rows)
+            for asked in snapshot.ask(queries, rows, first_look(k))
         ]
 
 
@@ -387,8 +342,3 @@ def check_mode(mode: str) -> None:
     """Raise ValueError if there is no such mode."""
     if mode not in MODES:
         raise ValueError(f"mode must be {', '.join(MODES)}, got {mode!r}")
-
-
-def blocks(count: int) -> Iterator[slice]:
-    """Rows that are worked on at once."""
-    return (slice(at, at + _ROWS) for at in range(0, count, _ROWS))

@@ -1,7 +1,8 @@
-"""An index on disk: one folder of plain arrays that never changes.
+"""An index on disk: one folder of plain arrays that never changes; `writer.py` writes it.
 
     points.f32   (K, N) coordinates in fp32, mapped; every row is checked before it is first used
     first.f32    (K, m0 + 1) and rest.f32 (K, m1 - m0 + 1), lower-bound coordinates
+    lists.u32    (K,) the list of each row, and centroids.f32 (L, m0 + 1), for approximate searches
     checks.u64   (K,) xxh3 of each row of points
     models.parquet   what is known of each row
     index.npz    the basis, the directions, and the sizes and xxh3 of the files above
@@ -14,34 +15,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from jaxtyping import Float64
 
 from llfast.basis import Basis
 from llfast.errors import SearchError, SpaceError
-from llfast.files import atomic_write
-from llfast.intervals import half_variances
-from llfast.mixed import dtype_pairs
-from llfast.spacefile import read_space, write_space
+from llfast.spacefile import read_space
 
 from .certified import Rows
-from .flat import refuse_large_rows
+from .lists import Lists
 from .models import IndexedModel, Models
 from .projection import Projection, Reduced
 
-_BASIS = ("clip", "ids", "groups", "textset_digest", "convention")
+BASIS = ("clip", "ids", "groups", "textset_digest", "convention")
 _ARRAYS = ("reference", "text_bytes", "directions")
 _Bytes = TypeVar("_Bytes", bytes, memoryview)
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("name", pa.string()),
         ("revision", pa.string()),
@@ -62,6 +58,7 @@ class Segment:
         basis: of its points.
         projection: what its lower-bound coordinates were made with; None if it has none.
         rows: its points.
+        lists: which list each row is in; None if it has none.
         facts: what else its writer had to say.
 
     Raises:
@@ -71,7 +68,7 @@ class Segment:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if _digest(folder / "index.npz") != folder.name:
+        if digest_of(folder / "index.npz") != folder.name:
             raise SearchError(_damaged(folder / "index.npz", "other bytes than were written"))
         try:
             fields = read_space(folder / "index.npz", _ARRAYS)
@@ -81,11 +78,12 @@ class Segment:
             self.basis = Basis(
                 reference=fields["reference"],
                 text_bytes=fields["text_bytes"],
-                **{name: fields[name] for name in _BASIS},
+                **{name: fields[name] for name in BASIS},
             )
             self.facts: Mapping[str, Any] = fields["facts"]
             self._files: Mapping[str, Any] = fields["files"]
             count, first = int(fields["count"]), int(fields["first"])
+            listed = {name: fields["lists"][name] for name in ("count", "probes", "recall")}
             directions = fields["directions"]
             n, m = len(self.basis), len(directions)
         except (KeyError, TypeError, ValueError, SpaceError) as error:
@@ -95,12 +93,17 @@ class Segment:
         explained = self.facts.get("explained", (0.0, 0.0))
         self.projection = Projection(directions, first, tuple(explained)) if m else None
         self._sums = self._read("checks.u64", np.dtype("<u8"), (count,))
-        reduced = None
+        fp32 = np.dtype("<f4")
+        reduced = self.lists = None
         if self.projection is not None:
-            fp32 = np.dtype("<f4")
             reduced = Reduced(
                 self._read("first.f32", fp32, (count, first + 1)),
                 self._read("rest.f32", fp32, (count, m - first + 1)),
+            )
+        if some := listed.pop("count"):
+            centroids = self._read("centroids.f32", fp32, (some, first + 1))
+            self.lists = Lists(
+                centroids, self._read("lists.u32", np.dtype("<u4"), (count,)), **listed
             )
         points = self._map("points.f32", np.dtype("<f4"), (count, n))
         self._points = points
@@ -115,7 +118,7 @@ class Segment:
         """What is known of each row; raises SearchError if it is damaged."""
         path = self.folder / "models.parquet"
         table = pq.read_table(pa.BufferReader(self._check_sum(path.name, path.read_bytes())))
-        if table.schema != _SCHEMA or len(table) != len(self):
+        if table.schema != SCHEMA or len(table) != len(self):
             raise SearchError(_damaged(path, f"{len(table)} rows of another kind"))
         return table
 
@@ -174,119 +177,10 @@ class Segment:
             self._checked[number] = True
 
 
-class SegmentWriter:
-    """Writes a folder, a block of rows at a time; `finish` makes it one that can be read."""
-
-    def __init__(self, folder: Path, basis: Basis, projection: Projection | None) -> None:
-        """Begin.
-
-        Raises:
-            OSError: if the folder is there, or cannot be made.
-        """
-        folder.mkdir()
-        self._folder, self._basis, self._projection = folder, basis, projection
-        names = ["points.f32", "checks.u64"]
-        names += [] if projection is None else ["first.f32", "rest.f32"]
-        self._files = {name: (folder / name).open("wb") for name in names}
-        self._sums = {name: xxhash.xxh3_64() for name in names if name != "points.f32"}
-        self._models: list[IndexedModel] = []
-        self.largest = self.offset = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for opened in self._files.values():
-            opened.close()
-
-    def append(self, models: Sequence[IndexedModel], points: Float64[np.ndarray, "M N"]) -> None:
-        """More rows, rounded to fp32; raises SearchError if that cannot hold them."""
-        refuse_large_rows(points, [row.name for row in models])
-        rounded = np.ascontiguousarray(points, dtype="<f4")
-        exact = rounded.astype(np.float64)
-        self.largest = max(self.largest, float(np.sqrt(np.einsum("ij,ij->i", exact, exact)).max()))
-        self.offset = max(self.offset, float(np.abs(exact.mean(axis=1)).max()))
-        sums = np.array([xxhash.xxh3_64_intdigest(row) for row in rounded], dtype="<u8")
-        self._write("checks.u64", sums)
-        self._write("points.f32", rounded)
-        if self._projection is not None:
-            reduced = self._projection.reduce(exact)
-            self._write("first.f32", reduced.first.astype("<f4"))
-            self._write("rest.f32", reduced.rest.astype("<f4"))
-        self._models += models
-
-    def finish(self, facts: Mapping[str, Any]) -> str:
-        """Have all of it on the disk.
-
-        Args:
-            facts: what JSON can hold; kept as `Segment.facts`, with norms, dtypes and tokenizers.
-
-        Returns: a digest of all of it, to be the folder's name.
-        """
-        for opened in self._files.values():
-            opened.flush()
-            os.fsync(opened.fileno())
-        table = pa.Table.from_pydict(
-            {
-                field.name: [
-                    json.dumps(dict(row.metadata))
-                    if field.name == "metadata"
-                    else getattr(row, field.name)
-                    for row in self._models
-                ]
-                for field in _SCHEMA
-            },
-            schema=_SCHEMA,
-        )
-        written = pa.BufferOutputStream()
-        pq.write_table(table, written, compression="zstd")
-        with atomic_write(self._folder / "models.parquet") as file:
-            file.write(written.getvalue())
-        self._sums["models.parquet"] = xxhash.xxh3_64(written.getvalue())
-        known = [row.metadata["adds_bos"] for row in self._models if "adds_bos" in row.metadata]
-        projection, basis = self._projection, self._basis
-        directions = np.empty((0, len(basis))) if projection is None else projection.directions
-        fields = {name: getattr(basis, name) for name in _BASIS} | {
-            "count": len(self._models),
-            "first": 0 if projection is None else projection.first,
-            "files": {name: digest.intdigest() for name, digest in self._sums.items()},
-            "facts": {
-                **facts,
-                "explained": None if projection is None else projection.explained,
-                "largest": self.largest,
-                "offset": self.offset,
-                "dtypes": sorted({row.dtype for row in self._models}),
-                "adds_bos": {json.dumps(each): known.count(each) for each in (True, False)},
-                "noise_floor": self._noise_floor(),
-            },
-        }
-        arrays = {"reference": basis.reference, "text_bytes": basis.text_bytes}
-        write_space(self._folder / "index.npz", fields, arrays | {"directions": directions})
-        return _digest(self._folder / "index.npz")
-
-    def _noise_floor(self) -> float:
-        """The largest KL between two dtypes of one model, nats a text; 0 if there is none."""
-        models = self._models
-        shape = (len(models), len(self._basis))
-        points = np.memmap(self._folder / "points.f32", dtype="<f4", mode="r", shape=shape)
-        pairs = dtype_pairs(*zip(*((m.name, m.revision, m.dtype) for m in models), strict=True))
-        return max(
-            (
-                float(half_variances(points[[a]].astype(np.float64) - points[b])[0])
-                for a, b in pairs
-            ),
-            default=0.0,
-        )
-
-    def _write(self, name: str, rows: np.ndarray) -> None:
-        self._files[name].write(rows.data)
-        if name in self._sums:
-            self._sums[name].update(rows.data)
-
-
 def _damaged(path: Path, reason: str) -> str:
     return f"{path} must be as it was written, got {reason}; build it again with refit=True"
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """What a folder with this index.npz is called."""
     return xxhash.xxh3_128_hexdigest(path.read_bytes())

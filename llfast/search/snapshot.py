@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +14,8 @@ from llfast.mixed import warn_of_kind
 from llfast.results import KLEstimate, LogLikelihoods
 from llfast.where import select_rows
 
-from .certified import Found, Query, Rows, first_bounds
-from .flat import norms_of, refuse_large_rows
+from .certified import Found, Query, Rows, first_bounds, listed_bounds
+from .flat import refuse_large_rows
 from .hits import Hit, Hits
 from .models import Models
 from .projection import Projection, Reduced
@@ -60,7 +59,15 @@ class Snapshot:
             return self
         count = sum(map(len, self.parts))
         chosen = select_rows(self.models.table(self.basis.convention), where)[:count]
-        return replace(self, allowed=chosen if self.allowed is None else chosen & self.allowed)
+        allowed = chosen if self.allowed is None else chosen & self.allowed
+        # The lists of the nearest models may hold none of which the condition holds.
+        return replace(self, allowed=allowed, parts=[replace(p, listed=None) for p in self.parts])
+
+    @property
+    def recall(self) -> float | None:
+        """That of its lists; None where searches are exact."""
+        found = [part.listed.lists.recall for part in self.parts if part.listed is not None]
+        return found[0] if found else None
 
     def point(self, row: int) -> Float64[np.ndarray, " N"]:
         """Where a row is."""
@@ -81,13 +88,14 @@ class Snapshot:
         return rounded.astype(np.float64)
 
     def ask(
-        self, queries: Sequence[str | LogLikelihoods], rows: Sequence[int | None]
+        self, queries: Sequence[str | LogLikelihoods], rows: Sequence[int | None], least: int = 0
     ) -> Iterator[Asked]:
         """Points of the queries, and what bounds need.
 
         Args:
             queries: names, of which the rows are known, and results.
             rows: those of the same names. A result whose row has other numbers is another model.
+            least: how many rows a search by lists looks at, if there are so many.
         """
         points = np.empty((len(queries), len(self.basis)))
         own_rows: list[int | None] = []
@@ -99,21 +107,27 @@ class Snapshot:
                 points[at] = self.project(query)
             same = isinstance(query, str) or (row is not None and self._is_at(row, points[at]))
             own_rows.append(row if same else None)
-        norms = norms_of(points)
         reduced = bounds = None
         if self.projection is not None:
             reduced = self._reduce(points, own_rows)
-            bounds = first_bounds(self.parts, reduced)
+            bounds = first_bounds(self.parts, reduced) if self.recall is None else None
         for at, (query, row) in enumerate(zip(queries, own_rows, strict=True)):
+            allowed = self._allowed_but(row)
+            own = None if reduced is None else reduced[at]
+            own_bounds, near = None if bounds is None else bounds[at], None
+            if self.recall is not None:
+                assert own is not None
+                near, own_bounds = listed_bounds(self.parts, own, least, allowed)
             yield Asked(
                 dtype=self._dtype(query, rows[at]),
-                query=Query(
-                    point=points[at],
-                    reduced=None if reduced is None else reduced[at],
-                    bounds=None if bounds is None else bounds[at],
-                    norms=float(norms[at]) + self.largest,
-                    slack=math.sqrt(len(self.basis)) * (abs(points[at].mean()) + self.offset),
-                    allowed=self._allowed_but(row),
+                query=Query.around(
+                    points[at],
+                    own,
+                    largest=self.largest,
+                    offset=self.offset,
+                    allowed=allowed,
+                    bounds=own_bounds,
+                    rows=near,
                 ),
             )
 
@@ -135,7 +149,9 @@ class Snapshot:
             )
             for divergence, name, row in order[:k]
         ]
-        return Hits(hits, replace(found.certificate, bound=found.certificate.bound * factor))
+        certificate = replace(found.certificate, bound=found.certificate.bound * factor)
+        recall = self.recall
+        return Hits(hits, certificate if recall is None else None, recall)
 
     # ------------------------------------------------------------------ inside
 

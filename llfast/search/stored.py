@@ -39,10 +39,12 @@ from .building import (
     indexed,
     only_builder,
     retry,
+    serves,
     write,
 )
+from .contents import Contents, blocks
 from .flat import refuse_large_rows
-from .index import KLIndex, blocks
+from .index import KLIndex
 from .models import IndexedModel
 from .segment import Segment
 
@@ -94,12 +96,14 @@ class StoredIndex(KLIndex):
         segment = None
         if not refit:
             with contextlib.suppress(SearchError):
-                segment = find(folder, mode)
-        if segment is None:
+                segment = find(folder)
+        if segment is None or not serves(segment, mode):
             with only_builder(folder):
                 # Another builder may have been here meanwhile.
-                segment = None if refit else find_or_warn(folder, mode)
-                segment = segment or retry(partial(build, store, selection, folder, mode))
+                segment = None if refit else find_or_warn(folder)
+                if segment is None or not serves(segment, mode):
+                    basis = None if segment is None else segment.basis
+                    segment = retry(partial(build, store, selection, folder, mode, basis))
         index = cls(store, selection, folder, segment, mode)
         index.refresh()
         if len(index._added) > len(segment) * _MOST_ADDED:
@@ -182,7 +186,7 @@ class StoredIndex(KLIndex):
 
     def summary(self) -> dict[str, Any]:
         """What people are told of it; memory is without the points, which are mapped."""
-        rows, projection = self._segment.rows, self._projection
+        rows, projection, lists = self._segment.rows, self._projection, self._segment.lists
         arrays = [] if rows.reduced is None else [rows.reduced.first, rows.reduced.rest]
         arrays += [] if projection is None else [projection.directions]
         return {
@@ -191,6 +195,8 @@ class StoredIndex(KLIndex):
             "mode": self.mode,
             "directions": 0 if projection is None else len(projection.directions),
             "explained": None if projection is None else projection.explained[1],
+            "lists": 0 if lists is None else len(lists.centroids),
+            "recall": None if lists is None else round(lists.recall, 4),  # if approximate
             "memory_bytes": sum(each.nbytes for each in arrays),
             "points_bytes": rows.points.nbytes,
             "folder": str(self._segment.folder),
@@ -229,7 +235,7 @@ class StoredIndex(KLIndex):
 
     def _adopt(self, segment: Segment) -> None:
         with self._lock:
-            self._set_segment(segment)
+            self._set(Contents.of_segment(segment, self.mode))
             self._segment = segment
             self._shards = segment.facts["shards"]
             removed = segment.facts["removed"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llfast import KLIndex, SearchError
-from llfast.search.segment import SegmentWriter
+from llfast.search.writer import SegmentWriter
 from tests.indexes import N, make_store
 from tests.stores import ROOT
 

@@ -1,0 +1,100 @@
+"""How rows are put into lists, and how many lists a search has to look at.
+
+k-means of first coordinates ─▶ each row is in the list of its nearest centroid
+models held out from k-means ─▶ half of them say how many lists hold their nearest models, half
+tell what share of theirs is found in so many
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt32
+
+from .certified import Query, Rows, first_bounds, nearest
+from .flat import import_faiss
+from .lists import Lists
+
+LEAST_ROWS = 4096  # with fewer, looking at all of them takes no longer
+_NEAREST = 10  # models whose recall is chosen and measured
+_AIM = 0.99
+_HELD_OUT = 400  # models
+_ROWS_A_LIST = 64  # k-means sees so many, on average
+_ITERATIONS = 10
+_BLOCK = 1 << 16  # rows that are looked at once
+
+
+def fit_lists(rows: Rows, *, largest: float, offset: float) -> Lists | None:
+    """Lists of rows that have lower-bound coordinates; None for so few that all can be looked at.
+
+    Args:
+        rows: at least some thousand.
+        largest: norm of the points, at most.
+        offset: mean of a point's coordinates, at most.
+    """
+    if rows.reduced is None or len(rows) < LEAST_ROWS:
+        return None
+    first = rows.reduced.first
+    rng = np.random.default_rng(0)
+    held_out = rng.choice(len(rows), _HELD_OUT, replace=False)
+    count = round(4 * math.sqrt(len(rows)))
+    most = min(len(rows), count * _ROWS_A_LIST + len(held_out))
+    seen = np.setdiff1d(rng.choice(len(rows), most, replace=False), held_out)
+    centroids = _centroids(first[seen], count)
+    numbers = _nearest_centroids(first, centroids)
+    lists = Lists(centroids, numbers, len(centroids), 1.0)
+    ranks = np.array([_ranks(lists, rows, row, largest, offset) for row in held_out.tolist()])
+    chosen, measured = ranks[::2], ranks[1::2]
+    probes = int(np.quantile(chosen, _AIM, method="inverted_cdf")) + 1
+    return Lists(centroids, numbers, probes, float((measured < probes).mean()))
+
+
+def _centroids(seen: Float32[np.ndarray, "S F"], count: int) -> Float32[np.ndarray, "L F"]:
+    kmeans = import_faiss().Kmeans(
+        seen.shape[1],
+        count,
+        niter=_ITERATIONS,
+        seed=0,
+        min_points_per_centroid=1,  # faiss prints a warning where there are fewer
+        max_points_per_centroid=_ROWS_A_LIST,
+    )
+    kmeans.train(seen)
+    found: Float32[np.ndarray, "L F"] = kmeans.centroids
+    return found
+
+
+def _nearest_centroids(
+    first: Float32[np.ndarray, "K F"], centroids: Float32[np.ndarray, "L F"]
+) -> UInt32[np.ndarray, " K"]:
+    index = import_faiss().IndexFlatL2(centroids.shape[1])
+    index.add(centroids)
+    numbers = np.empty(len(first), dtype=np.uint32)
+    for at in range(0, len(first), _BLOCK):
+        _, found = index.search(np.ascontiguousarray(first[at : at + _BLOCK]), 1)
+        numbers[at : at + _BLOCK] = found[:, 0]
+    return numbers
+
+
+def _ranks(
+    lists: Lists, rows: Rows, row: int, largest: float, offset: float
+) -> Int64[np.ndarray, " M"]:
+    """When a search around a row would come to the lists of its nearest rows: 0 for the first."""
+    assert rows.reduced is not None
+    allowed = np.ones(len(rows), dtype=bool)
+    allowed[row] = False
+    point = rows.take(np.array([row]))[0].astype(np.float64)
+    reduced = rows.reduced[row]
+    query = Query.around(
+        point,
+        reduced,
+        largest=largest,
+        offset=offset,
+        allowed=allowed,
+        bounds=first_bounds([rows], reduced)[0],
+    )
+    found = nearest([rows], query, _NEAREST)
+    order = np.argsort(found.divergences, kind="stable")[:_NEAREST]
+    places = np.argsort(lists.order(reduced.first))
+    ranks: Int64[np.ndarray, " M"] = places[lists.numbers[found.rows[order]]]
+    return ranks
