@@ -28,7 +28,7 @@ from llfast.bench import report
 from llfast.errors import LlfastWarning
 from llfast.intervals import half_variances
 from llfast.search import Hits, KLIndex
-from llfast.search.certified import first_bounds
+from llfast.search.searched import first_bounds
 from llfast.search.segment import Segment
 
 K = 10

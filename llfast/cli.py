@@ -21,6 +21,7 @@ from .cli_options import (
     MemoryBudget,
     Newest,
     Revision,
+    SearchMode,
     StoredConvention,
     StoredDtype,
     StorePath,
@@ -207,6 +208,7 @@ def search_command(
         str | None,
         typer.Option(help="Only such models: a SQL condition, \"family = 'llama'\"."),
     ] = None,
+    mode: SearchMode = "auto",
     texts: Annotated[
         Path | None, typer.Option(help="The text set, to score a model the store lacks.")
     ] = None,
@@ -226,6 +228,7 @@ def search_command(
         k=k,
         radius=radius,
         where=where,
+        mode=mode,
         texts=texts,
         textset=textset,
         convention=convention,
@@ -235,7 +238,7 @@ def search_command(
     )
     if as_json:
         found = {"model": query, "unit": unit, "hits": [hit.summary() for hit in hits]}
-        print_json(found | {"certificate": hits.certificate})
+        print_json(found | {"certificate": hits.certificate, "recall": hits.recall})
         return
     label = unit.replace("_per_", "/")
     print_table(

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import AsJson, Newest, StoredConvention, StoredDtype, StorePath, TextSetDigest
+from .cli_options import (
+    AsJson,
+    Newest,
+    SearchMode,
+    StoredConvention,
+    StoredDtype,
+    StorePath,
+    TextSetDigest,
+)
 from .output import print_facts, print_json
 
 index_app = typer.Typer(help="Indexes of a store.", no_args_is_help=True)
@@ -15,9 +23,7 @@ index_app = typer.Typer(help="Indexes of a store.", no_args_is_help=True)
 @index_app.command("build")
 def build_command(
     store: StorePath,
-    mode: Annotated[
-        str, typer.Option(help="exact, certified, or auto: by the number of models.")
-    ] = "auto",
+    mode: SearchMode = "auto",
     refit: Annotated[
         bool, typer.Option("--refit", help="From scratch, in a basis of what is there now.")
     ] = False,

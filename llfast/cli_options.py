@@ -50,4 +50,7 @@ AllowPickle = Annotated[
 Newest = Annotated[
     bool, typer.Option("--newest", help="Of several rows of one model, take the newest.")
 ]
+SearchMode = Annotated[
+    str, typer.Option(help="exact, certified, approximate, or auto: by the number of models.")
+]
 Unit = Annotated[str, typer.Option(help="bits_per_byte or nats_per_text.")]

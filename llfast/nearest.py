@@ -13,7 +13,7 @@ from .errors import SearchError
 from .models import open_model
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .scoring import score
-from .search import Hits, KLIndex, Selection, StoredIndex
+from .search import Hits, KLIndex, Selection, StoredIndex, check_mode
 from .space import ModelSpace
 from .store import Store
 from .texts import TextSet
@@ -28,6 +28,7 @@ def find_nearest(
     k: int = 10,
     radius: float | None = None,
     where: str | None = None,
+    mode: str = "auto",
     texts: str | os.PathLike[str] | None = None,
     textset: str | None = None,
     convention: str | None = None,
@@ -44,6 +45,7 @@ def find_nearest(
         k: how many relatives.
         radius: instead of `k`, all models within this KL (in `unit`).
         where: only models of which this SQL condition holds, see `KLIndex.search`.
+        mode: how to search, see `KLIndex.build`.
         texts: the text set that the store's models were scored on, for a model it lacks.
         textset: the start of a text set's digest, for a store with several.
         convention: only results under this convention.
@@ -54,11 +56,13 @@ def find_nearest(
     Returns: the query's name, and the hits, nearest first.
 
     Raises:
+        ValueError: if there is no such mode.
         SearchError: if the model is not in the store and there are no texts to score it on, or
             others than the store's.
         StoreError: if the store does not have what is asked for.
     """
-    source = _open(store, textset=textset, convention=convention, dtype=dtype, newest=newest)
+    check_mode(mode)
+    source = _open(store, mode, textset=textset, convention=convention, dtype=dtype, newest=newest)
     names: Sequence[str]
     find_revision: Callable[[str], str | None]
     if isinstance(source, StoredIndex):
@@ -82,8 +86,9 @@ def find_nearest(
         query = score(model, text_set, convention=convention, dtype=dtype or "auto")
     if isinstance(source, StoredIndex):
         index: KLIndex = source
-    else:  # for one question, reading all takes less than finding bounds
-        index = KLIndex.build(ModelSpace.fit(source), "exact")
+    else:  # for one question, reading all takes less than finding bounds, or asking a GPU
+        mode = "exact" if mode == "auto" else mode
+        index = KLIndex.build(ModelSpace.fit(source), mode, device="cpu")
     hits = (
         index.search(query, k, unit=unit, where=where)
         if radius is None
@@ -106,6 +111,7 @@ def build_index(
 
     Returns: what there is to tell of it.
     """
+    check_mode(mode)
     start = time.perf_counter()
     opened = Store(store)
     selection = Selection(
@@ -158,6 +164,7 @@ def _matrix(
 
 def _open(
     store: str | os.PathLike[str],
+    mode: str,
     *,
     textset: str | None,
     convention: str | None,
@@ -170,7 +177,7 @@ def _open(
     selection = Selection(textset=digest, convention=convention, dtype=dtype, newest=newest)
     count, n = len(opened.rows(digest)), len(opened.texts(digest)["ids"])
     if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(opened, selection):
-        return StoredIndex.open(opened, selection)
+        return StoredIndex.open(opened, selection, mode=mode)
     return _matrix(store, textset, convention, dtype, newest)
 
 

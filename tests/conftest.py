@@ -29,7 +29,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 TYPED = "batches batchwise engines forward head importing intervals linear mapping results".split()
 TYPED += "basis scans scoring space where".split()
 TYPED += [f"paging.{name}" for name in "model units waves".split()]
-TYPED += [f"search.{name}" for name in "added certified flat index projection snapshot".split()]
+TYPED += [
+    f"search.{name}"
+    for name in "added certified flat gpu index listing lists projection searched snapshot".split()
+]
 # All of the kernels but those that Triton reads as source.
 TYPED += [
     f"kernels.{name}"

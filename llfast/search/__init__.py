@@ -1,14 +1,15 @@
 """Nearest models in collections of any size, exactly.
 
 index.py ─▶ snapshot.py ─▶ certified.py ─▶ flat.py (faiss)
-                            └▶ projection.py
-stored.py ─▶ segment.py: the index of a store, on disk
+                            ├▶ projection.py: lower bounds
+                            └▶ lists.py: for approximate searches; listing.py makes them
+stored.py ─▶ building.py ─▶ writer.py: the index of a store, on disk; segment.py reads it
 """
 
 from .building import Selection
-from .certified import Certificate
 from .hits import Hit, Hits
-from .index import KLIndex
+from .index import KLIndex, check_mode
+from .searched import Certificate
 from .stored import StoredIndex
 
-__all__ = ["Certificate", "Hit", "Hits", "KLIndex", "Selection", "StoredIndex"]
+__all__ = ["Certificate", "Hit", "Hits", "KLIndex", "Selection", "StoredIndex", "check_mode"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from .certified import Rows
 from .projection import Projection, Reduced
+from .searched import Rows
 
 
 class Added:

@@ -11,176 +11,21 @@ An approximate search goes the same way, but from the rows of some lists instead
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64, Shaped
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from llfast.intervals import half_variances
 
-from .flat import farthest, norms_of, reach, squares_to
-from .lists import ListedRows
-from .projection import Reduced
+from .flat import farthest, reach, squares_to
+from .gpu import gpu_reach
+from .searched import MOST_ROWS, Certificate, Found, Query, Rows, fp32
 
 _LEAST_ROWS = 16  # compared in full at once; twice as many each time
-_MOST_ROWS = 256
 _SCAN_SHARE = 1 / 16  # of the rows: when bounds leave more than this, all are read in order
 _BOUND_ROWS = 4096  # looked at again at once: 4 MB
 _FP64_ROWS = 16  # compared in fp64 at once: 1.3 MB at 10,000 texts, which stays in a core's cache
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """Why nothing nearer can have been missed.
-
-    Attributes:
-        models: how many were searched.
-        second: how many the first bound left, to be looked at again.
-        compared: how many were compared in full.
-        closed_by: "bounds", or "scan" if all were compared in full.
-        bound: every model that was not compared in full is at least this far, in the unit of the
-            search; inf if all were.
-    """
-
-    models: int
-    second: int
-    compared: int
-    closed_by: str
-    bound: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rows:
-    """Points that lie together.
-
-    Attributes:
-        points: (K, N) nats, in fp32 or fp64; maybe in a mapped file.
-        flat: (K, N) the same in fp32; None if that would be a copy that is not worth its memory.
-        reduced: their lower-bound coordinates; None where all are compared in full.
-        listed: the same in lists, of which a search looks at some only; None where it is exact.
-        check: called with row numbers before these points are read; it raises if they are damaged.
-    """
-
-    points: Shaped[np.ndarray, "K N"]
-    flat: Float32[np.ndarray, "K N"] | None
-    reduced: Reduced | None
-    listed: ListedRows | None = None
-    check: Callable[[Sequence[int] | range], None] | None = None
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def take(self, numbers: Int64[np.ndarray, " M"]) -> Shaped[np.ndarray, "M N"]:
-        """Some of the points."""
-        if self.check is not None:
-            self.check(numbers.tolist())
-        taken: Shaped[np.ndarray, "M N"] = self.points[numbers]
-        return taken
-
-    def squares(self, query: Float32[np.ndarray, "1 N"]) -> Float32[np.ndarray, " K"]:
-        """Squared distances of all points, in fp32."""
-        if self.flat is not None:
-            check = self.check
-            before = None if check is None else lambda begin, end: check(range(begin, end))
-            squares: Float32[np.ndarray, " K"] = squares_to(query, self.flat, before_block=before)[
-                0
-            ]
-            return squares
-        found = np.empty(len(self), dtype=np.float32)
-        for at in range(0, len(self), _MOST_ROWS):
-            block = slice(at, at + _MOST_ROWS)
-            found[block] = squares_to(query, _fp32(self.points[block]))[0]
-        return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Query:
-    """A point to search around.
-
-    Attributes:
-        point: (N,) fp64.
-        reduced: its lower-bound coordinates, in one row; None where there are none.
-        bounds: (K,) of `first_bounds`; None where there are none.
-        rows: (C,) the only ones that are looked at, which `bounds` are of; None for all.
-        norms: its norm, and the largest of the rows'.
-        slack: how far the mean of a difference may be from 0, times √N: KL does not count it.
-        allowed: which rows may be found; None for all.
-    """
-
-    point: Float64[np.ndarray, " N"]
-    reduced: Reduced | None
-    bounds: Float32[np.ndarray, " C"] | None
-    rows: Int64[np.ndarray, " C"] | None
-    norms: float
-    slack: float
-    allowed: Bool[np.ndarray, " K"] | None
-
-    @classmethod
-    def around(
-        cls,
-        point: Float64[np.ndarray, " N"],
-        reduced: Reduced | None,
-        *,
-        largest: float,
-        offset: float,
-        allowed: Bool[np.ndarray, " K"] | None,
-        bounds: Float32[np.ndarray, " C"] | None,
-        rows: Int64[np.ndarray, " C"] | None = None,
-    ) -> Query:
-        """With `norms` and `slack` for rows of norms of at most `largest` and means of `offset`."""
-        return cls(
-            point=point,
-            reduced=reduced,
-            bounds=bounds,
-            rows=rows,
-            norms=float(norms_of(point[None])[0]) + largest,
-            slack=math.sqrt(len(point)) * (abs(float(point.mean())) + offset),
-            allowed=allowed,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Found:
-    """What a search left, nearest or not: (M,) rows, their KL in nats a text, and why no others."""
-
-    rows: Int64[np.ndarray, " M"]
-    divergences: Float64[np.ndarray, " M"]
-    certificate: Certificate
-
-
-def first_bounds(parts: Sequence[Rows], queries: Reduced) -> Float32[np.ndarray, "Q K"]:
-    """Squares that rows are not nearer than, for each query."""
-    reduced = [part.reduced for part in parts]
-    return np.concatenate(
-        [squares_to(queries.first, each.first) for each in reduced if each is not None], axis=1
-    )
-
-
-def listed_bounds(
-    parts: Sequence[Rows], query: Reduced, least: int, allowed: Bool[np.ndarray, " K"] | None
-) -> tuple[Int64[np.ndarray, " C"], Float32[np.ndarray, " C"]]:
-    """Rows that may well be near, and squares that they are not nearer than.
-
-    Args:
-        parts: of those without lists, all rows may be near.
-        query: in one row.
-        least: how many there must be, of those that are allowed, if there are so many.
-        allowed: which rows may be found; None for all.
-    """
-    rows, bounds, start = [], [], 0
-    for part in parts:
-        here = slice(start, start + len(part))
-        assert part.reduced is not None
-        if part.listed is None:
-            own, squares = np.arange(len(part)), squares_to(query.first, part.reduced.first)[0]
-        else:
-            some = None if allowed is None else allowed[here]
-            own, squares = part.listed.near(query.first, least, some)
-        rows.append(own + start)
-        bounds.append(squares)
-        start = here.stop
-    return np.concatenate(rows), np.concatenate(bounds)
 
 
 def nearest(parts: Sequence[Rows], query: Query, k: int) -> Found:
@@ -193,7 +38,8 @@ def nearest(parts: Sequence[Rows], query: Query, k: int) -> Found:
     if not k:
         return search.found(np.empty(0, dtype=np.int64))
     if (first := search.bounds) is None:
-        search.scan()
+        if not search.compare_near(k):
+            search.scan()
         return search.within(search.kth(k))
     likely = search.likely(first, min(first_look(k), search.count))
     search.compare(likely[np.argsort(search.second_bounds(likely))[: k + 6]])
@@ -241,7 +87,7 @@ class _Search:
         self._parts, self._query = parts, query
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self._total = int(self._starts[-1])
-        self._point32 = _fp32(query.point[None])
+        self._point32 = fp32(query.point[None])
         allowed, self._chosen = query.allowed, query.rows
         if allowed is not None and self._chosen is not None:
             allowed = allowed[self._chosen]
@@ -303,14 +149,29 @@ class _Search:
 
     def compare(self, rows: Int64[np.ndarray, " M"]) -> None:
         """Find out the distances of these rows, in fp32."""
-        for begin in range(0, len(rows), _MOST_ROWS):
-            some = rows[begin : begin + _MOST_ROWS]
+        for begin in range(0, len(rows), MOST_ROWS):
+            some = rows[begin : begin + MOST_ROWS]
             squares = np.empty(len(some), dtype=np.float32)
             for part, own, numbers in self._by_part(some):
-                squares[own] = squares_to(self._point32, _fp32(part.take(numbers)))[0]
+                squares[own] = squares_to(self._point32, fp32(part.take(numbers)))[0]
             self._rows = np.append(self._rows, some)
             self._squares = np.append(self._squares, squares)
         self._compared_mask[rows] = True
+
+    def compare_near(self, k: int) -> bool:
+        """Find out the distances of what a GPU finds near; whether that is all that can be."""
+        if self._query.near is None:
+            return False
+        squares, near = self._query.near
+        copied, allowed = len(self._parts[0]), self._query.allowed
+        rows = np.append(near, np.arange(copied, self._total))  # a GPU has none that came later
+        rows = rows if allowed is None else rows[allowed[rows]]
+        if len(rows) < k:
+            return False
+        self.compare(rows)
+        query = self._query
+        limit = gpu_reach(self.kth(k), len(query.point), query.norms, query.slack)
+        return len(near) == copied or bool(squares[-1] > limit)
 
     def scan(self) -> None:
         """Find out the distances of all rows, in fp32."""
@@ -324,7 +185,7 @@ class _Search:
         """Whether to compare all rows in order instead of so many here and there."""
         if self._chosen is not None:
             return False
-        return len(self._rows) + rows > max(_SCAN_SHARE * self._total, _MOST_ROWS)
+        return len(self._rows) + rows > max(_SCAN_SHARE * self._total, MOST_ROWS)
 
     def kth(self, k: int) -> float:
         """At least the distance of the k-th nearest row of all."""
@@ -380,8 +241,4 @@ def _growing(count: int) -> Iterator[tuple[int, int]]:
     begin, step = 0, _LEAST_ROWS
     while begin < count:
         yield begin, step
-        begin, step = begin + step, min(2 * step, _MOST_ROWS)
-
-
-def _fp32(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype=np.float32)
+        begin, step = begin + step, min(2 * step, MOST_ROWS)

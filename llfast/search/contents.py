@@ -9,12 +9,13 @@ import numpy as np
 
 from llfast.space import ModelSpace
 
-from .certified import Rows
 from .flat import norms_of, refuse_overflow
+from .gpu import copied, has_room
 from .listing import fit_lists
 from .lists import ListedRows, Lists
 from .models import IndexedModel, Models
 from .projection import Projection, Reduced, draw_sample
+from .searched import Rows
 from .segment import Segment
 
 _EXACT_BYTES = 8 << 20  # of fp32 points: reading them all takes as long as looking at bounds
@@ -47,6 +48,19 @@ class Contents:
             return self
         listed = ListedRows(lists, self.rows.reduced.first)
         return replace(self, rows=replace(self.rows, listed=listed))
+
+    def on_gpu(self) -> Contents:
+        """The same, with points on the GPU too, if there is one with room.
+
+        Raises:
+            SearchError: if points are damaged.
+        """
+        rows = self.rows
+        if rows.flat is None or not has_room(rows.flat.nbytes):
+            return self
+        if rows.check is not None:
+            rows.check(range(len(rows)))
+        return replace(self, rows=replace(rows, on_gpu=copied(rows.flat)))
 
     @classmethod
     def of_segment(cls, segment: Segment, mode: str) -> Contents:

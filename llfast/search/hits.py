@@ -10,7 +10,7 @@ from typing import Any
 
 from llfast.results import KLEstimate
 
-from .certified import Certificate
+from .searched import Certificate
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from .models import IndexedModel
 from .segment import Segment
 from .snapshot import Snapshot
 
+DEVICES = ("auto", "cpu")
 MODES = ("auto", "exact", "certified", "approximate")
 _ROUNDED = float(np.finfo(np.float32).eps)  # how far fp32 moves a mean, of the norm, at most
 _QUERIES = 32  # whose bounds are found at once
@@ -48,14 +49,16 @@ class KLIndex:
             the answer is the same), or "approximate" (most rows are not looked at).
     """
 
-    def __init__(self, basis: Basis, *, mode: str) -> None:
+    def __init__(self, basis: Basis, *, mode: str, device: str) -> None:
         """Use `build`."""
         import_faiss()
-        self.basis, self.mode = basis, mode
+        self.basis, self.mode, self._device = basis, mode, device
         self._lock = Lock()
 
     def _set(self, contents: Contents) -> None:
         """Search in these from now on."""
+        if self.mode == "exact" and self._device == "auto":
+            contents = contents.on_gpu()
         self._models, self._rows = contents.models, contents.rows
         self._projection = contents.projection
         self._added = Added(len(self.basis), contents.projection)
@@ -74,6 +77,7 @@ class KLIndex:
         newest: bool = False,
         folder: str | os.PathLike[str] | None = None,
         refit: bool = False,
+        device: str = "auto",
     ) -> KLIndex:
         """Index all models of a space, in memory, or those of a store, on disk.
 
@@ -94,18 +98,22 @@ class KLIndex:
             newest: of several rows of one model, take the newest.
             folder: where indexes are kept; None for within the store.
             refit: build it again, in a basis of what is there now.
+            device: "auto" has mode "exact" copy points to the GPU, if there is one with room and
+                faiss for it (`pip install 'llfast[gpu]'`); "cpu" does not.
 
         Raises:
-            ValueError: if there is no such mode.
+            ValueError: if there is no such mode or device.
             MissingDependencyError: if faiss is not installed.
             SearchError: if coordinates are too large for fp32 (beyond 1e17 nats).
             StoreError: if the store does not have what is asked for, or has it twice.
             OSError: if an index cannot be written.
         """
         check_mode(mode)
+        if device not in DEVICES:
+            raise ValueError(f"device must be {' or '.join(DEVICES)}, got {device!r}")
         import_faiss()
         if isinstance(source, ModelSpace):
-            return cls._of_space(source, mode)
+            return cls._of_space(source, mode, device)
         from .building import Selection
         from .stored import StoredIndex
 
@@ -116,13 +124,15 @@ class KLIndex:
             newest=newest,
         )
         where = None if folder is None else Path(folder)
-        return StoredIndex.open(source, selection, mode=mode, folder=where, refit=refit)
+        return StoredIndex.open(
+            source, selection, mode=mode, folder=where, refit=refit, device=device
+        )
 
     @staticmethod
-    def _of_space(space: ModelSpace, mode: str) -> KLIndex:
+    def _of_space(space: ModelSpace, mode: str, device: str) -> KLIndex:
         mode = choose_mode(mode, space.coordinates.nbytes // 2)
         contents = Contents.of_space(space, mode)
-        index = KLIndex(space.basis, mode=mode)
+        index = KLIndex(space.basis, mode=mode, device=device)
         index._set(contents)
         return index
 
@@ -139,7 +149,7 @@ class KLIndex:
             mode = "exact" if segment.projection is None else "certified"
         if mode != "exact" and segment.projection is None:
             raise ValueError(f"mode must be exact for a segment without bounds, got {mode!r}")
-        index = KLIndex(segment.basis, mode=mode)
+        index = KLIndex(segment.basis, mode=mode, device="cpu")
         index._set(Contents.of_segment(segment, mode))
         return index
 

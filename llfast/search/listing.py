@@ -12,9 +12,10 @@ import math
 import numpy as np
 from jaxtyping import Float32, Int64, UInt32
 
-from .certified import Query, Rows, first_bounds, nearest
+from .certified import nearest
 from .flat import import_faiss
 from .lists import Lists
+from .searched import Query, Rows, first_bounds
 
 LEAST_ROWS = 4096  # with fewer, looking at all of them takes no longer
 _NEAREST = 10  # models whose recall is chosen and measured

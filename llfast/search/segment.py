@@ -29,10 +29,10 @@ from llfast.basis import Basis
 from llfast.errors import SearchError, SpaceError
 from llfast.spacefile import read_space
 
-from .certified import Rows
 from .lists import Lists
 from .models import IndexedModel, Models
 from .projection import Projection, Reduced
+from .searched import Rows
 
 BASIS = ("clip", "ids", "groups", "textset_digest", "convention")
 _ARRAYS = ("reference", "text_bytes", "directions")

@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from llfast.basis import Basis
 from llfast.mixed import warn_of_kind
 from llfast.results import KLEstimate, LogLikelihoods
 from llfast.where import select_rows
 
-from .certified import Found, Query, Rows, first_bounds, listed_bounds
 from .flat import refuse_large_rows
+from .gpu import MOST_ANSWERS
 from .hits import Hit, Hits
 from .models import Models
 from .projection import Projection, Reduced
+from .searched import Found, Query, Rows, first_bounds, listed_bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +112,13 @@ class Snapshot:
         if self.projection is not None:
             reduced = self._reduce(points, own_rows)
             bounds = first_bounds(self.parts, reduced) if self.recall is None else None
+        near = self._near(points, least)
         for at, (query, row) in enumerate(zip(queries, own_rows, strict=True)):
             allowed = self._allowed_but(row)
             own = None if reduced is None else reduced[at]
-            own_bounds, near = None if bounds is None else bounds[at], None
-            if self.recall is not None:
-                assert own is not None
-                near, own_bounds = listed_bounds(self.parts, own, least, allowed)
+            chosen, own_bounds = None, None if bounds is None else bounds[at]
+            if own is not None and bounds is None:
+                chosen, own_bounds = listed_bounds(self.parts, own, least, allowed)
             yield Asked(
                 dtype=self._dtype(query, rows[at]),
                 query=Query.around(
@@ -127,7 +128,8 @@ class Snapshot:
                     offset=self.offset,
                     allowed=allowed,
                     bounds=own_bounds,
-                    rows=near,
+                    rows=chosen,
+                    near=None if near is None else (near[0][at], near[1][at]),
                 ),
             )
 
@@ -168,6 +170,20 @@ class Snapshot:
             return query.dtype
         assert row is not None
         return self.models[row].dtype
+
+    def _near(
+        self, points: Float64[np.ndarray, "Q N"], least: int
+    ) -> tuple[Float32[np.ndarray, "Q G"], Int64[np.ndarray, "Q G"]] | None:
+        """What a GPU finds near each query: `least` of what is allowed, but for the query."""
+        rows = self.parts[0]
+        if rows.on_gpu is None or not least:
+            return None
+        allowed = None if self.allowed is None else self.allowed[: len(rows)]
+        gone = 0 if allowed is None else len(rows) - int(np.count_nonzero(allowed))
+        count = min(least + gone + 1, len(rows))
+        if count > MOST_ANSWERS:
+            return None
+        return rows.on_gpu.near(np.ascontiguousarray(points, dtype=np.float32), count)
 
     def _allowed_but(self, row: int | None) -> Bool[np.ndarray, " K"] | None:
         if row is None:

@@ -61,9 +61,15 @@ class StoredIndex(KLIndex):
     """
 
     def __init__(
-        self, store: Store, selection: Selection, folder: Path, segment: Segment, mode: str
+        self,
+        store: Store,
+        selection: Selection,
+        folder: Path,
+        segment: Segment,
+        mode: str,
+        device: str,
     ) -> None:
-        super().__init__(segment.basis, mode=_mode(segment, mode))
+        super().__init__(segment.basis, mode=_mode(segment, mode), device=device)
         self.store, self.selection, self.folder = store, selection, folder
         self._refreshing = Lock()
         self._shards: Mapping[str, int]
@@ -80,6 +86,7 @@ class StoredIndex(KLIndex):
         mode: str = "auto",
         folder: Path | None = None,
         refit: bool = False,
+        device: str = "cpu",
     ) -> Self:
         """The index on disk with what the store has since; built first if there is none.
 
@@ -89,6 +96,7 @@ class StoredIndex(KLIndex):
             mode: one of `MODES`.
             folder: where indexes are kept; None for within the store.
             refit: build it again in any case, in a basis of all models that are there now.
+            device: one of `DEVICES`.
 
         Raises: as `KLIndex.build` says.
         """
@@ -104,7 +112,7 @@ class StoredIndex(KLIndex):
                 if segment is None or not serves(segment, mode):
                     basis = None if segment is None else segment.basis
                     segment = retry(partial(build, store, selection, folder, mode, basis))
-        index = cls(store, selection, folder, segment, mode)
+        index = cls(store, selection, folder, segment, mode, device)
         index.refresh()
         if len(index._added) > len(segment) * _MOST_ADDED:
             with contextlib.suppress(OSError):  # it can be searched as it is, only slower

@@ -20,12 +20,12 @@ from llfast.intervals import half_variances
 from llfast.mixed import dtype_pairs
 from llfast.spacefile import write_space
 
-from .certified import Rows
 from .flat import refuse_large_rows
 from .listing import fit_lists
 from .lists import Lists
 from .models import IndexedModel
 from .projection import Projection, Reduced
+from .searched import Rows
 from .segment import BASIS, SCHEMA, digest_of
 
 

@@ -30,7 +30,8 @@ def index(space):
 
 
 def share_found(found, truth):
-    return np.mean([len({h.model for h in a} & {h.model for h in b}) for a, b in zip(found, truth)])
+    names = [[{hit.model for hit in hits} for hits in each] for each in (found, truth)]
+    return np.mean([len(a & b) for a, b in zip(*names, strict=True)])
 
 
 def test_its_recall_is_what_was_measured_when_it_was_built(space, index):
