@@ -6,7 +6,7 @@ from typing import Any
 
 from search_cases import CERTIFIED
 
-LEAST_SPEEDUP = 50.0
+LEAST_SPEEDUP, LEAST_ANYWHERE = 50.0, round(1 / 1.2, 3)  # of faiss Flat's time over certified's
 MOST_MS = 10.0
 MOST_MEMORY_SHARE = 0.05
 MOST_COMPARED = {"zipf": 100, "half": 1000}
@@ -29,12 +29,14 @@ def aims_of(found: dict[str, Any]) -> list[dict[str, Any]]:
             here = f"{where}, {kind}"
             own = each["providers"][CERTIFIED]
             add(f"{here}: recall", own["recall"], 1.0, more=True)
-            if case["models"] != AIMED_AT:
-                continue
-            add(f"{here}: ms", own["ms"]["median"], MOST_MS)
+            aimed_at = case["models"] == AIMED_AT
             if FLAT in each["providers"]:
                 over = each["providers"][FLAT]["over_certified"]["median"]
-                add(f"{here}: times as fast as faiss Flat", over, LEAST_SPEEDUP, more=True)
+                least = LEAST_SPEEDUP if aimed_at else LEAST_ANYWHERE
+                add(f"{here}: times as fast as faiss Flat", over, least, more=True)
+            if not aimed_at:
+                continue
+            add(f"{here}: ms", own["ms"]["median"], MOST_MS)
             compared = each["certified"]["compared"]["median"]
             add(f"{here}: compared in full", compared, MOST_COMPARED[case["families"]])
         if case["models"] == AIMED_AT:

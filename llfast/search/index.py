@@ -144,9 +144,8 @@ class KLIndex:
             ValueError: if there is no such mode, or bounds are asked for and it has none.
             MissingDependencyError: if faiss is not installed.
         """
-        check_mode(mode)
-        if mode == "auto":
-            mode = "exact" if segment.projection is None else "certified"
+        if mode not in MODES[1:]:
+            raise ValueError(f"mode must be {', '.join(MODES[1:])}, got {mode!r}")
         if mode != "exact" and segment.projection is None:
             raise ValueError(f"mode must be exact for a segment without bounds, got {mode!r}")
         index = KLIndex(segment.basis, mode=mode, device="cpu")

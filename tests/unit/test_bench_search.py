@@ -189,5 +189,5 @@ def test_an_index_of_a_segment_is_as_wide_as_asked(built):
     certified, exact = (KLIndex.of_segment(segment, mode) for mode in ("certified", "exact"))
     assert certified.search(name) == exact.search(name)
     assert exact.search(name).certificate.closed_by == "scan"
-    with pytest.raises(ValueError, match="mode must be exact or certified, got 'auto'"):
+    with pytest.raises(ValueError, match="mode must be exact, certified, approximate, got 'auto'"):
         KLIndex.of_segment(segment, "auto")
