@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 _CERTIFIED, _EXACT, _FLAT = "llfast certified", "llfast exact", "faiss Flat"
-_TITLES = {_CERTIFIED: "**llfast**", _EXACT: "llfast, all in full"}
+_TITLES = {
+    _CERTIFIED: "**llfast**",
+    _EXACT: "llfast, all in full",
+    "llfast approximate": "llfast, approximate",
+}
 _GRAPHS = ("faiss HNSW", "usearch", "hnswlib")
 _KIND = "outside"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_options import AsJson, Device, MemoryBudget
+from .cli_options import AsJson, Device, MemoryBudget, TextSetDigest
 from .output import print_json, print_note
 
 bench_app = typer.Typer(help="Measure llfast on this machine.", no_args_is_help=True)
@@ -73,4 +74,23 @@ def bench_loading(
         device=device,
         repetitions=repetitions,
     )
+    print_json(found) if as_json else show(found)
+
+
+@bench_app.command("search")
+def bench_search(
+    store: Annotated[
+        Path | None, typer.Option(help="The folder of results; without it models are made up.")
+    ] = None,
+    textset: TextSetDigest = None,
+    models: Annotated[int, typer.Option(min=20, help="How many are made up.")] = 20_000,
+    texts: Annotated[int, typer.Option(min=2, help="Of made-up models.")] = 2_000,
+    questions: Annotated[int, typer.Option(min=1, help="How many models are asked for.")] = 50,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many relatives.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Certified, exact and approximate searches beside faiss Flat, in turn, on this machine."""
+    from .bench.search import measure, show
+
+    found = measure(store, textset=textset, models=models, texts=texts, questions=questions, k=k)
     print_json(found) if as_json else show(found)

@@ -7,9 +7,23 @@ stored.py ─▶ building.py ─▶ writer.py: the index of a store, on disk; se
 """
 
 from .building import Selection
+from .flat import import_faiss
 from .hits import Hit, Hits
 from .index import KLIndex, check_mode
 from .searched import Certificate
+from .segment import Segment
 from .stored import StoredIndex
+from .writer import SegmentWriter
 
-__all__ = ["Certificate", "Hit", "Hits", "KLIndex", "Selection", "StoredIndex", "check_mode"]
+__all__ = [
+    "Certificate",
+    "Hit",
+    "Hits",
+    "KLIndex",
+    "Segment",
+    "SegmentWriter",
+    "Selection",
+    "StoredIndex",
+    "check_mode",
+    "import_faiss",
+]

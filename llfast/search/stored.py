@@ -124,6 +124,11 @@ class StoredIndex(KLIndex):
         """Whether there is an index of these rows, whole or not."""
         return current(folder_of(store, selection, folder)) is not None
 
+    @property
+    def segment(self) -> Segment:
+        """What is on disk of it; what came later is in memory."""
+        return self._segment
+
     # ------------------------------------------------------------------ changing
 
     def add(self, result: LogLikelihoods) -> None:
@@ -238,12 +243,10 @@ class StoredIndex(KLIndex):
             known.move(rows)
         return len(gone) + len(came)
 
-    def _segment_name(self) -> str:
-        return self._segment.folder.name
-
     def _adopt(self, segment: Segment) -> None:
+        contents = self._prepared(Contents.of_segment(segment, self.mode))
         with self._lock:
-            self._set(Contents.of_segment(segment, self.mode))
+            self._set(contents)
             self._segment = segment
             self._shards = segment.facts["shards"]
             removed = segment.facts["removed"]

@@ -78,6 +78,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "remove": f"remove gpt2 --store {filled}",
         "demo": f"demo --out {tmp_path / 'demo'}",
         "bench kernel": "bench kernel --device cpu --dtype float32 --tokens 2",
+        "bench search": "bench search --models 60 --texts 30 --questions 4",
         "bench loading": f"bench loading {checkpoints / 'llama'} --tokens 40 --repetitions 1",
     }
 

@@ -149,10 +149,10 @@ def test_lists_of_a_store_are_kept_with_its_index(store):
     built = KLIndex.build(store, "certified")
     assert built.recall is None
     index = KLIndex.build(store, "approximate")
-    assert index._segment_name() == built._segment_name()
+    assert index.segment.folder.name == built.segment.folder.name
     assert 0.5 < index.recall <= 1
     assert index.summary()["recall"] == round(index.recall, 4)
-    lists = Segment(index.folder / index._segment_name()).lists
+    lists = Segment(index.segment.folder).lists
     assert len(lists.centroids) == round(4 * 200**0.5)
     exact = KLIndex.build(store, "exact")
     names = [name(number) for number in range(200)]

@@ -116,11 +116,11 @@ def test_a_store_that_was_compacted_needs_no_new_index(store, values):
         store.add(result(values, number))
     store.remove([name(7)])
     assert store.compact()
-    segment = index._segment_name()
+    segment = index.segment.folder.name
     check(KLIndex.build(store), store)
     assert index.refresh() == 11
     check(index, store)
-    assert index._segment_name() == segment
+    assert index.segment.folder.name == segment
 
 
 def test_models_that_a_second_compaction_drops_are_gone(store, values):
@@ -142,11 +142,11 @@ def test_models_that_a_second_compaction_drops_are_gone(store, values):
 
 def test_many_additions_are_merged_when_it_is_opened(store, values):
     index = KLIndex.build(store, "certified")
-    before = index._segment_name()
+    before = index.segment.folder.name
     for number in range(300, 345):
         store.add(result(values, number))
     opened = KLIndex.build(store)
-    assert opened._segment_name() != before
+    assert opened.segment.folder.name != before
     assert len(opened._added) == 0
     check(opened, store)
     assert opened.basis.digest == index.basis.digest

@@ -217,7 +217,7 @@ def test_a_merge_by_an_exact_index_leaves_the_bounds_to_others(store):
     exact.merge()
     again = KLIndex.build(store, "certified")
     assert again.basis.digest == certified.basis.digest
-    assert again._segment_name() == exact._segment_name()
+    assert again.segment.folder.name == exact.segment.folder.name
     assert_right(again, store)
 
 

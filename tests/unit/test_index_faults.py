@@ -13,12 +13,22 @@ import pytest
 
 from llfast import KLIndex, SearchError, Store
 from llfast.errors import LlfastWarning
+from llfast.search import listing
 from llfast.search.segment import Segment
 from tests.indexes import assert_right, index_result, make_store, model_values, name
 from tests.spaces import make_matrix
 from tests.stores import run_with_mount
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _lists():
+    """Also for few models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "LEAST_ROWS", 20)
+        patch.setattr(listing, "_HELD_OUT", 4)
+        yield
 
 
 @pytest.fixture
@@ -29,6 +39,8 @@ def store(tmp_path):
 # ------------------------------------------------------------------ damaged files
 
 FILES = ["points.f32", "first.f32", "rest.f32", "checks.u64", "models.parquet", "index.npz"]
+OF_BOUNDS = ["first.f32", "rest.f32", "lists.u32", "centroids.f32"]
+FILES += OF_BOUNDS[2:]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +60,11 @@ def contents(segment):
     """All that a segment holds, after all checks."""
     segment.verify()
     rows, basis, projection = segment.rows, segment.basis, segment.projection
-    models = segment.models()
+    models, lists = segment.models(), segment.lists
     arrays = [rows.points, rows.reduced.first, rows.reduced.rest, projection.directions]
-    arrays += [basis.reference, basis.text_bytes]
+    arrays += [lists.centroids, lists.numbers, basis.reference, basis.text_bytes]
     kept = [each.tobytes() for each in arrays], projection.first, segment.facts
+    kept += lists.probes, lists.recall
     kept += basis.digest, basis.ids, basis.groups, models.dtypes, models.adds_bos
     return [*kept, [models[number] for number in range(models.count)]]
 
@@ -122,7 +135,7 @@ def test_a_damaged_index_is_built_again_or_refused(built, tmp_path, file, mode):
     store = Store(tmp_path / "store")
     rng = np.random.default_rng(0)
     for number in range(6):
-        if mode == "exact" and number and file in ("first.f32", "rest.f32"):
+        if mode == "exact" and number and file in OF_BOUNDS:
             break  # it was built again, without them
         path = segment_of(store) / file
         path = path if file != "current" else path.parents[1] / file
@@ -238,7 +251,7 @@ def test_what_builders_left_behind_goes_with_the_next_one(store):
     index.refresh()
     index.merge()
     found = {path.name for path in index.folder.iterdir()}
-    assert found == {"lock", "current", index._segment_name()}
+    assert found == {"lock", "current", index.segment.folder.name}
 
 
 def test_the_same_index_written_again_is_there_at_every_moment(store, monkeypatch):
@@ -252,7 +265,7 @@ def test_the_same_index_written_again_is_there_at_every_moment(store, monkeypatc
 
     monkeypatch.setattr(Path, "rename", refuse)
     again = KLIndex.build(store, "certified", refit=True)
-    assert again._segment_name() == index._segment_name()
+    assert again.segment.folder.name == index.segment.folder.name
     assert_right(again, store)
 
 
