@@ -238,7 +238,7 @@ def search_command(
     )
     if as_json:
         found = {"model": query, "unit": unit, "hits": [hit.summary() for hit in hits]}
-        print_json(found | {"certificate": hits.certificate, "recall": hits.recall})
+        print_json(found | {"certificate": hits.certificate, "recall_at_10": hits.recall})
         return
     label = unit.replace("_per_", "/")
     print_table(

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _measured(segment: Segment, questions: int, k: int) -> dict[str, Any]:
     truth = {row: searches["certified"](names[row]) for row in asked}
     counts, recall = {}, {}
     for name, ask in searches.items():
-        first = seconds_a_call(lambda ask=ask: ask(names[asked[0]]), 1, torch.device("cpu"))
+        first = seconds_a_call(partial(ask, names[asked[0]]), 1, torch.device("cpu"))
         counts[name] = min(len(asked), max(_LEAST_QUESTIONS, int(_MOST_SECONDS / first)))
         found = {row: ask(names[row]) for row in asked[: counts[name]]}
         if name == "exact" and any(list(found[row]) != list(truth[row]) for row in found):
@@ -150,8 +151,7 @@ def _searches(segment: Segment, names: list[str], k: int) -> dict[str, Ask]:
     modes = ["certified", "exact"] + ["approximate"] * (segment.lists is not None)
     searches: dict[str, Ask] = {}
     for mode in modes:
-        index = KLIndex.of_segment(segment, mode)
-        searches[mode] = lambda name, index=index: index.search(name, k)
+        searches[mode] = partial(KLIndex.of_segment(segment, mode).search, k=k)
     points = segment.rows.points
     if points.nbytes < available_bytes(torch.device("cpu")) // 2:
         flat = import_faiss().IndexFlatL2(points.shape[1])

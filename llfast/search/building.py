@@ -31,7 +31,7 @@ from .flat import refuse_large_rows
 from .models import IndexedModel
 from .projection import Projection, draw_sample
 from .segment import Segment
-from .writer import SegmentWriter
+from .writer import SegmentWriter, relabelled
 
 _CURRENT, _LOCK = "current", "lock"
 _FORMAT = "2"  # raised when segments change their meaning
@@ -106,7 +106,8 @@ def build(
         for numbers, block in store.scan(chosen):
             yield [indexed(chosen[number]) for number in numbers], basis.place(block)
 
-    return write(folder, basis, projection, found(), facts_of(shards, known.removed))
+    facts = facts_of(shards, known.removed, len(chosen))
+    return write(folder, basis, projection, found(), facts)
 
 
 def write(
@@ -117,13 +118,29 @@ def write(
     facts: Mapping[str, Any],
 ) -> Segment:
     """A new segment in the place of the current one; call it as the only builder."""
-    token = secrets.token_hex(8)
-    temporary = folder / f".{token}.tmp"
-    try:
+
+    def fill(temporary: Path) -> str:
         with SegmentWriter(temporary, basis, projection) as writer:
             for models, points in found:
                 writer.append(models, points)
-            digest = writer.finish({**facts, "selection": folder.name})
+            return writer.finish({**facts, "selection": folder.name})
+
+    return _replace(folder, fill)
+
+
+def relabel(
+    folder: Path, segment: Segment, models: Sequence[IndexedModel], facts: Mapping[str, Any]
+) -> Segment:
+    """The same points with other facts, in the place of the current segment, without a copy."""
+    facts = {**segment.facts, **facts, "selection": folder.name}
+    return _replace(folder, lambda temporary: relabelled(segment, temporary, models, facts))
+
+
+def _replace(folder: Path, fill: Callable[[Path], str]) -> Segment:
+    token = secrets.token_hex(8)
+    temporary = folder / f".{token}.tmp"
+    try:
+        digest = fill(temporary)
         whole = folder / digest
         if whole.exists() and not _is_whole(whole):
             whole.rename(folder / f".{token}.old")
@@ -156,10 +173,18 @@ def _clean(folder: Path) -> None:
                 other.unlink()
 
 
-def facts_of(shards: Mapping[str, int], removed: Mapping[ResultKey, datetime]) -> dict[str, Any]:
-    """What of the store a segment has: which shards, and the removals in them."""
+def facts_of(
+    shards: Mapping[str, int], removed: Mapping[ResultKey, datetime], fitted: int
+) -> dict[str, Any]:
+    """What of the store a segment has: which shards, and the removals in them.
+
+    Args:
+        shards: as `Store.shards` gives them.
+        removed: when each key was removed last.
+        fitted: how many models there were when its directions were found.
+    """
     when = [[list(key), each.isoformat()] for key, each in removed.items()]
-    return {"shards": dict(shards), "removed": when}
+    return {"shards": dict(shards), "removed": when, "fitted": fitted}
 
 
 def retry(read: Callable[[], _Read]) -> _Read:

@@ -39,7 +39,7 @@ def nearest(parts: Sequence[Rows], query: Query, k: int) -> Found:
         return search.found(np.empty(0, dtype=np.int64))
     if (first := search.bounds) is None:
         if not search.compare_near(k):
-            search.scan()
+            search.compare_all()
         return search.within(search.kth(k))
     likely = search.likely(first, min(first_look(k), search.count))
     search.compare(likely[np.argsort(search.second_bounds(likely))[: k + 6]])
@@ -69,7 +69,7 @@ def within(parts: Sequence[Rows], query: Query, distance: float) -> Found:
     """All rows within a Euclidean distance, and perhaps a few that are farther by rounding."""
     search = _Search(parts, query)
     if search.bounds is None:
-        search.scan()
+        search.compare_all()
         return search.within(distance)
     left = search.left_by_first(search.bounds, distance)
     left = left[search.second_bounds(left) <= search.limit(distance)]
@@ -172,6 +172,16 @@ class _Search:
         query = self._query
         limit = gpu_reach(self.kth(k), len(query.point), query.norms, query.slack)
         return len(near) == copied or bool(squares[-1] > limit)
+
+    def compare_all(self) -> None:
+        """Find out the distances of all rows, one by one where few of them are allowed."""
+        allowed = self._query.allowed
+        if allowed is None or self.count > _SCAN_SHARE * self._total:
+            self.scan()
+        else:
+            rows = np.flatnonzero(allowed)
+            self.compare(rows[~self._compared_mask[rows]])
+            self._scanned = True
 
     def scan(self) -> None:
         """Find out the distances of all rows, in fp32."""

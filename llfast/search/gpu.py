@@ -24,7 +24,6 @@ MOST_ANSWERS = 2048
 _LEAST_BYTES = 64 << 20  # of points: fewer are read by a CPU while a GPU is asked
 _SPARE_BYTES = 1 << 30  # of a GPU's memory, for faiss' own use and others'
 _SCRATCH_BYTES = 256 << 20
-_BLOCK_BYTES = 64 << 20
 _CHECKED = 16  # rows whose distances are compared with fp64 when they have been copied
 _TF32 = "NVIDIA_TF32_OVERRIDE"  # "1" has GPUs round factors to 10 bits, which faiss never asks for
 
@@ -35,6 +34,7 @@ class GpuRows:
     def __init__(self, index: Any, resources: Any) -> None:
         """Use `copied`."""
         self._index, self._resources = index, resources  # it uses them as long as it lives
+        self._process = os.getpid()
         self._lock = Lock()  # faiss' GPU indexes are for one thread at a time
 
     def near(
@@ -47,6 +47,11 @@ class GpuRows:
         with self._lock:
             squares, numbers = self._index.search(queries, count)
         return squares, numbers
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether this process made it: CUDA does not outlive a fork."""
+        return os.getpid() == self._process
 
 
 def gpu_reach(distance: float, dimensions: int, norms: float, slack: float) -> float:
@@ -68,30 +73,29 @@ def gpu_reach(distance: float, dimensions: int, norms: float, slack: float) -> f
     if share >= 0.5:
         return math.inf
     moved = distance + slack + eps * norms
-    return (moved * moved + share / (1 - share) * norms * norms) * (1 + 1e-6)
+    underflow = 3 * dimensions * float(np.finfo(np.float32).tiny)
+    return (moved * moved + share / (1 - share) * norms * norms) * (1 + 1e-6) + underflow
 
 
 def copied(points: Float32[np.ndarray, "K N"]) -> GpuRows | None:
-    """Rows on the GPU, which must have room.
+    """Rows on the GPU, which should have room.
 
-    Returns: None if its distances are off by more than can be.
+    Returns: None if it has none after all, or distances are off by more than can be.
 
     Warns: LlfastWarning then.
     """
-    index, resources = _make_index(points.shape[1])
-    step = max(1, _BLOCK_BYTES // (4 * points.shape[1]))
-    for at in range(0, len(points), step):
-        index.add(np.ascontiguousarray(points[at : at + step]))
-    rows = GpuRows(index, resources)
-    if not _is_right(rows, points):
-        warnings.warn(
-            "the GPU's distances are farther from those in fp64 than rounding explains; searches "
-            "go on on the CPU",
-            LlfastWarning,
-            stacklevel=2,
-        )
-        return None
-    return rows
+    try:
+        index, resources = _make_index(points.shape[1])
+        index.add(points)  # at once: each further call would have the GPU hold all of it twice
+        rows = GpuRows(index, resources)
+        is_right = _is_right(rows, points)
+        reason = "its distances are farther from those in fp64 than rounding explains"
+    except RuntimeError as error:  # as faiss says that there is no memory
+        is_right, reason = False, (str(error).splitlines() or ["it failed"])[0][:200]
+    if is_right:
+        return rows
+    warnings.warn(f"searches go on without the GPU: {reason}", LlfastWarning, stacklevel=6)
+    return None
 
 
 def has_room(nbytes: int) -> bool:
@@ -103,7 +107,7 @@ def has_room(nbytes: int) -> bool:
         return False
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > nbytes + _SPARE_BYTES
+    return torch.cuda.is_available() and torch.cuda.mem_get_info(0)[0] > nbytes + _SPARE_BYTES
 
 
 def _make_index(dimensions: int) -> tuple[Any, Any]:

@@ -45,8 +45,8 @@ class KLIndex:
 
     Attributes:
         basis: what its points are coordinates in.
-        mode: "exact" (all rows are compared in full), "certified" (lower bounds rule most out;
-            the answer is the same), or "approximate" (most rows are not looked at).
+        mode: "exact" (all rows are read, by a CPU or a GPU), "certified" (lower bounds rule most
+            out; the answer is the same), or "approximate" (most rows are not looked at).
     """
 
     def __init__(self, basis: Basis, *, mode: str, device: str) -> None:
@@ -93,8 +93,8 @@ class KLIndex:
             source: coordinates of a space are referred to, not copied.
             mode: "exact", "certified", or "auto": the first for small spaces. "approximate" looks
                 at the likeliest of some thousand models and more, and finds most of the nearest:
-                how many was measured when it was built, see `recall`. Fewer models, and those of
-                which a condition holds, are searched as with "certified".
+                how many was measured when it was built, see `recall`. Fewer models, radii, and
+                models of which a condition holds, are searched as with "certified".
             textset: the start of a text set's digest, for a store with several.
             convention: only results under this convention.
             dtype: only models that ran in it.
@@ -107,7 +107,7 @@ class KLIndex:
         Raises:
             ValueError: if there is no such mode or device.
             MissingDependencyError: if faiss is not installed.
-            SearchError: if coordinates are too large for fp32 (beyond 1e17 nats).
+            SearchError: if coordinates are too large for fp32 (beyond 1e18 nats).
             StoreError: if the store does not have what is asked for, or has it twice.
             OSError: if an index cannot be written.
         """
@@ -252,6 +252,8 @@ class KLIndex:
     ) -> Hits:
         """All models whose KL from the query is at most `radius`, in `unit`, nearest first.
 
+        All of them in any mode.
+
         Raises: as `search` says; ValueError if `radius` is negative or NaN.
         """
         radius = float(radius)
@@ -260,7 +262,8 @@ class KLIndex:
         factor = self.basis.per_nat(unit)
         _refuse_other_kinds([query])
         snapshot, rows = self._snapshot([query])
-        snapshot = snapshot.only(where)
+        # A list that is not looked at would hold most of a large radius.
+        snapshot = snapshot.exactly().only(where)
         (asked,) = snapshot.ask([query], rows)
         # Widened a little over the margin: the radius has been divided by a rounded factor.
         distance = math.sqrt(radius / factor * 2 * len(self.basis) * (1 + 1e-6))

@@ -122,6 +122,11 @@ class Segment:
             raise SearchError(_damaged(path, f"{len(table)} rows of another kind"))
         return table
 
+    def header(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Fields and arrays of its index.npz, as `write_space` takes them."""
+        fields = read_space(self.folder / "index.npz", _ARRAYS)
+        return fields, {name: fields.pop(name) for name in _ARRAYS}
+
     def verify(self) -> None:
         """Read all of it; raises SearchError if it is damaged."""
         len(self.table)

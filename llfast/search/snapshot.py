@@ -63,7 +63,11 @@ class Snapshot:
         chosen = select_rows(self.models.table(self.basis.convention), where)[:count]
         allowed = chosen if self.allowed is None else chosen & self.allowed
         # The lists of the nearest models may hold none of which the condition holds.
-        return replace(self, allowed=allowed, parts=[replace(p, listed=None) for p in self.parts])
+        return replace(self.exactly(), allowed=allowed)
+
+    def exactly(self) -> Snapshot:
+        """With all rows looked at, not those of some lists."""
+        return replace(self, parts=[replace(part, listed=None) for part in self.parts])
 
     @property
     def recall(self) -> float | None:
@@ -180,7 +184,7 @@ class Snapshot:
     ) -> tuple[Float32[np.ndarray, "Q G"], Int64[np.ndarray, "Q G"]] | None:
         """What a GPU finds near each query: `least` of what is allowed, but for the query."""
         rows = self.parts[0]
-        if rows.on_gpu is None or not least:
+        if rows.on_gpu is None or not rows.on_gpu.is_usable or not least:
             return None
         allowed = None if self.allowed is None else self.allowed[: len(rows)]
         gone = 0 if allowed is None else len(rows) - int(np.count_nonzero(allowed))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -38,15 +37,19 @@ from .building import (
     folder_of,
     indexed,
     only_builder,
+    relabel,
     retry,
     serves,
     write,
 )
-from .contents import Contents, blocks
+from .contents import Contents, blocks, choose_mode
 from .flat import refuse_large_rows
 from .index import KLIndex
-from .models import IndexedModel
+from .known import Known
+from .models import IndexedModel, Models
+from .projection import Projection, draw_sample
 from .segment import Segment
+from .snapshot import Snapshot
 
 _MOST_ADDED = 1 / 8  # of a segment's rows: with more, opening an index writes a new one
 
@@ -74,7 +77,7 @@ class StoredIndex(KLIndex):
         self._refreshing = Lock()
         self._shards: Mapping[str, int]
         self._removed: Mapping[ResultKey, datetime]
-        self._known: _Known | None
+        self._known: Known | None
         self._adopt(segment)
 
     @classmethod
@@ -114,7 +117,8 @@ class StoredIndex(KLIndex):
                     segment = retry(partial(build, store, selection, folder, mode, basis))
         index = cls(store, selection, folder, segment, mode, device)
         index.refresh()
-        if len(index._added) > len(segment) * _MOST_ADDED:
+        is_moved = bool(segment.facts["shards"].keys() - index._shards.keys())  # by a compaction
+        if is_moved or len(index._added) > len(segment) * _MOST_ADDED:
             with contextlib.suppress(OSError):  # it can be searched as it is, only slower
                 index.merge()
         return index
@@ -171,31 +175,34 @@ class StoredIndex(KLIndex):
     def merge(self) -> None:
         """Write a new segment of all models that are there now, in the same basis, if others came.
 
+        Directions are found again once there are twice as many models as they were found for.
+        Where another process has put another segment in the place of this index's, that is used.
+
         Raises:
             OSError: if it cannot be written; the old one counts then.
         """
-        with self._refreshing:
+        with self._refreshing, only_builder(self.folder):
+            newer = self._newer()
+            if newer is not None:
+                self._adopt(newer)
+                retry(partial(self._refresh_once, {}))
             with self._lock:
                 shards, models = self._shards, self._models
                 rows = [number for number in range(models.count) if number not in models.gone]
             if len(rows) == len(self._segment) == models.count:
+                if shards != self._segment.facts["shards"]:
+                    self._adopt(self._relabelled())
                 return
             if not rows:
                 raise SearchError("an index must have a model, got none; build it again")
             snapshot, _ = self._snapshot([])
-            known = self._find_known()
+            projection, fitted = self._directions(snapshot, rows)
             found = (
-                (
-                    [known.at_home(models[row], self._key(models[row])) for row in some],
-                    np.array([snapshot.point(row) for row in some]),
-                )
+                (self._at_home(models, some), np.array([snapshot.point(row) for row in some]))
                 for some in (rows[block] for block in blocks(len(rows)))
             )
-            facts = facts_of(shards, self._removed)
-            with only_builder(self.folder):
-                projection = self._segment.projection  # also where this index does not use it
-                segment = write(self.folder, self.basis, projection, found, facts)
-            self._adopt(segment)
+            facts = facts_of(shards, self._removed, fitted)
+            self._adopt(write(self.folder, self.basis, projection, found, facts))
 
     def summary(self) -> dict[str, Any]:
         """What people are told of it; memory is without the points, which are mapped."""
@@ -209,13 +216,50 @@ class StoredIndex(KLIndex):
             "directions": 0 if projection is None else len(projection.directions),
             "explained": None if projection is None else projection.explained[1],
             "lists": 0 if lists is None else len(lists.centroids),
-            "recall": None if lists is None else round(lists.recall, 4),  # if approximate
+            "approximate_recall": None if lists is None else round(lists.recall, 4),
             "memory_bytes": sum(each.nbytes for each in arrays),
             "points_bytes": rows.points.nbytes,
             "folder": str(self._segment.folder),
         }
 
     # ------------------------------------------------------------------ inside
+
+    def _newer(self) -> Segment | None:
+        """The segment that another builder has put in the place of this one, if it is of use."""
+        if current(self.folder) == self._segment.folder.name:
+            return None
+        with contextlib.suppress(SearchError):
+            segment = find(self.folder)
+            if segment is not None and serves(segment, self.mode):
+                return segment
+        return None
+
+    def _relabelled(self) -> Segment:
+        """The same models, which a compaction has moved to other shards."""
+        models = self._models
+        found = self._at_home(models, range(models.count))
+        fitted = self._segment.facts["fitted"]
+        facts = facts_of(self._shards, self._removed, fitted)
+        return relabel(self.folder, self._segment, found, facts)
+
+    def _at_home(self, models: Models, rows: Iterable[int]) -> list[IndexedModel]:
+        """Models, each with the shard that has it now."""
+        known = self._find_known()
+        return [known.at_home(models[row], self._key(models[row])) for row in rows]
+
+    def _directions(self, snapshot: Snapshot, rows: Sequence[int]) -> tuple[Projection | None, int]:
+        """Those of the segment, or better ones for these rows; and for how many they were found."""
+        old, fitted = self._segment.projection, self._segment.facts["fitted"]
+        n = len(self.basis)
+        if old is None and choose_mode("auto", 4 * len(rows) * n) == "exact":
+            return None, len(rows)
+        if old is not None and len(rows) < 2 * fitted:
+            return old, fitted
+        some = draw_sample(len(rows), n)
+        points = np.empty((len(some), n))
+        for place, row in enumerate(some.tolist()):
+            points[place] = snapshot.point(rows[row])
+        return Projection.fit(points), len(rows)
 
     def _refresh(self, placed: Mapping[str, np.ndarray]) -> int:
         """As `refresh`; the numbers in these shards need not be read: they hold one row each."""
@@ -247,7 +291,7 @@ class StoredIndex(KLIndex):
         contents = self._prepared(Contents.of_segment(segment, self.mode))
         with self._lock:
             self._set(contents)
-            self._segment = segment
+            self.basis, self._segment = segment.basis, segment
             self._shards = segment.facts["shards"]
             removed = segment.facts["removed"]
             self._removed = {ResultKey(*key): datetime.fromisoformat(when) for key, when in removed}
@@ -265,14 +309,14 @@ class StoredIndex(KLIndex):
             points.update(zip(numbers, found, strict=True))
         return [points[number] for number in range(len(rows))]
 
-    def _find_known(self) -> _Known:
+    def _find_known(self) -> Known:
         """Made when it is first needed: 0.3 s for 100,000 models."""
         if self._known is None:
-            self._known = _Known(self.selection, self._segment)
+            self._known = Known(self.selection, self._segment)
         return self._known
 
     def _changes(
-        self, known: _Known, rows: Sequence[StoredRow], vanished: AbstractSet[str]
+        self, known: Known, rows: Sequence[StoredRow], vanished: AbstractSet[str]
     ) -> tuple[list[StoredRow], AbstractSet[ResultKey]]:
         """Rows that are to be added, and keys that are to go without another in their place."""
         found = changes(known.created, rows, self._removed, homeless=known.within(vanished))
@@ -319,45 +363,6 @@ class StoredIndex(KLIndex):
             None,
             model.scoring_version,
         )
-
-
-class _Known:
-    """Rows of the store that an index has: when they were created, and which shard has them."""
-
-    def __init__(self, selection: Selection, segment: Segment) -> None:
-        columns = ("name", "revision", "dtype", "scoring_version", "created", "shard")
-        convention = segment.basis.convention
-        self.created: dict[ResultKey, datetime] = {}
-        self._shards: dict[ResultKey, str] = {}
-        for name, revision, dtype, version, created, shard in zip(
-            *(segment.table[each].to_pylist() for each in columns), strict=True
-        ):
-            key = ResultKey(name, revision, selection.textset, convention, dtype, None, version)
-            self.created[key], self._shards[key] = created, shard
-
-    def within(self, shards: AbstractSet[str]) -> list[ResultKey]:
-        """Keys of rows in these shards."""
-        return [key for key, shard in self._shards.items() if shard in shards] if shards else []
-
-    def forget(self, keys: Iterable[ResultKey]) -> None:
-        """These are gone."""
-        for key in keys:
-            del self.created[key], self._shards[key]
-
-    def at_home(self, model: IndexedModel, key: ResultKey) -> IndexedModel:
-        """The model, with the shard that has it now."""
-        return replace(model, shard=self._shards.get(key, model.shard))
-
-    def learn(self, rows: Iterable[StoredRow]) -> None:
-        """These are there now."""
-        for row in rows:
-            self.created[row.key], self._shards[row.key] = row.created, row.shard.name
-
-    def move(self, rows: Iterable[StoredRow]) -> None:
-        """Those of these that are known are in another shard now, as after a compaction."""
-        for row in rows:
-            if self.created.get(row.key) == row.created:
-                self._shards[row.key] = row.shard.name
 
 
 def _mode(segment: Segment, mode: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -26,7 +27,7 @@ from .lists import Lists
 from .models import IndexedModel
 from .projection import Projection, Reduced
 from .searched import Rows
-from .segment import BASIS, SCHEMA, digest_of
+from .segment import BASIS, SCHEMA, Segment, digest_of
 
 
 class SegmentWriter:
@@ -87,26 +88,10 @@ class SegmentWriter:
         for opened in self._files.values():
             opened.flush()
             os.fsync(opened.fileno())
-        table = pa.Table.from_pydict(
-            {
-                field.name: [
-                    json.dumps(dict(row.metadata))
-                    if field.name == "metadata"
-                    else getattr(row, field.name)
-                    for row in self._models
-                ]
-                for field in SCHEMA
-            },
-            schema=SCHEMA,
-        )
-        written = pa.BufferOutputStream()
-        pq.write_table(table, written, compression="zstd")
-        with atomic_write(self._folder / "models.parquet") as file:
-            file.write(written.getvalue())
-        self._sums["models.parquet"] = xxhash.xxh3_64(written.getvalue())
         known = [row.metadata["adds_bos"] for row in self._models if "adds_bos" in row.metadata]
         projection, basis = self._projection, self._basis
         directions = np.empty((0, len(basis))) if projection is None else projection.directions
+        self._sums["models.parquet"] = _write_table(self._folder, self._models)
         fields = {name: getattr(basis, name) for name in BASIS} | {
             "count": len(self._models),
             "first": 0 if projection is None else projection.first,
@@ -172,3 +157,46 @@ class SegmentWriter:
         self._files[name].write(rows.data)
         if name in self._sums:
             self._sums[name].update(rows.data)
+
+
+def relabelled(
+    segment: Segment, folder: Path, models: Sequence[IndexedModel], facts: Mapping[str, Any]
+) -> str:
+    """A folder with a segment's own points and other facts; its files are links to the old ones.
+
+    Args:
+        segment: whose points.
+        folder: it must not be there.
+        models: one a row, as `SegmentWriter.append` has them.
+        facts: all of them.
+
+    Returns: as `SegmentWriter.finish`.
+    """
+    folder.mkdir()
+    for path in segment.folder.iterdir():
+        if path.name not in ("models.parquet", "index.npz"):
+            try:
+                (folder / path.name).hardlink_to(path)
+            except OSError:  # not every file system has them
+                shutil.copyfile(path, folder / path.name)
+    sums = {"models.parquet": _write_table(folder, models).intdigest()}
+    fields, arrays = segment.header()
+    fields |= {"files": {**fields["files"], **sums}, "facts": facts}
+    write_space(folder / "index.npz", fields, arrays)
+    return digest_of(folder / "index.npz")
+
+
+def _write_table(folder: Path, models: Sequence[IndexedModel]) -> xxhash.xxh3_64:
+    """What is known of each row, and the file's sum."""
+    columns = {
+        field.name: [
+            json.dumps(dict(row.metadata)) if field.name == "metadata" else getattr(row, field.name)
+            for row in models
+        ]
+        for field in SCHEMA
+    }
+    written = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), written, compression="zstd")
+    with atomic_write(folder / "models.parquet") as file:
+        file.write(written.getvalue())
+    return xxhash.xxh3_64(written.getvalue())

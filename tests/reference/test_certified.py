@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,24 @@ def test_where_bounds_rule_nothing_out_all_are_compared():
     result = make_result(1e6 * rng.standard_normal(N))
     assert index.search(result).certificate.closed_by == "scan"
     assert_exact(space, index, result, space.project(result), None, 10)
+
+
+def test_only_what_a_condition_allows_is_read_where_that_is_little():
+    pytest.importorskip("duckdb", reason="duckdb is an extra: pip install 'llfast[cpu]'")
+    rng = np.random.default_rng(6)
+    space = make_space(lineage(rng, 3000, N))
+    exact, certified = KLIndex.build(space, "exact"), KLIndex.build(space, "certified")
+    reads = []
+    rows = exact._rows
+    object.__setattr__(exact, "_rows", replace(rows, check=reads.extend))
+    hits = exact.search("m0007", 5, where="model like '%11'")
+    assert hits == certified.search("m0007", 5, where="model like '%11'")
+    assert hits.certificate.compared == hits.certificate.models == 30
+    assert hits.certificate.closed_by == "scan"
+    assert {row % 100 for row in reads} <= {7, 11}
+    assert exact.range_search("m0007", 9.0, where="model like '%11'") == (
+        certified.range_search("m0007", 9.0, where="model like '%11'")
+    )
 
 
 def test_more_duplicates_than_a_first_look_takes():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llfast import KLIndex, LlfastWarning
+from llfast import KLIndex, LlfastWarning, SearchError
 from llfast.search import contents, gpu
 from tests.indexes import assert_right, index_result, make_store
 from tests.reference.test_certified import lineage
@@ -36,9 +36,10 @@ class Stand:
         assert count <= 2048
         self.asked.append(count)
         rows, points = self.rows.astype(np.float64), queries.astype(np.float64)
-        sizes = np.add.outer(np.square(points).sum(axis=1), np.square(rows).sum(axis=1))
-        squares = sizes - 2 * points @ rows.T
-        squares += self.share * sizes * self.rng.choice([-1, 1], squares.shape)
+        norms = np.linalg.norm(points, axis=1), np.linalg.norm(rows, axis=1)
+        squares = np.add.outer(norms[0] ** 2, norms[1] ** 2) - 2 * points @ rows.T
+        errors = self.share * np.add.outer(*norms) ** 2
+        squares += errors * self.rng.choice([-1, 1], squares.shape)
         numbers = np.argsort(squares, axis=1)[:, :count]
         return np.take_along_axis(squares, numbers, axis=1).astype(np.float32), numbers
 
@@ -144,11 +145,62 @@ def test_batches_are_asked_at_once_and_equal(stands):
 def test_a_gpu_that_is_wrong_is_noticed_and_not_used(stands):
     made = stands(1000.0)
     space = make_space(lineage(np.random.default_rng(6), 500, N))
-    with pytest.warns(LlfastWarning, match="on the CPU"):
+    with pytest.warns(LlfastWarning, match="without the GPU: its distances are farther"):
         index = KLIndex.build(space, "exact")
     made[0].asked.clear()
     assert_exact(space, index, "m0003", space.coordinates[3], "m0003", 10)
     assert not made[0].asked
+
+
+@pytest.mark.parametrize("call", ["add", "search"])
+def test_a_gpu_without_memory_is_not_used(stands, monkeypatch, call):
+    stands()
+
+    def fail(*_):
+        raise RuntimeError("cudaMalloc error out of memory\nand more")
+
+    monkeypatch.setattr(Stand, call, fail)
+    space = make_space(lineage(np.random.default_rng(6), 300, N))
+    with pytest.warns(
+        LlfastWarning, match="go on without the GPU: cudaMalloc error out of memory$"
+    ):
+        index = KLIndex.build(space, "exact")
+    assert_exact(space, index, "m0003", space.coordinates[3], "m0003", 10)
+
+
+def test_another_process_searches_without_it(stands, monkeypatch):
+    made = stands()
+    space = make_space(lineage(np.random.default_rng(6), 300, N))
+    index = KLIndex.build(space, "exact")
+    made[0].asked.clear()
+    monkeypatch.setattr(gpu.os, "getpid", lambda: -1)
+    assert_exact(space, index, "m0003", space.coordinates[3], "m0003", 10)
+    assert not made[0].asked
+
+
+def test_a_damaged_segment_is_refused_before_a_gpu_has_it(stands, tmp_path):
+    made = stands()
+    store = make_store(tmp_path / "store", 40)
+    path = KLIndex.build(store, "exact", device="cpu").segment.folder / "points.f32"
+    damaged = bytearray(path.read_bytes())
+    damaged[5000] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(SearchError, match="refit=True"):
+        KLIndex.build(store, "exact")
+    assert not made
+
+
+def test_a_condition_is_asked_of_the_gpu_while_it_leaves_enough(stands):
+    pytest.importorskip("duckdb", reason="duckdb is an extra: pip install 'llfast[cpu]'")
+    made = stands(MOST)
+    space = make_space(lineage(np.random.default_rng(9), 3000, N))
+    index, other = KLIndex.build(space, "exact"), KLIndex.build(space, "certified")
+    made[0].asked.clear()
+    for where, times in (("model > 'm0500'", 1), ("model > 'm2500'", 1), ("model like '%77'", 1)):
+        hits = index.search("m2800", 10, where=where)
+        assert hits == other.search("m2800", 10, where=where)
+        assert len(made[0].asked) == times
+    assert hits.certificate.compared == hits.certificate.models == 30
 
 
 def test_it_is_used_where_it_is_asked_for_alone(stands):
@@ -176,11 +228,26 @@ def test_an_index_of_a_store_on_a_gpu_follows_it(stands, tmp_path):
     assert_right(index, store)
 
 
-def test_without_a_gpu_there_is_none():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not gpu.has_room(1 << 30) or gpu.import_faiss().get_num_gpus()
-    assert not gpu.has_room(1)
+@pytest.mark.parametrize(
+    ("gpus", "free", "tf32", "nbytes", "expected"),
+    [
+        (1, 10 << 30, None, 4 << 30, True),
+        (0, 10 << 30, None, 4 << 30, False),
+        (1, 4 << 30, None, 4 << 30, False),
+        (1, 10 << 30, "1", 4 << 30, False),
+        (1, 10 << 30, None, 1 << 20, False),
+    ],
+)
+def test_a_gpu_has_room_or_not(monkeypatch, gpus, free, tf32, nbytes, expected):
+    faiss = SimpleNamespace(StandardGpuResources=object, get_num_gpus=lambda: gpus)
+    monkeypatch.setattr(gpu, "import_faiss", lambda: faiss)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (free, 80 << 30))
+    if tf32 is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", tf32)
+    assert gpu.has_room(nbytes) == expected
+    del faiss.StandardGpuResources  # that of faiss-cpu
+    assert not gpu.has_room(nbytes)
 
 
 def test_reach_is_above_what_products_in_fp32_give():

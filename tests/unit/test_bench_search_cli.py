@@ -55,7 +55,10 @@ def test_answers_that_differ_are_an_error(monkeypatch):
     right = search.KLIndex.search
 
     def wrong(self, name, k):
-        return right(self, name, k)[self.mode == "exact" :]
+        hits = right(self, name, k)
+        if self.mode == "exact":
+            hits.pop()
+        return hits
 
     monkeypatch.setattr(search.KLIndex, "search", wrong)
     with pytest.raises(ValueError, match="certified answers must be the exact ones"):

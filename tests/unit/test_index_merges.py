@@ -1,0 +1,128 @@
+"""Merges: better directions for more models, segments of other builders, and compacted stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llfast import KLIndex, Store
+from llfast.search import contents, listing
+from tests.indexes import assert_right, index_result, make_store, name
+
+pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
+
+
+@pytest.fixture(autouse=True)
+def _lists(monkeypatch):
+    """Also for few models."""
+    monkeypatch.setattr(listing, "LEAST_ROWS", 20)
+    monkeypatch.setattr(listing, "_HELD_OUT", 4)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path / "store")
+
+
+def grow(store, index, count):
+    """Have so many more models."""
+    for number in range(len(index), len(index) + count):
+        store.add(index_result(number))
+    index.refresh()
+    index.merge()
+
+
+def test_directions_are_found_again_for_twice_as_many_models(store):
+    index = KLIndex.build(store, "certified")
+    first = index.segment
+    grow(store, index, 23)
+    assert index.segment.facts["fitted"] == 24
+    assert index.segment.projection.directions.tobytes() == first.projection.directions.tobytes()
+    grow(store, index, 1)
+    assert index.segment.facts["fitted"] == 48
+    assert len(index.segment.projection.directions) > len(first.projection.directions)
+    assert index.basis.digest == first.basis.digest
+    assert_right(index, store)
+    assert_right(KLIndex.build(store), store)
+
+
+def test_an_index_that_was_small_gets_bounds_when_it_is_not(store, monkeypatch):
+    index = KLIndex.build(store)
+    assert index.mode == "exact"
+    basis = index.basis.digest
+    monkeypatch.setattr(contents, "_EXACT_BYTES", 4 * 40 * 30)
+    grow(store, index, 5)
+    assert index.segment.projection is None
+    grow(store, index, 5)
+    assert index.segment.projection is not None
+    assert_right(index, store)
+    opened = KLIndex.build(store)
+    assert (opened.mode, opened.basis.digest) == ("certified", basis)
+    assert_right(opened, store)
+
+
+def test_a_segment_of_another_builder_is_used_not_replaced(store):
+    index = KLIndex.build(store, "certified")
+    grown = [index_result(number) for number in range(24, 28)]
+    for result in grown[:2]:
+        store.add(result)
+    index.refresh()
+    other = KLIndex.build(Store(store.folder), "certified", refit=True)
+    assert other.basis.digest != index.basis.digest
+    for result in grown[2:]:
+        store.add(result)
+    index.refresh()
+    index.merge()
+    assert index.basis.digest == other.basis.digest
+    assert len(index) == 28
+    assert_right(index, store)
+    assert_right(KLIndex.build(store), store)
+
+
+def test_a_segment_that_does_not_serve_is_replaced(store):
+    index = KLIndex.build(store, "certified")
+    store.add(index_result(24))
+    index.refresh()
+    KLIndex.build(Store(store.folder), "exact", refit=True)
+    index.merge()
+    assert index.segment.projection is not None
+    assert_right(index, store)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_after_a_compaction_points_are_not_written_again(store, monkeypatch, links):
+    index = KLIndex.build(store, "certified")
+    grow(store, index, 3)
+    before = index.segment
+    inode = (before.folder / "points.f32").stat().st_ino
+    if not links:
+
+        def refuse(*_):
+            raise PermissionError("no links here")
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert store.compact()
+    opened = KLIndex.build(store)
+    assert opened.segment.folder.name != before.folder.name
+    assert opened.segment.facts["shards"] == store.shards(store.find_textset())
+    assert ((opened.segment.folder / "points.f32").stat().st_ino == inode) == links
+    facts = dict(opened.segment.facts)
+    del facts["shards"]
+    assert facts.items() <= before.facts.items()
+    opened.segment.verify()
+    assert_right(opened, store)
+    read = []
+    whole = Store.read_shards
+
+    def spy(self, textset, shards):
+        read.extend(shards)
+        return whole(self, textset, shards)
+
+    monkeypatch.setattr(Store, "read_shards", spy)
+    again = KLIndex.build(store)
+    assert not read, "all shards are known"
+    again.merge()
+    assert again.segment.folder.name == opened.segment.folder.name
+    again.remove(name(3))
+    assert_right(again, store)
