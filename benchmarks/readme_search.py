@@ -73,9 +73,10 @@ def _notes(found: dict[str, Any], asked: list[dict[str, Any]]) -> list[str]:
         f"The {found['k']} nearest, for a fine-tune that the collection does not have; median "
         "milliseconds, and the share of right answers where it is not all of them. Synthetic "
         f"collections on {', '.join(f'{size:,}' for size in sorted(sizes))} texts: families are of "
-        "Zipf's sizes, or (half) one has half of the models. llfast's answers are certified, and "
-        "were compared with those of a scan of all models. For one question faiss Flat takes one "
-        "thread; llfast's scan (all in full) is what all of them can do."
+        "Zipf's sizes, or (half) one has half of the models. llfast's answers are certified, but "
+        "for its approximate ones, and were compared with those of a scan of all models. For one "
+        "question faiss Flat takes one thread; llfast's scan (all in full) is what all of them can "
+        "do."
     )
     notes = [told]
     for case, each in zip(cases, asked, strict=True):

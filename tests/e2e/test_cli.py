@@ -222,6 +222,14 @@ def test_search_finds_what_the_index_finds(command, filled, space):
     one = command("search", "gpt2", "--store", filled, "-k", 1, "--unit", "nats_per_text", "--json")
     assert one.json["hits"] == [index.search("gpt2", k=1, unit="nats_per_text")[0].summary()]
     radius = (hits[0].kl + hits[1].kl) / 2
+    assert run.json["certificate"]["compared"] == len(hits)
+    assert run.json["recall_at_10"] is None
+    for mode in ("exact", "certified", "approximate"):
+        other = command("search", "gpt2", "--store", filled, "--mode", mode, "--json").json
+        assert other["hits"] == run.json["hits"]
+    wrong = command("search", "gpt2", "--store", filled, "--mode", "hnsw")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert "mode must be auto, exact, certified, approximate, got 'hnsw'" in wrong.error
     near = command("search", "gpt2", "--store", filled, "--radius", radius, "--json")
     assert [hit["model"] for hit in near.json["hits"]] == ["gpt2-finetune"]
     none = command("search", "gpt2", "--store", filled, "--radius", hits[0].kl / 2)

@@ -17,17 +17,19 @@ DEADLINE_SECONDS = 60
 
 
 # A process that forks others, and kills them: before the n-th change that they make to a file, or
-# after so many seconds. Threads of torch do not outlive a fork, so it has one.
+# after so many seconds. Threads of torch and faiss do not outlive a fork, so they have one.
 KILLED = """
 import os, signal, sys, warnings
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from llfast import KLIndex, Store
+from llfast.search import listing
 from llfast.search.flat import import_faiss
 from tests.indexes import index_result, name
 from tests.stores import die_before
-import_faiss()
+import_faiss().omp_set_num_threads(1)
+listing.LEAST_ROWS, listing._HELD_OUT = 20, 4  # lists also of few models
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
 
 
