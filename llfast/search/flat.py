@@ -1,7 +1,7 @@
 """Squared distances to many rows by faiss in fp32, and how far they can be off.
 
 faiss checks little: wrong dimensions read out of bounds, float64 is cast, NaN rows vanish. Whatever
-it is given is checked here, and it is imported nowhere else.
+it is given here is checked, and it is imported nowhere else.
 """
 
 from __future__ import annotations
