@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from readme_loading import loading, relatives
+from readme_real import real_models, real_predictions
 from readme_search import search
 
 from llfast.mapping import draw_map
@@ -106,24 +107,6 @@ def demo(found: dict[str, Any]) -> list[str]:
             ]
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     lines += ["", "KL in bits/byte (95 % interval). Command: `llfast demo --json`."]
-    return lines
-
-
-def real_models(found: dict[str, Any]) -> list[str]:
-    """The nearest of some of 90 real models."""
-    lines = ["| model | nearest | second | third |", "|---|---|---|---|"]
-    for model, hits in found["nearest"].items():
-        cells = [
-            "{} {:.4f} ({:.4f} to {:.4f})".format(h["model"], h["kl"], *h["interval"]) for h in hits
-        ]
-        lines.append(f"| {model} | " + " | ".join(cells[:3]) + " |")
-    lines.append("")
-    lines.append(
-        f"{found['models']} models on {found['texts']} texts. The nearest model is of the same "
-        f"family for {found['nearest_is_kin']} of the {found['with_kin']} whose family has "
-        "another. Bytes of the texts are not known, so values order models but are no absolute KL. "
-        "Command: `python benchmarks/real_models.py bits_per_byte.csv`."
-    )
     return lines
 
 
@@ -309,6 +292,7 @@ TABLES = {
     "intervals": intervals,
     "demo": demo,
     "real_models": real_models,
+    "real_predictions": real_predictions,
     "kernel_resources": kernel_resources,
     # A GPU's table is in the README once its JSON is here.
     **{

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     )
     from .kernels import PartialLogprobs, token_logprobs, token_statistics
     from .paging import LoadingStatistics
+    from .prediction import predict_scores
     from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
+    from .scores import read_scores
     from .scoring import score, score_many
     from .search import KLIndex
     from .space import ModelSpace
@@ -53,6 +55,8 @@ __all__ = [
     "TextSetError",
     "UnsupportedModelError",
     "build_texts",
+    "predict_scores",
+    "read_scores",
     "score",
     "score_many",
     "token_logprobs",
@@ -70,6 +74,8 @@ _HOME = {
     "Store": "store",
     "TextSet": "texts",
     "build_texts": "texts",
+    "predict_scores": "prediction",
+    "read_scores": "scores",
     "score": "scoring",
     "score_many": "scoring",
     "token_logprobs": "kernels",

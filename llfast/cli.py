@@ -34,6 +34,7 @@ from .cli_options import (
     Verify,
     Weights,
 )
+from .cli_predict import predict_command
 from .cli_texts import texts_app
 from .output import (
     print_estimates,
@@ -56,6 +57,7 @@ app = typer.Typer(
 app.add_typer(texts_app, name="texts")
 app.add_typer(bench_app, name="bench")
 app.add_typer(index_app, name="index")
+app.command("predict")(predict_command)
 # What all misuse raises; typer has no public name for it.
 UsageError: Any = typer.BadParameter.__mro__[1]
 

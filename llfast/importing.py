@@ -173,7 +173,7 @@ def _from_columns(path: Path, names: Sequence[str], columns: Sequence[list[Any]]
                     f"{path} must hold numbers, got {cell!r} for model {name!r}, text "
                     f"{ids[row] if ids else row!r}{hint}"
                 )
-    models, families = zip(*(_parse_name(name) for name in names), strict=True)
+    models, families = zip(*(parse_name(name) for name in names), strict=True)
     values = np.array([[float(cell) for cell in column] for column in columns])
     return list(models), values, ids, list(families)
 
@@ -219,8 +219,8 @@ def _is_number(cell: Any) -> bool:
     return True
 
 
-def _parse_name(name: str) -> tuple[str, str]:
-    """A pandas column of two levels is written as the text of a tuple."""
+def parse_name(name: str) -> tuple[str, str]:
+    """Name and family of `('family', 'org/model')`, as pandas writes a column of two levels."""
     if name.startswith("("):
         try:
             parsed = ast.literal_eval(name)

@@ -15,6 +15,7 @@ import typer.main
 import llfast
 from llfast import TextSet
 from llfast.cli import app
+from tests.indexes import make_store
 from tests.tiny import TEXTS
 
 
@@ -63,6 +64,10 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
     (tmp_path / "m.csv").write_text("id,a,b\nx,1.0,1.1\ny,1.2,1.5\nz,2.0,1.0\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "doc.txt").write_text("a word or two " * 200)
+    made = make_store(tmp_path / "scored", 12)
+    scores = ((model, number % 5) for number, model in enumerate(made.matrix().models))
+    lines = [f"{model},{score}\n" for model, score in scores]
+    (tmp_path / "scores.csv").write_text("model,arc\n" + "".join(lines))
     score = f"--texts {texts_file} --store {tmp_path / 'store'}"
     imported = f"--store {tmp_path / 'imported'} --unit bits_per_byte --text-bytes 100"
     return {
@@ -72,6 +77,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "import": f"import {tmp_path / 'm.csv'} {imported}",
         "search": f"search gpt2 --store {filled}",
         "index build": f"index build --store {filled} --mode certified",
+        "predict": f"predict --store {tmp_path / 'scored'} --scores {tmp_path / 'scores.csv'}",
         "kl": f"kl gpt2 llama --store {filled}",
         "info": f"info {filled}",
         "compact": f"compact --store {tmp_path / 'empty'}",

@@ -11,9 +11,10 @@ ORDER = (
     "errors memory files cache texts results batches kernels safetensors_file quantised checkpoint "
     "processor dtypes loading models head forward linear traits paging partial progress devices "
     "borrowing batchwise engines verify runs scoring rows shards scans compaction storefiles store "
-    "where importing intervals basis mixed spacefile space search estimate model_list outcomes "
+    "where importing scores intervals basis mixed spacefile space prediction search estimate "
+    "model_list outcomes "
     "fleet nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli_options "
-    "bench cli_bench cli_texts cli_index cli __main__"
+    "bench cli_bench cli_texts cli_index cli_predict cli __main__"
 ).split()
 ONLY_IN = {
     "duckdb": {"where"},
@@ -22,11 +23,12 @@ ONLY_IN = {
     "peft": {"loading"},
     "compressed_tensors": {"quantised"},
     "matplotlib": {"mapping"},
+    "sklearn": {"prediction"},
     "adjustText": {"mapping"},
     "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training"},
     "greenlet": {"paging"},
     "pyarrow": {"compaction", "shards", "store", "importing", "search", "where"},
-    "typer": {"cli", "cli_bench", "cli_index", "cli_options", "cli_texts"},
+    "typer": {"cli", "cli_bench", "cli_index", "cli_options", "cli_predict", "cli_texts"},
     "triton": {"kernels", "bench"},
     "liger_kernel": {"bench"},
     "cut_cross_entropy": {"bench"},

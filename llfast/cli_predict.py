@@ -1,0 +1,62 @@
+"""`llfast predict`: benchmark scores from where models are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import AsJson, Newest, StoredConvention, StoredDtype, StorePath, TextSetDigest
+from .output import print_json, print_table
+
+
+def predict_command(
+    store: StorePath,
+    scores: Annotated[
+        Path, typer.Option(help="A CSV file: models and benchmarks, in rows and columns.")
+    ],
+    group: Annotated[
+        str, typer.Option(help="Models with the same value of this are predicted by others alone.")
+    ] = "family",
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Instead: each model is predicted by all others' folds.")
+    ] = False,
+    folds: Annotated[int, typer.Option(min=2, help="How many, at most.")] = 5,
+    textset: TextSetDigest = None,
+    convention: StoredConvention = None,
+    dtype: StoredDtype = None,
+    newest: Newest = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict benchmark scores from where models are, each from those of other families."""
+    from .prediction import predict_from_store
+
+    found = predict_from_store(
+        store,
+        scores,
+        textset=textset,
+        convention=convention,
+        dtype=dtype,
+        newest=newest,
+        group=None if alone else group,
+        folds=folds,
+    )
+    if as_json:
+        print_json([each.summary() for each in found])
+        return
+    print_table(
+        ["benchmark", "models", "r", "rank r", "r of mean log-likelihood", "rank r of it"],
+        [
+            (
+                each.benchmark,
+                len(each.models),
+                str(each.pearson),
+                str(each.spearman),
+                str(each.baseline_pearson),
+                str(each.baseline_spearman),
+            )
+            for each in found
+        ],
+        title="Predicted and real scores, 95 % intervals",
+    )

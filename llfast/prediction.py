@@ -1,0 +1,325 @@
+"""Benchmark scores predicted from where models are, by ridge regression.
+
+    families ─▶ folds: basis, penalty and weights of all other families ─▶ scores of this one
+    scores and predictions ─▶ correlations, and their intervals from drawing families again
+
+Nothing of a model that is predicted has a part in its prediction: the clip and the reference of its
+coordinates are those of the others, and so is the penalty, which an inner cross-validation chooses.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from .basis import Basis
+from .errors import LlfastWarning, MissingDependencyError, SpaceError
+from .results import LogLikelihoodMatrix
+from .scores import Scores, known_scores, read_scores
+from .store import Store
+
+_PENALTIES = 10.0 ** np.arange(-5, 3.5, 0.5)  # times the mean squared norm of the coordinates
+_LEAST_MODELS = 10
+_RESAMPLES = 2000
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """A correlation of predictions and scores.
+
+    Attributes:
+        value: between -1 and 1; NaN where one of the two does not vary.
+        interval: lower and upper end of its 95 % interval; NaN where it is not known.
+    """
+
+    value: float
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.2f} ({low:.2f} to {high:.2f})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prediction:
+    """What was predicted for one benchmark.
+
+    Attributes:
+        benchmark: its name.
+        models: (K,) the models whose score is known.
+        scores: (K,) what they scored.
+        predicted: (K,) what their coordinates say they score.
+        baseline: (K,) what their mean log-likelihood alone says.
+        penalties: of each fold, in units of the mean squared norm of the coordinates.
+        pearson: of predicted and scores.
+        spearman: of their ranks.
+        baseline_pearson: of baseline and scores.
+        baseline_spearman: of their ranks.
+    """
+
+    benchmark: str
+    models: tuple[str, ...]
+    scores: Float64[np.ndarray, " K"]
+    predicted: Float64[np.ndarray, " K"]
+    baseline: Float64[np.ndarray, " K"]
+    penalties: tuple[float, ...]
+    pearson: Correlation
+    spearman: Correlation
+    baseline_pearson: Correlation
+    baseline_spearman: Correlation
+
+    def summary(self) -> dict[str, Any]:
+        """What programs are told of it."""
+        return {
+            "benchmark": self.benchmark,
+            "models": list(self.models),
+            "scores": self.scores.tolist(),
+            "predicted": self.predicted.tolist(),
+            "baseline": self.baseline.tolist(),
+            "penalties": list(self.penalties),
+            "pearson": self.pearson,
+            "spearman": self.spearman,
+            "baseline_pearson": self.baseline_pearson,
+            "baseline_spearman": self.baseline_spearman,
+        }
+
+
+def predict_from_store(
+    store: str | os.PathLike[str],
+    scores: str | os.PathLike[str],
+    *,
+    textset: str | None = None,
+    convention: str | None = None,
+    dtype: str | None = None,
+    newest: bool = False,
+    group: str | None = "family",
+    folds: int = 5,
+) -> list[Prediction]:
+    """Predict the scores of a file from the models of a store.
+
+    Args:
+        store: the folder of results.
+        scores: a CSV file, see `read_scores`.
+        textset: the start of a text set's digest, for a store with several.
+        convention: only results under this convention.
+        dtype: only models that ran in it.
+        newest: of several rows of one model, take the newest.
+        group: as for `predict_scores`.
+        folds: as for `predict_scores`.
+
+    Raises: as `predict_scores`, `read_scores` and `Store.matrix` say.
+    """
+    duplicates = "newest" if newest else "error"
+    known = read_scores(os.fspath(scores))
+    matrix = Store(store).matrix(textset, convention, dtype, duplicates=duplicates)
+    return predict_scores(matrix, known, group=group, folds=folds)
+
+
+def predict_scores(
+    matrix: LogLikelihoodMatrix,
+    scores: Scores,
+    *,
+    group: str | None = "family",
+    folds: int = 5,
+    clip_quantile: float | None = 0.02,
+) -> list[Prediction]:
+    """Predict each model's scores from those of the models of other families.
+
+    Args:
+        matrix: log-likelihoods of K models.
+        scores: by benchmark and model; models that are not in the matrix are left out.
+        group: the key of the metadata that says which models belong together, and so into one
+            fold; a model without it is alone. None: all are.
+        folds: how many, at most.
+        clip_quantile: see `Basis.fit`.
+
+    Returns: a prediction a benchmark, in the order of `scores`.
+
+    Raises:
+        ValueError: if there are fewer than two folds.
+        SpaceError: if a benchmark has scores of fewer than ten models, or they are of fewer than
+            four groups.
+        MissingDependencyError: if scikit-learn is not installed.
+    Warns: LlfastWarning if scores are of models that the matrix does not have.
+    Source: Oyama et al., arXiv 2502.16173 (ridge regression, five folds by family).
+    """
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    _sklearn()
+    unknown = {model for each in scores.values() for model in each} - set(matrix.models)
+    if unknown:
+        warnings.warn(
+            f"scores of {len(unknown)} models that are not there are left out, of "
+            f"{min(unknown)!r} among them",
+            LlfastWarning,
+            stacklevel=2,
+        )
+    groups = group_numbers(matrix, group)
+    return [
+        _predict(name, matrix, groups, each, folds, clip_quantile) for name, each in scores.items()
+    ]
+
+
+def group_numbers(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, " K"]:
+    """Which models have the same value of a key of their metadata; those without it are alone."""
+    numbers: dict[Any, int] = {}
+    found = []
+    for model, metadata in zip(matrix.models, matrix.metadata, strict=True):
+        value = None if key is None else metadata.get(key)
+        own = ("alone", model) if value is None else ("group", str(value))
+        found.append(numbers.setdefault(own, len(numbers)))
+    return np.array(found, dtype=np.int64)
+
+
+def _predict(
+    benchmark: str,
+    matrix: LogLikelihoodMatrix,
+    groups: Int64[np.ndarray, " K"],
+    scores: Mapping[str, float],
+    folds: int,
+    clip_quantile: float | None,
+) -> Prediction:
+    rows, known = known_scores(scores, matrix.models)
+    y, groups = np.array(known), groups[rows]
+    if len(rows) < _LEAST_MODELS or len(set(groups.tolist())) < 4:
+        raise SpaceError(
+            f"scores of {benchmark!r} must be of {_LEAST_MODELS} models and 4 groups, got "
+            f"{len(rows)} models of {len(set(groups.tolist()))}"
+        )
+    values = matrix.values[rows]
+    predicted, baseline = np.empty(len(rows)), np.empty(len(rows))
+    penalties = []
+    for others, own in _splits(groups, folds):
+        basis = _basis(values[others], matrix.text_bytes, clip_quantile)
+        train, test = basis.place(values[others]), basis.place(values[own])
+        predicted[own], penalty = _ridge(train, y[others], groups[others], test, folds)
+        penalties.append(penalty)
+        baseline[own] = _line(values[others], y[others], values[own], basis.clip)
+    return Prediction(
+        benchmark=benchmark,
+        models=tuple(matrix.models[row] for row in rows),
+        scores=y,
+        predicted=predicted,
+        baseline=baseline,
+        penalties=tuple(penalties),
+        pearson=_correlation(_pearson, predicted, y, groups),
+        spearman=_correlation(_spearman, predicted, y, groups),
+        baseline_pearson=_correlation(_pearson, baseline, y, groups),
+        baseline_spearman=_correlation(_spearman, baseline, y, groups),
+    )
+
+
+def _splits(
+    groups: Int64[np.ndarray, " K"], folds: int
+) -> list[tuple[Int64[np.ndarray, " A"], Int64[np.ndarray, " B"]]]:
+    count = min(folds, len(set(groups.tolist())))
+    splitter = _sklearn().model_selection.GroupKFold(count)
+    return list(splitter.split(groups, groups=groups))
+
+
+def _basis(
+    values: Float64[np.ndarray, "K N"],
+    text_bytes: Float64[np.ndarray, " N"],
+    clip_quantile: float | None,
+) -> Basis:
+    models = [str(row) for row in range(len(values))]
+    return Basis.fit(LogLikelihoodMatrix(models, values, text_bytes), clip_quantile)
+
+
+def _ridge(
+    train: Float64[np.ndarray, "A N"],
+    scores: Float64[np.ndarray, " A"],
+    groups: Int64[np.ndarray, " A"],
+    test: Float64[np.ndarray, "B N"],
+    folds: int,
+) -> tuple[Float64[np.ndarray, " B"], float]:
+    """Predictions of the test models, and the penalty that predicts held-out groups best.
+
+    Coordinates are first turned onto the training models' own axes, which changes no prediction: a
+    ridge solution is a combination of the points that it was fitted to.
+    """
+    sklearn = _sklearn()
+    left, sizes, axes = np.linalg.svd(train, full_matrices=False)
+    turned = left * sizes
+    scale = float(np.square(sizes).sum()) / len(train) or 1.0
+    search = sklearn.model_selection.GridSearchCV(
+        sklearn.linear_model.Ridge(),
+        {"alpha": _PENALTIES * scale},
+        scoring="neg_mean_squared_error",
+        cv=_splits(groups, folds),
+    )
+    search.fit(turned, scores)
+    predicted: Float64[np.ndarray, " B"] = search.predict(test @ axes.T)
+    return predicted, float(search.best_params_["alpha"]) / scale
+
+
+def _line(
+    train: Float64[np.ndarray, "A N"],
+    scores: Float64[np.ndarray, " A"],
+    test: Float64[np.ndarray, "B N"],
+    clip: float | None,
+) -> Float64[np.ndarray, " B"]:
+    """Predictions by a straight line over the mean clipped log-likelihood."""
+    means = [
+        (each if clip is None else np.maximum(each, clip)).mean(axis=1) for each in (train, test)
+    ]
+    centre = float(means[0].mean())
+    spread = float(np.square(means[0] - centre).sum())
+    slope = float((means[0] - centre) @ scores) / spread if spread else 0.0
+    found: Float64[np.ndarray, " B"] = scores.mean() + slope * (means[1] - centre)
+    return found
+
+
+# ------------------------------------------------------------------ correlations
+
+
+def _pearson(a: Float64[np.ndarray, " K"], b: Float64[np.ndarray, " K"]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else float("nan")
+
+
+def _spearman(a: Float64[np.ndarray, " K"], b: Float64[np.ndarray, " K"]) -> float:
+    from scipy.stats import rankdata
+
+    return _pearson(rankdata(a), rankdata(b))
+
+
+def _correlation(
+    measure: Callable[[np.ndarray, np.ndarray], float],
+    predicted: Float64[np.ndarray, " K"],
+    scores: Float64[np.ndarray, " K"],
+    groups: Int64[np.ndarray, " K"],
+) -> Correlation:
+    """With an interval by the bootstrap over groups: percentiles of 2,000 draws of all of them."""
+    names = np.unique(groups)
+    members = [np.flatnonzero(groups == name) for name in names]
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(_RESAMPLES):
+        rows = np.concatenate([members[each] for each in rng.integers(len(names), size=len(names))])
+        drawn.append(measure(predicted[rows], scores[rows]))
+    usable = [each for each in drawn if np.isfinite(each)]
+    tail = (1 - _CONFIDENCE) / 2
+    ends = np.quantile(usable, [tail, 1 - tail]).tolist() if usable else [float("nan")] * 2
+    return Correlation(measure(predicted, scores), (ends[0], ends[1]))
+
+
+def _sklearn() -> Any:
+    try:
+        import sklearn.linear_model
+        import sklearn.model_selection
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        raise MissingDependencyError(
+            "predicting scores needs scikit-learn; run `pip install 'llfast[predict]'`"
+        ) from None
+    return sklearn

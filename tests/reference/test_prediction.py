@@ -1,0 +1,192 @@
+"""Predicted scores against closed forms and scipy; nothing leaks from what is predicted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from llfast import LlfastWarning, LogLikelihoodMatrix, SpaceError, predict_scores
+from llfast.prediction import _PENALTIES, Prediction, _correlation, _pearson, _ridge, _spearman
+
+pytest.importorskip("sklearn", reason="scikit-learn is an extra: pip install 'llfast[predict]'")
+
+K, N, FAMILIES = 60, 200, 12
+
+
+def make(seed=0, *, values=None):
+    """Models of some families, whose log-likelihoods are a few common parts and their own."""
+    rng = np.random.default_rng(seed)
+    if values is None:
+        parts = (
+            rng.standard_normal((K, 5))
+            + rng.standard_normal((FAMILIES, 5))[np.arange(K) % FAMILIES]
+        )
+        values = -700 + 40 * parts @ rng.standard_normal((5, N)) + rng.standard_normal((K, N))
+    return LogLikelihoodMatrix(
+        [f"m{row}" for row in range(len(values))],
+        values,
+        np.full(N, 1000.0),
+        metadata=[{"family": f"f{row % FAMILIES}"} for row in range(len(values))],
+    )
+
+
+def as_scores(values, benchmark="arc"):
+    return {benchmark: {f"m{row}": float(value) for row, value in enumerate(values)}}
+
+
+def by_closed_form(train, scores, test, penalty):
+    """Ridge with an intercept: normal equations of centred points, in their dual form."""
+    centre = train.mean(axis=0)
+    points, others = train - centre, test - centre
+    gram = points @ points.T + penalty * np.eye(len(points))
+    return scores.mean() + others @ points.T @ np.linalg.solve(gram, scores - scores.mean())
+
+
+def test_a_ridge_is_that_of_the_closed_form_and_its_penalty_the_best_of_all():
+    rng = np.random.default_rng(1)
+    points = rng.standard_normal((40, 300))
+    scores = points[:, :3].sum(axis=1) + 0.5 * rng.standard_normal(40)
+    groups = np.arange(32) // 4
+    train, test = points[:32], points[32:]
+    predicted, penalty = _ridge(train, scores[:32], groups, test, 4)
+    scale = np.square(train).sum() / 32
+    np.testing.assert_allclose(
+        predicted, by_closed_form(train, scores[:32], test, penalty * scale), rtol=1e-9, atol=1e-9
+    )
+    # Eight groups of four in four folds, each two groups of the same size, whichever they are.
+    from sklearn.model_selection import GroupKFold
+
+    losses = []
+    for each in _PENALTIES:
+        errors = []
+        for own, other in GroupKFold(4).split(train, groups=groups):
+            fitted = by_closed_form(train[own], scores[own], train[other], each * scale)
+            errors.append(np.square(fitted - scores[other]).mean())
+        losses.append(np.mean(errors))
+    assert penalty == pytest.approx(_PENALTIES[int(np.argmin(losses))])
+
+
+def test_what_coordinates_say_is_found_and_what_they_do_not_is_not():
+    matrix = make()
+    rng = np.random.default_rng(2)
+    centred = matrix.values - matrix.values.mean(axis=1, keepdims=True)
+    signal = centred @ rng.standard_normal(N)
+    (found,) = predict_scores(matrix, as_scores(signal))
+    assert found.pearson.value > 0.95
+    assert found.pearson.interval[0] > 0.9
+    assert found.spearman.value > 0.9
+    assert abs(found.baseline_pearson.value) < 0.8
+    (chance,) = predict_scores(matrix, as_scores(rng.standard_normal(K)))
+    assert chance.pearson.interval[0] < 0.2
+
+
+def test_a_baseline_is_a_line_over_the_mean_log_likelihood():
+    matrix = make()
+    means = matrix.values.mean(axis=1)
+    (found,) = predict_scores(matrix, as_scores(3 * means + 2), clip_quantile=None)
+    np.testing.assert_allclose(found.baseline, 3 * means + 2, rtol=1e-9)
+    assert found.baseline_pearson.value == pytest.approx(1.0)
+
+
+def test_nothing_of_a_family_has_a_part_in_its_prediction():
+    matrix = make()
+    rng = np.random.default_rng(3)
+    scores = rng.standard_normal(K)
+    (found,) = predict_scores(matrix, as_scores(scores))
+    family = np.arange(K) % FAMILIES == 4
+    other_scores = np.where(family, 1e6, scores)
+    (again,) = predict_scores(matrix, as_scores(other_scores))
+    np.testing.assert_array_equal(again.predicted[family], found.predicted[family])
+    np.testing.assert_array_equal(again.baseline[family], found.baseline[family])
+    assert not np.array_equal(again.predicted[~family], found.predicted[~family])
+    # Other numbers of one model change what its siblings are said to score not at all.
+    values = matrix.values.copy()
+    one = int(np.flatnonzero(family)[0])
+    values[one] = -5000 + 300 * rng.standard_normal(N)
+    (again,) = predict_scores(make(values=values), as_scores(scores))
+    siblings = family.copy()
+    siblings[one] = False
+    np.testing.assert_array_equal(again.predicted[siblings], found.predicted[siblings])
+    assert again.predicted[one] != found.predicted[one]
+
+
+def test_without_families_models_are_alone():
+    matrix = make()
+    scores = as_scores(np.random.default_rng(4).standard_normal(K))
+    (by_family,) = predict_scores(matrix, scores)
+    (alone,) = predict_scores(matrix, scores, group=None)
+    (by_none,) = predict_scores(matrix, scores, group="not there")
+    np.testing.assert_array_equal(alone.predicted, by_none.predicted)
+    assert not np.array_equal(alone.predicted, by_family.predicted)
+
+
+def test_correlations_are_those_of_scipy():
+    rng = np.random.default_rng(5)
+    a = rng.standard_normal(50).round(1)  # with ties
+    b = a + rng.standard_normal(50).round(1)
+    assert _pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic, rel=1e-12)
+    assert _spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, rel=1e-12)
+
+
+def test_an_interval_is_as_wide_as_fishers_for_models_that_are_alone():
+    rng = np.random.default_rng(6)
+    a = rng.standard_normal(300)
+    b = a + rng.standard_normal(300)
+    found = _correlation(_pearson, a, b, np.arange(300))
+    expected = stats.pearsonr(a, b).confidence_interval(0.95)
+    np.testing.assert_allclose(found.interval, expected, atol=0.02)
+    # Families of ten copies say no more than one model each.
+    copies = np.repeat(np.arange(30), 10)
+    wide = _correlation(_pearson, a[copies], b[copies], copies)
+    few = stats.pearsonr(a[:30], b[:30]).confidence_interval(0.95)
+    assert np.ptp(wide.interval) > 0.7 * np.ptp(few)
+
+
+def test_scores_that_do_not_vary_have_no_correlation():
+    (found,) = predict_scores(make(), as_scores(np.ones(K)))
+    assert np.isnan(found.pearson.value)
+    assert np.isnan(found.pearson.interval).all()
+    np.testing.assert_allclose(found.predicted, 1.0)
+
+
+def test_models_without_scores_and_scores_without_models_are_left_out():
+    matrix = make()
+    rng = np.random.default_rng(7)
+    scores = as_scores(rng.standard_normal(K))
+    del scores["arc"]["m3"]
+    scores["piqa"] = {f"m{row}": float(row) for row in range(0, K, 2)}
+    scores["piqa"]["elsewhere"] = 1.0
+    with pytest.warns(LlfastWarning, match="1 models that are not there .* 'elsewhere' among"):
+        arc, piqa = predict_scores(matrix, scores)
+    assert isinstance(arc, Prediction)
+    assert len(arc.models) == K - 1
+    assert "m3" not in arc.models
+    assert piqa.models == tuple(f"m{row}" for row in range(0, K, 2))
+
+
+@pytest.mark.parametrize(
+    ("count", "families", "message"),
+    [(9, 9, "got 9 models of 9"), (30, 3, "got 30 models of 3"), (0, 0, "got 0 models of 0")],
+)
+def test_too_few_are_refused_in_one_line(count, families, message):
+    values = np.random.default_rng(8).standard_normal((30, N)) - 700
+    matrix = LogLikelihoodMatrix(
+        [f"m{row}" for row in range(30)],
+        values,
+        np.full(N, 1000.0),
+        metadata=[{"family": str(row % max(families, 1))} for row in range(30)],
+    )
+    with pytest.raises(SpaceError, match=f"scores of 'arc' must be of 10 models.*{message}"):
+        predict_scores(matrix, as_scores(np.arange(count)))
+    with pytest.raises(ValueError, match="folds must be at least 2, got 1"):
+        predict_scores(matrix, as_scores(np.arange(30)), folds=1)
+
+
+def test_models_that_are_all_the_same_are_predicted_by_their_mean():
+    values = np.tile(np.random.default_rng(9).standard_normal(N) - 700, (20, 1))
+    matrix = LogLikelihoodMatrix([f"m{row}" for row in range(20)], values, np.full(N, 1000.0))
+    (found,) = predict_scores(matrix, as_scores(np.arange(20)))
+    assert np.isfinite(found.predicted).all()
+    for value in found.predicted:
+        assert 5 < value < 15
