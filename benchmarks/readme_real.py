@@ -35,7 +35,8 @@ def real_predictions(found: dict[str, Any]) -> list[str]:
             "{:.2f} ({:.2f} to {:.2f})".format(each[name]["value"], *each[name]["interval"])
             for name in names
         ]
-        lines.append(f"| {benchmark} | " + " | ".join(cells) + " |")
+        title = f"{benchmark}, log perplexity" if benchmark in found["log"] else benchmark
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines.append("")
     lines.append(
         f"{found['models']} models of {found['families']} families on {found['texts']} texts; "

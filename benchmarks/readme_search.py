@@ -83,12 +83,10 @@ def _notes(found: dict[str, Any], asked: list[dict[str, Any]]) -> list[str]:
         if case is not max(cases, key=lambda case: case["models"]):
             continue
         rates = each["rates"]
-        flat = rates.get(f"{_FLAT}, share of read")
-        share = "" if flat is None else f", faiss Flat at {100 * flat['median']:.0f} %"
         notes.append(
             f"With {_title(case)}, the first bounds are read at "
             f"{100 * rates['first_pass_share_of_read']['median']:.0f} % of the rate at which the "
-            f"same bytes are read alone{share} of memory's."
+            "same bytes are read alone."
         )
     if adding := found.get("adding"):
         stored = adding["stored_ms"]

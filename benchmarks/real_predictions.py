@@ -23,12 +23,15 @@ from llfast.importing import import_matrix
 def measure(values: Path, errors: Path) -> dict[str, Any]:
     """Correlations of every benchmark, as what the JSON holds."""
     matrix = import_matrix(values, unit="bits_per_byte", text_bytes=MEAN_BYTES)
-    found = predict_scores(matrix, read_scores(errors))
+    scores = read_scores(errors)
+    perplexities = [name for name in scores if name.startswith("lambada")]
+    found = predict_scores(matrix, scores, log=perplexities)
     names = ("pearson", "spearman", "baseline_pearson", "baseline_spearman")
     return {
         "benchmark": "real_predictions",
         "models": len(matrix.models),
         "texts": len(matrix.text_bytes),
+        "log": perplexities,
         "families": len({row["family"] for row in matrix.metadata}),
         "benchmarks": {
             each.benchmark: {

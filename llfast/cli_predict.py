@@ -22,6 +22,10 @@ def predict_command(
     alone: Annotated[
         bool, typer.Option("--alone", help="Instead: each model is predicted by all others' folds.")
     ] = False,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help="A benchmark whose logarithm is predicted; may be given again."),
+    ] = None,
     folds: Annotated[int, typer.Option(min=2, help="How many, at most.")] = 5,
     textset: TextSetDigest = None,
     convention: StoredConvention = None,
@@ -41,6 +45,7 @@ def predict_command(
         newest=newest,
         group=None if alone else group,
         folds=folds,
+        log=log or (),
     )
     if as_json:
         print_json([each.summary() for each in found])

@@ -9,9 +9,10 @@ coordinates are those of the others, and so is the penalty, which an inner cross
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class Prediction:
     Attributes:
         benchmark: its name.
         models: (K,) the models whose score is known.
-        scores: (K,) what they scored.
+        scores: (K,) what they scored, or its logarithm where that was predicted.
         predicted: (K,) what their coordinates say they score.
         baseline: (K,) what their mean log-likelihood alone says.
         penalties: of each fold, in units of the mean squared norm of the coordinates.
@@ -101,6 +102,7 @@ def predict_from_store(
     newest: bool = False,
     group: str | None = "family",
     folds: int = 5,
+    log: Collection[str] = (),
 ) -> list[Prediction]:
     """Predict the scores of a file from the models of a store.
 
@@ -113,13 +115,14 @@ def predict_from_store(
         newest: of several rows of one model, take the newest.
         group: as for `predict_scores`.
         folds: as for `predict_scores`.
+        log: as for `predict_scores`.
 
     Raises: as `predict_scores`, `read_scores` and `Store.matrix` say.
     """
     duplicates = "newest" if newest else "error"
     known = read_scores(os.fspath(scores))
     matrix = Store(store).matrix(textset, convention, dtype, duplicates=duplicates)
-    return predict_scores(matrix, known, group=group, folds=folds)
+    return predict_scores(matrix, known, group=group, folds=folds, log=log)
 
 
 def predict_scores(
@@ -129,6 +132,7 @@ def predict_scores(
     group: str | None = "family",
     folds: int = 5,
     clip_quantile: float | None = 0.02,
+    log: Collection[str] = (),
 ) -> list[Prediction]:
     """Predict each model's scores from those of the models of other families.
 
@@ -139,20 +143,25 @@ def predict_scores(
             fold; a model without it is alone. None: all are.
         folds: how many, at most.
         clip_quantile: see `Basis.fit`.
+        log: benchmarks of which the logarithm is predicted: perplexities, say, of which a few are
+            thousands of times as large as most.
 
     Returns: a prediction a benchmark, in the order of `scores`.
 
     Raises:
-        ValueError: if there are fewer than two folds.
-        SpaceError: if a benchmark has scores of fewer than ten models, or they are of fewer than
-            four groups.
+        ValueError: if there are fewer than two folds, or there is no benchmark of a name in `log`.
+        SpaceError: if a benchmark has scores of fewer than ten models, they are of fewer than four
+            groups, or one that has no logarithm is to have one.
         MissingDependencyError: if scikit-learn is not installed.
     Warns: LlfastWarning if scores are of models that the matrix does not have.
     Source: Oyama et al., arXiv 2502.16173 (ridge regression, five folds by family).
     """
     if folds < 2:
         raise ValueError(f"folds must be at least 2, got {folds}")
+    if other := set(log) - set(scores):
+        raise ValueError(f"log must name benchmarks ({', '.join(scores)}), got {min(other)!r}")
     _sklearn()
+    scores = {name: _logs(name, each) if name in log else each for name, each in scores.items()}
     unknown = {model for each in scores.values() for model in each} - set(matrix.models)
     if unknown:
         warnings.warn(
@@ -165,6 +174,15 @@ def predict_scores(
     return [
         _predict(name, matrix, groups, each, folds, clip_quantile) for name, each in scores.items()
     ]
+
+
+def _logs(benchmark: str, scores: Mapping[str, float]) -> dict[str, float]:
+    if wrong := [model for model, score in scores.items() if score <= 0]:
+        raise SpaceError(
+            f"scores of {benchmark!r} must be above 0 to have logarithms, got "
+            f"{scores[wrong[0]]:g} for {wrong[0]!r}"
+        )
+    return {model: math.log(score) for model, score in scores.items()}
 
 
 def group_numbers(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, " K"]:

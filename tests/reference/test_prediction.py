@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llfast import LlfastWarning, LogLikelihoodMatrix, SpaceError, predict_scores
+from llfast import LlfastWarning, LogLikelihoodMatrix, SpaceError, predict_scores, prediction
 from llfast.prediction import _PENALTIES, Prediction, _correlation, _pearson, _ridge, _spearman
 
 pytest.importorskip("sklearn", reason="scikit-learn is an extra: pip install 'llfast[predict]'")
 
 K, N, FAMILIES = 60, 200, 12
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch):
+    monkeypatch.setattr(prediction, "_RESAMPLES", 200)
 
 
 def make(seed=0, *, values=None):
@@ -111,6 +116,21 @@ def test_nothing_of_a_family_has_a_part_in_its_prediction():
     assert again.predicted[one] != found.predicted[one]
 
 
+def test_logarithms_are_predicted_where_they_are_asked_for():
+    matrix = make()
+    rng = np.random.default_rng(10)
+    scores = as_scores(rng.standard_normal(K))
+    large = {"arc": {model: float(np.exp(score)) for model, score in scores["arc"].items()}}
+    (found,), (logs,) = predict_scores(matrix, scores), predict_scores(matrix, large, log=["arc"])
+    np.testing.assert_allclose(logs.predicted, found.predicted, rtol=1e-9)
+    np.testing.assert_allclose(logs.scores, found.scores, rtol=1e-12)
+    large["arc"]["m7"] = 0.0
+    with pytest.raises(SpaceError, match="'arc' must be above 0 .*, got 0 for 'm7'"):
+        predict_scores(matrix, large, log=["arc"])
+    with pytest.raises(ValueError, match=r"log must name benchmarks \(arc\), got 'piqa'"):
+        predict_scores(matrix, large, log=["piqa"])
+
+
 def test_without_families_models_are_alone():
     matrix = make()
     scores = as_scores(np.random.default_rng(4).standard_normal(K))
@@ -129,7 +149,8 @@ def test_correlations_are_those_of_scipy():
     assert _spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, rel=1e-12)
 
 
-def test_an_interval_is_as_wide_as_fishers_for_models_that_are_alone():
+def test_an_interval_is_as_wide_as_fishers_for_models_that_are_alone(monkeypatch):
+    monkeypatch.setattr(prediction, "_RESAMPLES", 2000)
     rng = np.random.default_rng(6)
     a = rng.standard_normal(300)
     b = a + rng.standard_normal(300)
