@@ -41,7 +41,8 @@ def real_predictions(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"{found['models']} models of {found['families']} families on {found['texts']} texts; "
         "correlations of predicted and real errors, with 95 % intervals from drawing families "
-        "again. Each family is predicted by the others: by their clip, penalty and weights. "
+        "again, for predictions as they are. Each family is predicted by the others: their clip, "
+        "penalty and weights. "
         "Command: `python benchmarks/real_predictions.py bits_per_byte.csv benchmark_errors.csv`."
     )
     return lines

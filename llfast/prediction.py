@@ -25,7 +25,7 @@ from .results import LogLikelihoodMatrix
 from .scores import Scores, known_scores, read_scores
 from .store import Store
 
-_PENALTIES = 10.0 ** np.arange(-5, 3.5, 0.5)  # times the mean squared norm of the coordinates
+_PENALTIES = 10.0 ** np.arange(-9, 3.5, 0.5)  # times the mean squared norm of the coordinates
 _LEAST_MODELS = 10
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
@@ -151,9 +151,11 @@ def predict_scores(
     Raises:
         ValueError: if there are fewer than two folds, or there is no benchmark of a name in `log`.
         SpaceError: if a benchmark has scores of fewer than ten models, they are of fewer than four
-            groups, or one that has no logarithm is to have one.
+            groups, are not finite, or have no logarithm and are to have one; or if no model has
+            `group`.
         MissingDependencyError: if scikit-learn is not installed.
-    Warns: LlfastWarning if scores are of models that the matrix does not have.
+    Warns: LlfastWarning if scores are of models that the matrix does not have, or only some models
+        have `group`.
     Source: Oyama et al., arXiv 2502.16173 (ridge regression, five folds by family).
     """
     if folds < 2:
@@ -170,7 +172,7 @@ def predict_scores(
             LlfastWarning,
             stacklevel=2,
         )
-    groups = group_numbers(matrix, group)
+    groups = _groups(matrix, group)
     return [
         _predict(name, matrix, groups, each, folds, clip_quantile) for name, each in scores.items()
     ]
@@ -185,8 +187,22 @@ def _logs(benchmark: str, scores: Mapping[str, float]) -> dict[str, float]:
     return {model: math.log(score) for model, score in scores.items()}
 
 
-def group_numbers(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, " K"]:
+def _groups(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, " K"]:
     """Which models have the same value of a key of their metadata; those without it are alone."""
+    lacking = sum(key not in metadata for metadata in matrix.metadata)
+    if key is not None and lacking == len(matrix.models):
+        known = sorted({name for metadata in matrix.metadata for name in metadata})
+        raise SpaceError(
+            f"group must be a key of the models' metadata ({', '.join(known) or 'there is none'}), "
+            f"got {key!r}; without groups, relatives predict each other"
+        )
+    if key is not None and lacking:
+        warnings.warn(
+            f"{lacking} of {len(matrix.models)} models have no {key}, and count as families of "
+            "their own",
+            LlfastWarning,
+            stacklevel=3,
+        )
     numbers: dict[Any, int] = {}
     found = []
     for model, metadata in zip(matrix.models, matrix.metadata, strict=True):
@@ -205,6 +221,11 @@ def _predict(
     clip_quantile: float | None,
 ) -> Prediction:
     rows, known = known_scores(scores, matrix.models)
+    if wrong := [rows[at] for at, score in enumerate(known) if not math.isfinite(score)]:
+        model = matrix.models[wrong[0]]
+        raise SpaceError(
+            f"scores of {benchmark!r} must be finite, got {scores[model]} for {model!r}"
+        )
     y, groups = np.array(known), groups[rows]
     if len(rows) < _LEAST_MODELS or len(set(groups.tolist())) < 4:
         raise SpaceError(
@@ -237,6 +258,8 @@ def _predict(
 def _splits(
     groups: Int64[np.ndarray, " K"], folds: int
 ) -> list[tuple[Int64[np.ndarray, " A"], Int64[np.ndarray, " B"]]]:
+    if len(set(groups.tolist())) < 2:  # a family that is alone in a training set
+        groups = np.arange(len(groups))
     count = min(folds, len(set(groups.tolist())))
     splitter = _sklearn().model_selection.GroupKFold(count)
     return list(splitter.split(groups, groups=groups))
@@ -290,8 +313,9 @@ def _line(
     ]
     centre = float(means[0].mean())
     spread = float(np.square(means[0] - centre).sum())
-    slope = float((means[0] - centre) @ scores) / spread if spread else 0.0
-    found: Float64[np.ndarray, " B"] = scores.mean() + slope * (means[1] - centre)
+    level = float(scores.mean())
+    slope = float((means[0] - centre) @ (scores - level)) / spread if spread else 0.0
+    found: Float64[np.ndarray, " B"] = level + slope * (means[1] - centre)
     return found
 
 
@@ -299,9 +323,10 @@ def _line(
 
 
 def _pearson(a: Float64[np.ndarray, " K"], b: Float64[np.ndarray, " K"]) -> float:
+    if not np.ptp(a) or not np.ptp(b):
+        return math.nan
     a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else float("nan")
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
 
 
 def _spearman(a: Float64[np.ndarray, " K"], b: Float64[np.ndarray, " K"]) -> float:

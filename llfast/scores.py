@@ -30,17 +30,18 @@ def read_scores(path: str | Path) -> Scores:
     path = Path(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
-            rows = [row for row in csv.reader(file) if row]
+            cells = ([cell.strip() for cell in row] for row in csv.reader(file))
+            rows = [row for row in cells if any(row)]
         except (ValueError, csv.Error) as error:
             raise SpaceError(f"{path} must be a CSV file in UTF-8, got {error}") from None
     if len(rows) < 2 or len(rows[0]) < 2:
         raise SpaceError(f"{path} must hold models and benchmarks, got {len(rows)} lines")
-    for number, row in enumerate(rows):
+    for row in rows:
         if len(row) != len(rows[0]):
             raise SpaceError(
-                f"{path} must have {len(rows[0])} cells a row, got {len(row)} in row {number + 1}"
+                f"{path} must have {len(rows[0])} cells a row, got {len(row)} in that of {row[0]!r}"
             )
-    if rows[0][0].strip().lower() in _MODEL_COLUMNS:
+    if rows[0][0].lower() in _MODEL_COLUMNS:
         rows = [list(column) for column in zip(*rows, strict=True)]
     models = _model_names(path, rows[0][1:])
     benchmarks = [row[0] for row in rows[1:]]
@@ -77,9 +78,8 @@ def _model_names(path: Path, cells: Sequence[str]) -> list[str]:
 
 
 def _score(path: Path, benchmark: str, model: str, cell: str) -> float | None:
-    text = cell.strip()
     try:
-        score = float(text) if text else math.nan
+        score = float(cell) if cell else math.nan
     except ValueError:
         score = math.inf
     if math.isinf(score):

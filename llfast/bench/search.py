@@ -95,10 +95,12 @@ def _measured(segment: Segment, questions: int, k: int) -> dict[str, Any]:
     asked = rng.choice(len(names), min(questions, len(names)), replace=False).tolist()
     searches = _searches(segment, names, k)
     truth = {row: searches["certified"](names[row]) for row in asked}
-    counts, recall = {}, {}
+    counts: dict[str, int] = {}
+    recall: dict[str, float] = {}
     for name, ask in searches.items():
         first = seconds_a_call(partial(ask, names[asked[0]]), 1, torch.device("cpu"))
-        counts[name] = min(len(asked), max(_LEAST_QUESTIONS, int(_MOST_SECONDS / first)))
+        most = counts.get("certified", len(asked))  # what the others are held against
+        counts[name] = min(most, max(_LEAST_QUESTIONS, int(_MOST_SECONDS / first)))
         found = {row: ask(names[row]) for row in asked[: counts[name]]}
         if name == "exact" and any(list(found[row]) != list(truth[row]) for row in found):
             raise ValueError("certified answers must be the exact ones, got others")

@@ -196,11 +196,11 @@ def retry(read: Callable[[], _Read]) -> _Read:
 
 
 @contextlib.contextmanager
-def only_builder(folder: Path) -> Iterator[None]:
-    """One at a time, in any process; others wait. A kill ends it."""
+def only_builder(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """One at a time, in any process; others wait, or get a BlockingIOError. A kill ends it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

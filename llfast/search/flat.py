@@ -21,8 +21,8 @@ from llfast.errors import MissingDependencyError, SearchError
 
 _FP32 = np.finfo(np.float32)
 _LARGEST_NORM = 1e18  # squares of twice that are still within fp32
-_BLOCK_BYTES = 1 << 20  # of rows a call of faiss, at least
-_BLOCKS = 8  # a thread, of many rows: even shares, and few hand-overs, which take 0.05 ms each
+_BLOCK_BYTES = 1 << 20  # of rows a call of faiss that stay in a cache, for all queries and checks
+_SHARES = 8  # a thread, of many rows: even ones, and few hand-overs, which take 0.05 ms each
 
 
 def squares_to(
@@ -54,15 +54,17 @@ def squares_to(
             f"rows must have the queries' dimensions, got {rows.shape} and {queries.shape}"
         )
     found = np.empty((len(queries), len(rows)), dtype=np.float32)
-    threads = _threads(os.getpid())
-    step = max(1, _BLOCK_BYTES // (4 * dimensions), -(-len(rows) // (_BLOCKS * _cores())))
-    blocks = [slice(at, min(at + step, len(rows))) for at in range(0, len(rows), step)]
-    if len(blocks) < 2:
-        for block in blocks:
-            _fill(found, queries, rows, block, before_block)
+    step = max(1, _BLOCK_BYTES // (4 * dimensions))
+    share = max(step, -(-len(rows) // (_SHARES * _cores())))
+    if len(queries) == 1 and before_block is None:
+        step = share  # they are read once
+    given = found, queries, rows, step, before_block
+    if len(rows) <= share:
+        _fill(*given, 0, len(rows))
         return found
-    given = found, queries, rows
-    for done in [threads.submit(_fill, *given, block, before_block) for block in blocks]:
+    threads = _threads(os.getpid())
+    starts = range(0, len(rows), share)
+    for done in [threads.submit(_fill, *given, at, min(at + share, len(rows))) for at in starts]:
         done.result()
     return found
 
@@ -105,18 +107,22 @@ def _fill(
     found: Float32[np.ndarray, "Q K"],
     queries: Float32[np.ndarray, "Q D"],
     rows: Float32[np.ndarray, "K D"],
-    block: slice,
+    step: int,
     before_block: Callable[[int, int], None] | None,
+    begin: int,
+    end: int,
 ) -> None:
-    """Squares of one block; for any thread."""
-    if before_block is not None:
-        before_block(block.start, block.stop)
+    """Squares of rows from `begin` to `end`, `step` at a time; for any thread."""
     faiss = import_faiss()
-    some = faiss.swig_ptr(rows[block])
-    count, dimensions = block.stop - block.start, queries.shape[1]
-    for query, squares in zip(queries, found, strict=True):
-        part = faiss.swig_ptr(squares[block])
-        faiss.fvec_L2sqr_ny(part, faiss.swig_ptr(query), some, dimensions, count)
+    for start in range(begin, end, step):
+        block = slice(start, min(start + step, end))
+        if before_block is not None:
+            before_block(block.start, block.stop)
+        some = faiss.swig_ptr(rows[block])
+        count, dimensions = block.stop - block.start, queries.shape[1]
+        for query, squares in zip(queries, found, strict=True):
+            part = faiss.swig_ptr(squares[block])
+            faiss.fvec_L2sqr_ny(part, faiss.swig_ptr(query), some, dimensions, count)
 
 
 def refuse_overflow(norm: float, whose: str = "") -> None:

@@ -39,19 +39,24 @@ class GpuRows:
 
     def near(
         self, queries: Float32[np.ndarray, "Q N"], count: int
-    ) -> tuple[Float32[np.ndarray, "Q C"], Int64[np.ndarray, "Q C"]]:
+    ) -> tuple[Float32[np.ndarray, "Q C"], Int64[np.ndarray, "Q C"]] | None:
         """The `count` nearest rows: squared distances as the GPU finds them, and their numbers.
 
         All others are at least as far as the last, as the GPU finds them; see `gpu_reach`.
+
+        Returns: None after a fork, which CUDA does not outlive, and once the GPU has failed.
+        Warns: LlfastWarning when it fails.
         """
         with self._lock:
-            squares, numbers = self._index.search(queries, count)
+            if self._process != os.getpid():
+                return None
+            try:
+                squares, numbers = self._index.search(queries, count)
+            except RuntimeError as error:  # as faiss says that there is no memory, and more
+                self._process = -1
+                _warn(_first_line(error))
+                return None
         return squares, numbers
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether this process made it: CUDA does not outlive a fork."""
-        return os.getpid() == self._process
 
 
 def gpu_reach(distance: float, dimensions: int, norms: float, slack: float) -> float:
@@ -88,14 +93,13 @@ def copied(points: Float32[np.ndarray, "K N"]) -> GpuRows | None:
         index, resources = _make_index(points.shape[1])
         index.add(points)  # at once: each further call would have the GPU hold all of it twice
         rows = GpuRows(index, resources)
-        is_right = _is_right(rows, points)
-        reason = "its distances are farther from those in fp64 than rounding explains"
-    except RuntimeError as error:  # as faiss says that there is no memory
-        is_right, reason = False, (str(error).splitlines() or ["it failed"])[0][:200]
-    if is_right:
-        return rows
-    warnings.warn(f"searches go on without the GPU: {reason}", LlfastWarning, stacklevel=6)
-    return None
+    except RuntimeError as error:
+        _warn(_first_line(error))
+        return None
+    is_right = _is_right(rows, points)
+    if is_right is False:
+        _warn("its distances are farther from those in fp64 than rounding explains")
+    return rows if is_right else None
 
 
 def has_room(nbytes: int) -> bool:
@@ -117,13 +121,24 @@ def _make_index(dimensions: int) -> tuple[Any, Any]:
     return faiss.GpuIndexFlatL2(resources, dimensions), resources
 
 
-def _is_right(rows: GpuRows, points: Float32[np.ndarray, "K N"]) -> bool:
-    """Whether squares of some rows are what fp64 says, and rows come in their order."""
+def _warn(reason: str) -> None:
+    warnings.warn(f"searches go on without the GPU: {reason}", LlfastWarning, stacklevel=7)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or ["it failed"])[0][:200]
+
+
+def _is_right(rows: GpuRows, points: Float32[np.ndarray, "K N"]) -> bool | None:
+    """Whether squares of some rows are what fp64 says, and rows come in order; None if it fails."""
     asked = np.linspace(0, len(points) - 1, _CHECKED).astype(int)
     count = min(len(points), MOST_ANSWERS // 16)
-    squares, numbers = rows.near(np.ascontiguousarray(points[asked]), count)
-    for row, found, near in zip(asked, squares, numbers, strict=True):
-        some = points[near].astype(np.float64)
+    near = rows.near(np.ascontiguousarray(points[asked]), count)
+    if near is None:
+        return None
+    squares, numbers = near
+    for row, found, nearest in zip(asked, squares, numbers, strict=True):
+        some = points[nearest].astype(np.float64)
         point = points[row].astype(np.float64)
         truth = np.square(some - point).sum(axis=1)
         norms = np.linalg.norm(point) + np.linalg.norm(some, axis=1)

@@ -235,12 +235,7 @@ class KLIndex:
             _refuse_other_kinds([query])
             return self._search([query], k, unit, where)[0]
         _refuse_other_kinds(query)
-        blocks = range(0, len(query), _QUERIES)
-        return [
-            hits
-            for at in blocks
-            for hits in self._search(query[at : at + _QUERIES], k, unit, where)
-        ]
+        return self._search(query, k, unit, where)
 
     def range_search(
         self,
@@ -343,7 +338,8 @@ class KLIndex:
         snapshot = snapshot.only(where)
         return [
             snapshot.hits(asked, nearest(snapshot.parts, asked.query, k), unit, k)
-            for asked in snapshot.ask(queries, rows, first_look(k))
+            for block in (slice(at, at + _QUERIES) for at in range(0, len(queries), _QUERIES))
+            for asked in snapshot.ask(queries[block], rows[block], first_look(k))
         ]
 
 

@@ -51,6 +51,12 @@ class ListedRows:
         self._ends = np.searchsorted(numbers, np.arange(len(lists.centroids)), side="right")
         self._first = first[self._rows]
 
+    @property
+    def nbytes(self) -> int:
+        """Of memory, the lists' own included."""
+        lists = self.lists.centroids.nbytes + self.lists.numbers.nbytes
+        return lists + self._rows.nbytes + self._ends.nbytes + self._first.nbytes
+
     def near(
         self,
         query: Float32[np.ndarray, "1 F"],

@@ -184,7 +184,7 @@ class Snapshot:
     ) -> tuple[Float32[np.ndarray, "Q G"], Int64[np.ndarray, "Q G"]] | None:
         """What a GPU finds near each query: `least` of what is allowed, but for the query."""
         rows = self.parts[0]
-        if rows.on_gpu is None or not rows.on_gpu.is_usable or not least:
+        if rows.on_gpu is None or not least:
             return None
         allowed = None if self.allowed is None else self.allowed[: len(rows)]
         gone = 0 if allowed is None else len(rows) - int(np.count_nonzero(allowed))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,11 @@ from .projection import Projection, draw_sample
 from .segment import Segment
 from .snapshot import Snapshot
 
+# What a search sees, and what is known of it.
+_STATE = (
+    "basis _models _rows _projection _added _largest _offset _noise_floor _segment _shards "
+    "_removed _known"
+).split()
 _MOST_ADDED = 1 / 8  # of a segment's rows: with more, opening an index writes a new one
 
 
@@ -118,9 +124,9 @@ class StoredIndex(KLIndex):
         index = cls(store, selection, folder, segment, mode, device)
         index.refresh()
         is_moved = bool(segment.facts["shards"].keys() - index._shards.keys())  # by a compaction
-        if is_moved or len(index._added) > len(segment) * _MOST_ADDED:
+        if len(index) and (is_moved or len(index._added) > len(segment) * _MOST_ADDED):
             with contextlib.suppress(OSError):  # it can be searched as it is, only slower
-                index.merge()
+                index._merge(wait=False)
         return index
 
     @staticmethod
@@ -146,10 +152,11 @@ class StoredIndex(KLIndex):
                 not asked for.
         """
         # What does not fit is refused before the store has it.
+        basis = self.basis.digest  # before the point: a merge may change it at any time
         point = self._project(result)
         self._refuse_second(result)
         shard = self.store.add(result)
-        self._refresh({shard: point})
+        self._refresh({shard: point}, basis)
 
     def remove(self, model: str) -> None:
         """Take a model out of the store, and have it not found any more.
@@ -180,19 +187,24 @@ class StoredIndex(KLIndex):
 
         Raises:
             OSError: if it cannot be written; the old one counts then.
+            StoreError: as `refresh` says.
         """
-        with self._refreshing, only_builder(self.folder):
-            newer = self._newer()
-            if newer is not None:
-                self._adopt(newer)
-                retry(partial(self._refresh_once, {}))
+        self._merge(wait=True)
+
+    def _merge(self, *, wait: bool) -> None:
+        """As `merge`; BlockingIOError if another one builds, unless it is to be waited for."""
+        with self._refreshing, only_builder(self.folder, wait=wait):
+            if (newer := self._newer()) is not None:
+                self._take_over(newer)
             with self._lock:
                 shards, models = self._shards, self._models
                 rows = [number for number in range(models.count) if number not in models.gone]
             if len(rows) == len(self._segment) == models.count:
-                if shards != self._segment.facts["shards"]:
+                if shards == self._segment.facts["shards"]:
+                    return
+                if current(self.folder) == self._segment.folder.name:
                     self._adopt(self._relabelled())
-                return
+                    return
             if not rows:
                 raise SearchError("an index must have a model, got none; build it again")
             snapshot, _ = self._snapshot([])
@@ -209,6 +221,7 @@ class StoredIndex(KLIndex):
         rows, projection, lists = self._segment.rows, self._projection, self._segment.lists
         arrays = [] if rows.reduced is None else [rows.reduced.first, rows.reduced.rest]
         arrays += [] if projection is None else [projection.directions]
+        listed = 0 if self._rows.listed is None else self._rows.listed.nbytes
         return {
             "models": len(self),
             "texts": len(self.basis),
@@ -217,7 +230,7 @@ class StoredIndex(KLIndex):
             "explained": None if projection is None else projection.explained[1],
             "lists": 0 if lists is None else len(lists.centroids),
             "approximate_recall": None if lists is None else round(lists.recall, 4),
-            "memory_bytes": sum(each.nbytes for each in arrays),
+            "memory_bytes": sum(each.nbytes for each in arrays) + listed,
             "points_bytes": rows.points.nbytes,
             "folder": str(self._segment.folder),
         }
@@ -261,9 +274,25 @@ class StoredIndex(KLIndex):
             points[place] = snapshot.point(rows[row])
         return Projection.fit(points), len(rows)
 
-    def _refresh(self, placed: Mapping[str, np.ndarray]) -> int:
-        """As `refresh`; the numbers in these shards need not be read: they hold one row each."""
+    def _take_over(self, segment: Segment) -> None:
+        """Search in another builder's segment, and what the store has since, from one moment on."""
+        other = type(self)(
+            self.store, self.selection, self.folder, segment, self.mode, self._device
+        )
+        other.refresh()
+        with self._lock:
+            for name in _STATE:
+                setattr(self, name, getattr(other, name))
+
+    def _refresh(self, placed: Mapping[str, np.ndarray], basis: str = "") -> int:
+        """As `refresh`; the numbers in these shards need not be read: they hold one row each.
+
+        Args:
+            placed: points by shard.
+            basis: the digest of what they are coordinates in.
+        """
         with self._refreshing:
+            placed = placed if basis == self.basis.digest else {}
             return retry(partial(self._refresh_once, placed))
 
     def _refresh_once(self, placed: Mapping[str, np.ndarray]) -> int:
@@ -288,6 +317,9 @@ class StoredIndex(KLIndex):
         return len(gone) + len(came)
 
     def _adopt(self, segment: Segment) -> None:
+        if hasattr(self, "_segment"):  # a GPU may have no room for the new points beside the old
+            with self._lock:
+                self._rows = replace(self._rows, on_gpu=None)
         contents = self._prepared(Contents.of_segment(segment, self.mode))
         with self._lock:
             self._set(contents)

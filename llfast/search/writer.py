@@ -179,6 +179,8 @@ def relabelled(
                 (folder / path.name).hardlink_to(path)
             except OSError:  # not every file system has them
                 shutil.copyfile(path, folder / path.name)
+                with (folder / path.name).open("rb") as copy:
+                    os.fsync(copy.fileno())
     sums = {"models.parquet": _write_table(folder, models).intdigest()}
     fields, arrays = segment.header()
     fields |= {"files": {**fields["files"], **sums}, "facts": facts}

@@ -77,7 +77,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "import": f"import {tmp_path / 'm.csv'} {imported}",
         "search": f"search gpt2 --store {filled}",
         "index build": f"index build --store {filled} --mode certified",
-        "predict": f"predict --store {tmp_path / 'scored'} --scores {tmp_path / 'scores.csv'}",
+        "predict": f"predict --store {made.folder} --scores {tmp_path / 'scores.csv'} --alone",
         "kl": f"kl gpt2 llama --store {filled}",
         "info": f"info {filled}",
         "compact": f"compact --store {tmp_path / 'empty'}",

@@ -168,6 +168,23 @@ def test_a_gpu_without_memory_is_not_used(stands, monkeypatch, call):
     assert_exact(space, index, "m0003", space.coordinates[3], "m0003", 10)
 
 
+def test_a_gpu_that_fails_later_is_not_asked_again(stands, monkeypatch):
+    made = stands()
+    space = make_space(lineage(np.random.default_rng(6), 300, N))
+    index = KLIndex.build(space, "exact")
+
+    def fail(self, *_):
+        self.asked.append(0)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Stand, "search", fail)
+    made[0].asked.clear()
+    with pytest.warns(LlfastWarning, match="without the GPU: out of memory$"):
+        assert_exact(space, index, "m0003", space.coordinates[3], "m0003", 10)
+    assert_exact(space, index, "m0003", space.coordinates[3], "m0003", 10)
+    assert made[0].asked == [0]
+
+
 def test_another_process_searches_without_it(stands, monkeypatch):
     made = stands()
     space = make_space(lineage(np.random.default_rng(6), 300, N))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from llfast import KLIndex, Store
 from llfast.search import contents, listing
+from llfast.search.building import only_builder
 from tests.indexes import assert_right, index_result, make_store, name
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
@@ -126,3 +128,51 @@ def test_after_a_compaction_points_are_not_written_again(store, monkeypatch, lin
     assert again.segment.folder.name == opened.segment.folder.name
     again.remove(name(3))
     assert_right(again, store)
+
+
+def test_a_point_that_was_placed_in_another_basis_is_placed_again(store, monkeypatch):
+    """A merge in another thread takes over a new basis while a model is added."""
+    index = KLIndex.build(store, "certified")
+    for number in (24, 25):
+        store.add(index_result(number))
+    KLIndex.build(Store(store.folder), "certified", refit=True)
+    add = Store.add
+
+    def merge_first(self, result):
+        index.merge()
+        return add(self, result)
+
+    monkeypatch.setattr(Store, "add", merge_first)
+    before = index.basis.digest
+    index.add(index_result(26))
+    assert index.basis.digest != before
+    assert_right(index, store)
+
+
+def test_opening_does_not_wait_for_a_builder_to_merge(store):
+    index = KLIndex.build(store, "certified")
+    for number in range(24, 30):
+        store.add(index_result(number))
+    with only_builder(index.folder):
+        opened = KLIndex.build(store)
+    assert len(opened._added) == 6
+    assert_right(opened, store)
+
+
+def test_a_segment_whose_folder_is_gone_is_written_again(store):
+    index = KLIndex.build(store, "certified")
+    grow(store, index, 3)
+    shutil.rmtree(index.folder)
+    store.compact()
+    index.refresh()
+    index.merge()
+    assert_right(index, store)
+    assert_right(KLIndex.build(store), store)
+
+
+def test_an_index_of_which_all_is_gone_is_opened_empty(store):
+    KLIndex.build(store, "certified")
+    store.remove([name(number) for number in range(24)])
+    store.compact()
+    opened = KLIndex.build(store, "certified")
+    assert len(opened) == 0

@@ -16,7 +16,7 @@ def write(tmp_path, text):
 def test_models_may_be_rows_or_columns(tmp_path):
     expected = {"arc": {"a": 1.0, "b": 2.5}, "piqa": {"a": -3.0, "b": 4.0}}
     assert read_scores(write(tmp_path, "benchmark,a,b\narc,1,2.5\npiqa,-3,4\n")) == expected
-    assert read_scores(write(tmp_path, "Model,arc,piqa\na,1,-3\n\nb,2.5,4\n")) == expected
+    assert read_scores(write(tmp_path, "Model,arc, piqa\na,1,-3\n\nb ,2.5,4\n,,\n")) == expected
 
 
 def test_scores_that_are_not_known_are_left_out(tmp_path):
@@ -38,7 +38,7 @@ def test_names_of_two_levels_are_those_that_an_import_gives(tmp_path):
         ("", "must hold models and benchmarks"),
         ("benchmark,a,b\n", "must hold models and benchmarks"),
         ("benchmark\narc\n", "must hold models and benchmarks"),
-        ("benchmark,a,b\narc,1\n", "must have 3 cells a row, got 2 in row 2"),
+        ("benchmark,a,b\narc,1\n", "must have 3 cells a row, got 2 in that of 'arc'"),
         ("benchmark,a,b\narc,1,x\n", "must hold finite numbers, got 'x' for 'b' on 'arc'"),
         ("benchmark,a,b\narc,1,inf\n", "must hold finite numbers, got 'inf'"),
         ("benchmark,a,a\narc,1,2\n", "must name each model once, got 'a' again"),
