@@ -188,7 +188,10 @@ def _logs(benchmark: str, scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _groups(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, " K"]:
-    """Which models have the same value of a key of their metadata; those without it are alone."""
+    """Which models have the same value of a key of their metadata; those without it are alone.
+
+    Numbers, and so folds, do not depend on the order of the models.
+    """
     lacking = sum(key not in metadata for metadata in matrix.metadata)
     if key is not None and lacking == len(matrix.models):
         known = sorted({name for metadata in matrix.metadata for name in metadata})
@@ -203,13 +206,12 @@ def _groups(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, "
             LlfastWarning,
             stacklevel=3,
         )
-    numbers: dict[Any, int] = {}
     found = []
     for model, metadata in zip(matrix.models, matrix.metadata, strict=True):
         value = None if key is None else metadata.get(key)
-        own = ("alone", model) if value is None else ("group", str(value))
-        found.append(numbers.setdefault(own, len(numbers)))
-    return np.array(found, dtype=np.int64)
+        found.append(("alone", model) if value is None else ("group", str(value)))
+    numbers = {group: number for number, group in enumerate(sorted(set(found)))}
+    return np.array([numbers[group] for group in found], dtype=np.int64)
 
 
 def _predict(

@@ -132,6 +132,22 @@ def test_logarithms_are_predicted_where_they_are_asked_for():
         predict_scores(matrix, large, log=["piqa"])
 
 
+def test_the_order_of_models_plays_no_part():
+    matrix = make()
+    rng = np.random.default_rng(11)
+    scores = as_scores(rng.standard_normal(K))
+    order = rng.permutation(K)
+    other = LogLikelihoodMatrix(
+        [matrix.models[row] for row in order],
+        matrix.values[order],
+        matrix.text_bytes,
+        [matrix.metadata[row] for row in order],
+    )
+    (found,), (again,) = predict_scores(matrix, scores), predict_scores(other, scores)
+    assert again.models == tuple(found.models[row] for row in order)
+    np.testing.assert_allclose(again.predicted, found.predicted[order], rtol=1e-6)
+
+
 def test_without_families_models_are_alone():
     matrix = make()
     scores = as_scores(np.random.default_rng(4).standard_normal(K))
