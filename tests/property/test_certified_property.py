@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llfast import KLIndex, ModelSpace, Store
 from llfast.intervals import half_variances
-from llfast.search import certified
+from llfast.search import certified, searched
 from llfast.search.flat import farthest, reach, squares_to
 from llfast.search.projection import Projection
 from tests.spaces import make_matrix, make_result
@@ -78,8 +78,10 @@ def small_steps(data):
     stack.enter_context(
         patch.object(Projection, "fit", classmethod(lambda cls, sample: fit(cls, sample, stages)))
     )
-    for name in ("_LEAST_ROWS", "_MOST_ROWS"):
-        stack.enter_context(patch.object(certified, name, data.draw(st.integers(1, 16))))
+    stack.enter_context(patch.object(certified, "_LEAST_ROWS", data.draw(st.integers(1, 16))))
+    most = data.draw(st.integers(1, 16))
+    for module in (certified, searched):
+        stack.enter_context(patch.object(module, "MOST_ROWS", most))
     stack.enter_context(patch.object(certified, "_SCAN_SHARE", data.draw(st.sampled_from([0, 2]))))
     return stack
 
