@@ -110,6 +110,26 @@ def build(
     return write(folder, basis, projection, found(), facts)
 
 
+def directions(
+    segment: Segment, count: int, point: Callable[[int], np.ndarray]
+) -> tuple[Projection | None, int]:
+    """The directions of a segment, or better ones where there are far more models than it had.
+
+    Args:
+        segment: whose basis points are in.
+        count: how many models there are.
+        point: coordinates (N,) of one of them, by number.
+
+    Returns: and how many models there were when they were found; None for few models.
+    """
+    old, fitted, n = segment.projection, segment.facts["fitted"], len(segment.basis)
+    if old is None and choose_mode("auto", 4 * count * n) == "exact":
+        return None, count
+    if old is not None and count < 2 * fitted:
+        return old, fitted
+    return Projection.fit(np.array([point(row) for row in draw_sample(count, n).tolist()])), count
+
+
 def write(
     folder: Path,
     basis: Basis,

@@ -32,6 +32,7 @@ from .building import (
     build,
     choose,
     current,
+    directions,
     facts_of,
     find,
     find_or_warn,
@@ -43,14 +44,12 @@ from .building import (
     serves,
     write,
 )
-from .contents import Contents, blocks, choose_mode
+from .contents import Contents, blocks
 from .flat import refuse_large_rows
 from .index import KLIndex
 from .known import Known
 from .models import IndexedModel, Models
-from .projection import Projection, draw_sample
 from .segment import Segment
-from .snapshot import Snapshot
 
 # What a search sees, and what is known of it.
 _STATE = (
@@ -208,7 +207,9 @@ class StoredIndex(KLIndex):
             if not rows:
                 raise SearchError("an index must have a model, got none; build it again")
             snapshot, _ = self._snapshot([])
-            projection, fitted = self._directions(snapshot, rows)
+            projection, fitted = directions(
+                self._segment, len(rows), lambda place: snapshot.point(rows[place])
+            )
             found = (
                 (self._at_home(models, some), np.array([snapshot.point(row) for row in some]))
                 for some in (rows[block] for block in blocks(len(rows)))
@@ -259,20 +260,6 @@ class StoredIndex(KLIndex):
         """Models, each with the shard that has it now."""
         known = self._find_known()
         return [known.at_home(models[row], self._key(models[row])) for row in rows]
-
-    def _directions(self, snapshot: Snapshot, rows: Sequence[int]) -> tuple[Projection | None, int]:
-        """Those of the segment, or better ones for these rows; and for how many they were found."""
-        old, fitted = self._segment.projection, self._segment.facts["fitted"]
-        n = len(self.basis)
-        if old is None and choose_mode("auto", 4 * len(rows) * n) == "exact":
-            return None, len(rows)
-        if old is not None and len(rows) < 2 * fitted:
-            return old, fitted
-        some = draw_sample(len(rows), n)
-        points = np.empty((len(some), n))
-        for place, row in enumerate(some.tolist()):
-            points[place] = snapshot.point(rows[row])
-        return Projection.fit(points), len(rows)
 
     def _take_over(self, segment: Segment) -> None:
         """Search in another builder's segment, and what the store has since, from one moment on."""
