@@ -36,14 +36,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loading_aims import aims_of, memory_of
-from loading_limits import WAYS, memory_copy_rate, read_rate
+from loading_aims import aims_of, memory_of_all
+from loading_limits import SEQUENTIAL, WAYS, memory_copy_rate, read_rate
 from loading_others import PEERS, described, measure_peers, measure_read_bound
 from loading_peers import drop
 from loading_verify import measure_verify
 from make_checkpoint import MOST_SHARD_BYTES, Shape, make_checkpoint
 
 from llfast.bench import report
+from llfast.bench.loading import read_into_cache
 
 _PROVIDERS = Path(__file__).with_name("loading_peers.py")
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +54,7 @@ TINY = Shape(
 QUICK_SHAPE = Shape(
     layers=6, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_dim=64, vocabulary=8192
 )
+LIMIT_MIB = 2048  # beyond the interpreter
 TOLERANCE = 2e-2  # of a log-likelihood in bf16, to peers that make other batches
 
 
@@ -164,13 +166,15 @@ def say(line: str) -> None:
 def measure_rate(bench: Bench, sizes: Sizes) -> dict[str, Any]:
     """Few tokens, so that the disk is what takes time."""
     raw: dict[str, list[float]] = {way: [] for way in WAYS}
-    copies, runs = [], []
+    copies, runs, warm = [], [], []
     for _ in range(bench.repetitions):
         for way in WAYS:
             drop(bench.shards)
             raw[way].append(read_rate(bench.shards, way))
         copies.append(memory_copy_rate())
         runs.append(bench.run("llfast", sizes.few, token_budget=sizes.few[1]))
+        read_into_cache(bench.shards)
+        warm.append(bench.run("llfast", sizes.few, token_budget=sizes.few[1], cold=False))
     best = [max(each) for each in zip(*raw.values(), strict=True)]  # of every repetition
     fastest = max(raw, key=lambda way: report.spread(raw[way])["median"])
     rates = [1e-9 * each["extra"]["nbytes"] / each["extra"]["read_seconds"] for each in runs]
@@ -183,7 +187,13 @@ def measure_rate(bench: Bench, sizes: Sizes) -> dict[str, Any]:
         "read_gb_a_second": report.spread(rates),
         "wall_gb_a_second": report.spread(walls),
         "share_of_raw": report.paired(rates, best),
+        "share_of_sequential": report.paired(rates, raw[SEQUENTIAL]),
         "wall_share_of_raw": report.paired(walls, best),
+        "cold_seconds": report.spread([each["seconds"] for each in runs]),
+        "warm_seconds": report.spread([each["seconds"] for each in warm]),
+        "warm_read_gb_a_second": report.spread(
+            [1e-9 * each["extra"]["nbytes"] / each["extra"]["read_seconds"] for each in warm]
+        ),
         "runs": [described(each) for each in runs],
     }
 
@@ -194,6 +204,7 @@ def measure_overlap(
     """Cold and paged, beside what reading and computing would take alone."""
     paged, resident, reads = [], [], []
     for _ in range(repetitions):
+        drop(bench.shards)
         rate = read_rate(bench.shards, way)
         paged.append(bench.run("llfast", size))
         reads.append(1e-9 * paged[-1]["extra"]["nbytes"] / rate)
@@ -212,6 +223,21 @@ def measure_overlap(
         "over_resident_with_load": report.paired(seconds, [each["seconds"] for each in resident]),
         "runs": [described(each) for each in paged],
         "resident_runs": [described(each) for each in resident],
+    }
+
+
+def measure_limited(bench: Bench, sizes: Sizes) -> dict[str, Any]:
+    """Where the system refuses more memory, with the bits of a run that may have all of it."""
+    size = sizes.many[-1]
+    if (str(bench.folder), *size) not in bench.found:  # else it has run already
+        bench.run("resident", size)
+    run = bench.run("llfast", size, limit_mib=LIMIT_MIB, memory_budget="1GiB")
+    return {
+        "texts": size,
+        "limit_mib": LIMIT_MIB,
+        "peak_mib": round(run["peak_mib"], 1),
+        "statistics_mib": round(run["extra"]["peak_bytes"] / 2**20, 1),
+        "runs": [described(run)],
     }
 
 
@@ -254,6 +280,7 @@ def main() -> None:
             for part in options.only:
                 found[part] = PARTS[part](bench, sizes)
                 found["commit"][part] = report.commit()
+            found["memory"] = memory_of_all(found, shape_of(quick=options.quick).hidden)
             found["aims"] = aims_of(found)
         else:
             found = run_all(bench, sizes, quick=options.quick)
@@ -267,7 +294,7 @@ def main() -> None:
 def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
     """All of the measurements, as what the JSON holds."""
     start = time.perf_counter()
-    shape = QUICK_SHAPE if quick else Shape()
+    shape = shape_of(quick=quick)
     rate = measure_rate(bench, sizes)
     overlap = [
         measure_overlap(bench, size, rate["fastest_way"], repetitions)
@@ -291,13 +318,7 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
         "peers": peers,
         "read_bound": measure_read_bound(bench, sizes),
         "verify": _verify(bench, sizes),
-        "memory": {
-            f"{name} tokens": memory_of(section["runs"][-1], shape.hidden)
-            for name, section in (
-                ("few", rate),
-                *((str(case["tokens"]), case) for case in overlap),
-            )
-        },
+        "limited": measure_limited(bench, sizes),
         "left_out": bench.left_out,
         "seconds": round(time.perf_counter() - start),
         "hardware": report.hardware(),
@@ -305,7 +326,13 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
         | {"airllm": _airllm_version(bench.airllm)},
         "commit": report.commit(),
     }
+    found["memory"] = memory_of_all(found, shape.hidden)
     return {**found, "aims": aims_of(found)}
+
+
+def shape_of(*, quick: bool) -> Shape:
+    """Of the checkpoint."""
+    return QUICK_SHAPE if quick else Shape()
 
 
 def _verify(bench: Bench, sizes: Sizes) -> list[dict[str, Any]]:
@@ -313,12 +340,17 @@ def _verify(bench: Bench, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 # What can be measured by itself.
-PARTS = {"rate": measure_rate, "read_bound": measure_read_bound, "verify": _verify}
+PARTS = {
+    "rate": measure_rate,
+    "read_bound": measure_read_bound,
+    "verify": _verify,
+    "limited": measure_limited,
+}
 
 
 def prepare(bench: Bench, sizes: Sizes, *, quick: bool) -> None:
     """Checkpoints; correctness before time; and what is done once in a checkpoint's life."""
-    shape, most_bytes = (QUICK_SHAPE, 16_000_000) if quick else (Shape(), MOST_SHARD_BYTES)
+    shape, most_bytes = shape_of(quick=quick), 16_000_000 if quick else MOST_SHARD_BYTES
     for folder, each in ((bench.tiny, TINY), (bench.folder, shape)):
         if not (folder / "config.json").exists():
             say(f"writing {folder}")

@@ -15,7 +15,8 @@ from llfast.bench import loading
 
 BLOCK = 8 << 20  # of raw reads
 # Threads that read with preadv, and llfast's reader, whose memory has huge pages.
-WAYS = ("1 thread", "2 threads", "4 threads", "8 threads", "llfast's reader")
+SEQUENTIAL = "1 thread"
+WAYS = (SEQUENTIAL, "2 threads", "4 threads", "8 threads", "llfast's reader")
 
 
 def read_rate(paths: Sequence[Path], way: str) -> float:

@@ -15,6 +15,7 @@ import gc
 import json
 import mmap
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ class Task:
             peer: so it finds a checkpoint that is larger than memory.
         memory_budget, token_budget: of `llfast.score`.
         verify: a manifest for it; empty for none.
+        limit_mib: of memory that the process may take on top of what it has, for good; 0 for all.
         shards: where AirLLM has its copies of checkpoints.
     """
 
@@ -55,6 +57,7 @@ class Task:
     memory_budget: str = "2GiB"
     token_budget: int | None = None
     verify: str = ""
+    limit_mib: int = 0
     shards: str = ""
 
     def ids(self) -> list[np.ndarray]:
@@ -111,7 +114,7 @@ def run_paged(task: Task) -> Outcome:
         name: getattr(loading, name)
         for name in (
             *("nbytes", "read_seconds", "stall_seconds", "waves", "slot_bytes", "kept_bytes"),
-            *("state_bytes", "wave_tokens", "rows_bytes"),
+            *("state_bytes", "peak_bytes", "wave_tokens", "rows_bytes"),
             *("verified_bytes", "verify_seconds", "verify_wait_seconds"),
         )
     }
@@ -255,6 +258,8 @@ def measured(provider: Callable[[Task], Outcome], task: Task) -> dict[str, Any]:
     provider(Task(**{**tiny, "cold": False, "verify": ""}))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    if task.limit_mib:
+        limit_memory(task.limit_mib << 20)
     if task.cold:
         drop(task.files())
     cached = cached_share(task.files())
@@ -291,6 +296,21 @@ def _highest_anonymous() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
+
+
+def limit_memory(beyond: int) -> None:
+    """Have the system refuse this process more than so many bytes on top of what it has.
+
+    What counts is private memory that may be written to, touched or not (RLIMIT_DATA); files that
+    are mapped do not. An address space (`ulimit -v`) has libraries and thread stacks in it, too.
+    """
+    limit = (status_kib("VmData") << 10) + beyond
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        bytearray(beyond + (64 << 20))
+    except MemoryError:
+        return
+    raise OSError("the limit must hold")
 
 
 def _read_bytes() -> int:

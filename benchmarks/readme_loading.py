@@ -33,8 +33,10 @@ def loading(found: dict[str, Any]) -> list[str]:
         ),
         (
             f"Pages come at {rate['read_gb_a_second']['median']:.2f} GB/s, "
-            f"{_times(rate['share_of_raw'])} of what {rate['fastest_way']}, the fastest of five "
-            "ways, takes from the disk from end to end past the cache."
+            f"{_times(rate['share_of_sequential'])} of what one thread takes from the disk, block "
+            f"after block past the cache, and {_times(rate['share_of_raw'])} of what "
+            f"{rate['fastest_way']}, the fastest of five ways, takes from end to end; from the "
+            f"cache they come at {rate['warm_read_gb_a_second']['median']:.2f} GB/s."
         ),
     ]
     for case in found["overlap"]:
@@ -45,6 +47,12 @@ def loading(found: dict[str, Any]) -> list[str]:
             f"alone, and {_times(case['over_resident'])} of what they take once all weights are in "
             f"memory; {memory['peak_mib']:,.0f} MiB are the most beyond the interpreter."
         )
+    limited = found["limited"]
+    notes.append(
+        f"So many in a process to which the system gives no more than {limited['limit_mib']:,} MiB "
+        f"beyond the interpreter have the same bits, and take {limited['peak_mib']:,.0f} MiB, of "
+        f"which weights and texts on their way are {limited['statistics_mib']:,.0f}."
+    )
     if "read_bound" in found:
         bound = found["read_bound"]
         others = " and ".join(

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, LlfastWarning, MissingDependencyError
+from .errors import CheckpointError, LlfastWarning, needed
 from .quantised import QuantisedWeight
 from .quantised.dequantise import LazyWeight
 
@@ -108,12 +108,8 @@ def merge_adapter(model: Any, adapter: Path) -> Any:
         CheckpointError: if the adapter is not one of this model.
         MissingDependencyError: without peft.
     """
-    try:
+    with needed("peft", "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"):
         import peft
-    except ImportError:
-        raise MissingDependencyError(
-            "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"
-        ) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys: they are refused below

@@ -80,7 +80,7 @@ class Verification:
         """Raise what was found so far; with `wait`, once all is read.
 
         Raises:
-            CheckpointError: if a file is not what it should be.
+            CheckpointError: if a file is not what it should be, or could not be read.
         """
         if wait:
             start = time.perf_counter()
@@ -99,7 +99,9 @@ class Verification:
                         f"{path} must have the sha256 {expected}, got {found}; download it again"
                     )
                     return
-        except OSError as error:
+        except OSError as error:  # a failed read does not say of which file
+            self._error = CheckpointError(f"{path} must be read to be verified, got: {error}")
+        except Exception as error:  # no result without a digest, whatever kept it from being taken
             self._error = error
         finally:
             self._statistics.verify_seconds += time.perf_counter() - start

@@ -1,11 +1,13 @@
 """How fast weights come, beside what this machine's disk, memory and processor can do.
 
-All in one run: the disk read one block after the other past the system's cache, memory copied, and
-a checkpoint scored with its weights paged, once with the files out of the cache and once in it.
+All in one run: the disk read past the system's cache, one block after the other and as llfast reads
+it, memory copied, and a checkpoint scored with its weights paged, once with the files out of the
+cache and once in it. What computing takes is the part of a run that does not wait for weights.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ from .report import commit, hardware, spread, versions
 from .timing import seconds_a_call
 
 _SLOT_BYTES = 256 << 20
+_BLOCK_BYTES = 8 << 20
 _COPIED_BYTES = 256 << 20
 _TEXT_TOKENS = 256
 _VERSIONS = ("llfast", "torch", "transformers")
@@ -58,7 +61,9 @@ def measure(
         raise ValueError("model must be a checkpoint folder, got a loaded model")
     place = resolve_device(device, source)
     texts = _random_texts(source.config.get_text_config().vocab_size, tokens)
-    ceilings: dict[str, list[float]] = {"disk": [], "memory copy": [], "copy to device": []}
+    ceilings: dict[str, list[float]] = {
+        name: [] for name in ("disk", "disk, one reader", "memory copy", "copy to device")
+    }
     runs: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
 
     def run() -> dict[str, float]:
@@ -78,12 +83,14 @@ def measure(
     for _ in range(repetitions):
         forget(source.checkpoint.weights)
         ceilings["disk"].append(read_rate(source.checkpoint.weights))
+        forget(source.checkpoint.weights)
+        ceilings["disk, one reader"].append(sequential_rate(source.checkpoint.weights))
         ceilings["memory copy"].append(_copy_rate(torch.device("cpu")))
         if place.type == "cuda":
             ceilings["copy to device"].append(_copy_rate(place))
         forget(source.checkpoint.weights)
         runs["cold"].append(run())
-        _read_into_cache(source.checkpoint.weights)
+        read_into_cache(source.checkpoint.weights)
         runs["warm"].append(run())
     return {
         "benchmark": "loading",
@@ -120,6 +127,24 @@ def read_rate(paths: Sequence[Path]) -> float:
     return total / (time.perf_counter() - start)
 
 
+def sequential_rate(paths: Sequence[Path]) -> float:
+    """The same by one thread, which waits for each 8 MiB; past the cache where that can be."""
+    start = time.perf_counter()
+    total = 0
+    with mmap.mmap(-1, _BLOCK_BYTES) as block:  # O_DIRECT wants whole pages
+        for path in paths:
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            except OSError:  # of a file system that has no such thing
+                file = os.open(path, os.O_RDONLY)
+            try:
+                while count := os.readv(file, [block]):
+                    total += count
+            finally:
+                os.close(file)
+    return total / (time.perf_counter() - start)
+
+
 def forget(paths: Sequence[Path]) -> None:
     """Take files out of the system's cache, as far as it lets go of them."""
     for path in paths:
@@ -131,8 +156,9 @@ def forget(paths: Sequence[Path]) -> None:
             os.close(file)
 
 
-def _read_into_cache(paths: Sequence[Path]) -> None:
-    buffer = bytearray(8 << 20)
+def read_into_cache(paths: Sequence[Path]) -> None:
+    """Have files in the system's cache."""
+    buffer = bytearray(_BLOCK_BYTES)
     for path in paths:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
@@ -164,6 +190,7 @@ def _summary(loading: LoadingStatistics, seconds: float) -> dict[str, float]:
         "read_seconds": loading.read_seconds,
         "stall_seconds": loading.stall_seconds,
         "read_rate": loading.read_rate,
+        "compute_rate": loading.nbytes / max(seconds - loading.stall_seconds, 1e-9),
         "slot_bytes": loading.slot_bytes,
         "state_bytes": loading.state_bytes,
     }
@@ -178,6 +205,10 @@ def show(found: Mapping[str, Any]) -> None:
             for name, rate in (
                 *found["ceilings"].items(),
                 *((f"weights, {name}", run["read_rate"]) for name, run in found["runs"].items()),
+                *(
+                    (f"computing, {name}", run["compute_rate"])
+                    for name, run in found["runs"].items()
+                ),
             )
         ],
         title=f"{found['model']['type']}, {human_bytes(found['model']['weight_bytes'])}",

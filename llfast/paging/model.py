@@ -139,7 +139,10 @@ def open_waves(
             check = partial(refuse_if_alone_is_less, weights.plan, room, alone, counts)
         stack.enter_context(weights)
         for member, modules in zip(members, layers, strict=True):
-            stack.enter_context(stops(modules, member.units.head.module))
+            is_there = {
+                unit.name: member.skeleton.watch(unit.places) for unit in member.units.layers
+            }
+            stack.enter_context(stops(modules, member.units.head.module, is_there))
         subjects = [
             Subject(
                 model=member.skeleton.model,

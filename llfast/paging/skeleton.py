@@ -7,7 +7,7 @@ tried out before they are used; whatever goes wrong with them means that models 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,15 +124,15 @@ class Skeleton:
             self._config = _loading_config(self.model, dtype, device)
             for key, target, is_converted in _targets(self.model, self._config, weights):
                 if target in first_names:
-                    name, weight = first_names[target], weights[key]
-                    sources = self.sources.setdefault(name, [])
+                    first, weight = first_names[target], weights[key]
+                    sources = self.sources.setdefault(first, [])
                     if isinstance(weight, QuantisedWeight):
-                        self._quantised.setdefault(name, []).append(weight)
+                        self._quantised.setdefault(first, []).append(weight)
                         sources.extend(weight.parts)
                     else:
                         sources.append(weight)
                     if is_converted:
-                        self._converted.add(name)
+                        self._converted.add(first)
         except Exception as error:
             raise CannotPageError(
                 f"{name} must be loaded whole by transformers {transformers.__version__}, whose "
@@ -224,6 +224,17 @@ class Skeleton:
         """Leave nothing in these places: an empty tensor, which no layer can multiply by."""
         for name in names:
             self._set(name, self.places[name].empty.new_empty(0, device=self.device))
+
+    def watch(self, names: Iterable[str]) -> Callable[[], bool]:
+        """What says, in microseconds, whether all of these parameters have their weights."""
+        watched = []
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            shape = self.places[name].empty.shape
+            watched.append((self.model.get_submodule(path), attribute, shape))
+        return lambda: all(
+            getattr(module, attribute).shape == shape for module, attribute, shape in watched
+        )
 
     def _set(self, name: str, tensor: Tensor) -> None:
         is_parameter = isinstance(self.places[name].empty, nn.Parameter)

@@ -37,7 +37,8 @@ class Slot:
         if device.type == "cuda":
             self._on_device = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
             self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._last_use: Any = None
+            # The memory may have been another tensor's, which the device is still at.
+            self._last_use: Any = torch.cuda.current_stream(device).record_event()
             _check(_cudart().cudaHostRegister(self.memory.address, self.nbytes, 0))
 
     def send(self) -> None:
@@ -46,8 +47,7 @@ class Slot:
             return
         host = torch.frombuffer(self.memory, dtype=torch.uint8)
         with torch.cuda.stream(self._copies):
-            if self._last_use is not None:
-                self._copies.wait_event(self._last_use)
+            self._copies.wait_event(self._last_use)
             self._on_device.copy_(host, non_blocking=True)
         self._copies.synchronize()
 

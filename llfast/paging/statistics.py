@@ -39,7 +39,8 @@ class LoadingStatistics:
         order: names of the layers in the order in which the first wave met them.
         slot_bytes: the most that the page slots took.
         kept_bytes: weights that stay in memory from the start.
-        state_bytes: the most that the suspended forwards of a wave held.
+        state_bytes: the most that the suspended forwards of a wave held; 0 where they were so few
+            that it was not looked at.
         wave_tokens: the most tokens in a wave, padding included.
         verified_bytes: of weight files whose sha256 was taken, whichever way a model is run.
         verify_seconds: how long that took, beside all else.
@@ -59,6 +60,11 @@ class LoadingStatistics:
     verified_bytes: int = 0
     verify_seconds: float = 0.0
     verify_wait_seconds: float = 0.0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that weights and suspended forwards took; what computing takes comes on top."""
+        return self.slot_bytes + self.kept_bytes + self.state_bytes
 
     @property
     def nbytes(self) -> int:

@@ -79,18 +79,27 @@ def _modes() -> tuple[object, ...]:
 
 
 @contextmanager
-def stops(layers: Mapping[str, nn.Module], head: nn.Module) -> Iterator[None]:
+def stops(
+    layers: Mapping[str, nn.Module],
+    head: nn.Module,
+    is_there: Mapping[str, Callable[[], bool]] | None = None,
+) -> Iterator[None]:
     """Let forwards stop in front of layers, and ask what a head returns.
 
-    Calls outside of a `Forward` go through as ever, except that they must not reach the head.
+    No forward goes into a layer of which `is_there` says no: what an operator makes of a weight
+    that is elsewhere need not be an error. Calls outside of a `Forward` go through as ever, except
+    that they must not reach the head.
     """
 
     def stop_at(name: str) -> Callable[[nn.Module, Any], None]:
+        check = (is_there or {}).get(name)
+
         def stop(_module: nn.Module, _args: Any) -> None:
             current = greenlet.getcurrent()
             if isinstance(current, Forward):
                 assert current.parent is not None
                 current.parent.switch(name)
+                assert check is None or check(), f"{name} must have its weights to be called"
 
         return stop
 

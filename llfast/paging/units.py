@@ -5,7 +5,6 @@ Everything else (norms, buffers, whatever several layers share) is small, and st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from llfast.errors import CannotPageError
 from llfast.head import linear_head
 from llfast.linear import PACKED
 from llfast.safetensors_file import StoredTensor
+from llfast.traits import listed_modules
 
 from .skeleton import Skeleton
 
@@ -164,7 +164,7 @@ def _owners(
         single: kinds of layers that are units by themselves, if they are large.
         others: layers that are none.
     """
-    found = dict(_items(model, ""))
+    found = dict(listed_modules(model))
     inside = tuple(f"{name}." for name in found)
     for name, module in model.named_modules():
         if module in others or f"{name}.".startswith(inside):
@@ -173,18 +173,6 @@ def _owners(
         if type(module) in single and weight.is_meta and weight.nbytes > LARGEST_KEPT_LAYER_BYTES:
             found[name] = module
     return found
-
-
-def _items(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Items of module lists, none inside of another; of lists of lists, the inner items."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if isinstance(module, nn.ModuleList) and not isinstance(
-            child, nn.ModuleList | nn.ModuleDict | nn.ParameterList
-        ):
-            yield path, child
-        else:
-            yield from _items(child, f"{path}.")
 
 
 def _owner(owners: dict[str, nn.Module], name: str) -> str | None:

@@ -20,6 +20,7 @@ OPTIONS = {"token_budget": 64, "dtype": "float32"}
 # It stops at a place of the second wave, says so, and goes on when it is told to.
 CODE = """
 import resource, sys
+from llfast.paging import pages
 from llfast.paging.pages import Pages
 from llfast.partial import PartialScores
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -30,7 +31,7 @@ saves, stops = [], []
 def stop_after(owner, name, place):
     own = getattr(owner, name)
     def call(*given, **named):
-        if place == where == "full":
+        if name == "save" and where == f"full at save {len(saves) + 1}":
             resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
         result = own(*given, **named)
         if name == "save":
@@ -42,7 +43,20 @@ def stop_after(owner, name, place):
         return result
     setattr(owner, name, call)
 
-stop_after(PartialScores, "save", "full" if where == "full" else "saved")
+class Failing:  # a reader to whom the disk says no in the second wave
+    def __init__(self, paths):
+        self.paths, self.own = paths, Reader(paths)
+
+    def read(self, *given):
+        if where == "unreadable" and saves:
+            raise OSError(5, "Input/output error", self.paths[0])
+        return self.own.read(*given)
+
+    def __getattr__(self, name):
+        return getattr(self.own, name)
+
+Reader, pages.FileReader = pages.FileReader, Failing
+stop_after(PartialScores, "save", "saved")
 stop_after(Pages, "take", "read")
 stop_after(LlamaAttention, "forward", "computed")
 from llfast.__main__ import main
@@ -86,7 +100,7 @@ class Trial:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        if where != "full":
+        if where in ("saved", "read", "computed"):
             assert process.stdout.readline() == "here\n", process.communicate()[1]
         return process
 
@@ -194,11 +208,41 @@ def test_a_shard_that_changes_between_waves(checkpoints, texts, truth, tmp_path,
     trial.check(truth.values)
 
 
-def test_a_disk_that_is_full(trial, truth):
-    code, said = trial.go_on(trial.start("full"))
+def test_a_shard_that_cannot_be_read_any_more(trial, truth):
+    code, said = trial.go_on(trial.start("unreadable"))
+    assert code == 1
+    assert said == "llfast: 1 of 1 models failed; the store has why\n"
+    (row,) = trial.rows
+    weights = trial.model / "model.safetensors"
+    assert row["error"].startswith(f"{weights} must be readable, got Input/output error while ")
+    trial.check_kept(truth)
+    assert list(trial.store.rglob(".*.tmp")) == []
+    assert trial.finish() == 0, trial.log.read_text()
+    trial.check(truth.values)
+
+
+@pytest.mark.parametrize("save", [1, 2])
+def test_a_disk_that_is_full(trial, truth, save):
+    code, said = trial.go_on(trial.start(f"full at save {save}"))
     assert code == 1
     assert re.fullmatch("llfast: .*File too large.*\n", said)
     assert str(trial.store) in said
+    assert list(trial.store.rglob(".*.tmp")) == []
+    if save > 1:
+        trial.check_kept(truth)
+    assert trial.finish() == 0, trial.log.read_text()
+    trial.check(truth.values)
+
+
+def test_weights_with_another_sha256(trial, truth, tmp_path):
+    """Nothing that was scored with them is kept."""
+    (tmp_path / "sums").write_text(f"{'0' * 64}  model.safetensors\n")
+    assert processes.run([*trial.arguments, "--manifest", tmp_path / "sums"], trial.log) == 1
+    said = trial.log.read_text().splitlines()
+    assert len(said) == 2
+    assert f"must have the sha256 {'0' * 64}, got " in said[0]
+    assert said[1] == "llfast: 1 of 1 models failed; the store has why"
+    assert list(trial.store.glob("*partial/*")) == []
     assert list(trial.store.rglob(".*.tmp")) == []
     assert trial.finish() == 0, trial.log.read_text()
     trial.check(truth.values)

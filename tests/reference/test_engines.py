@@ -1,13 +1,21 @@
 """Which way a model is run, and what happens where the first choice does not do."""
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import llfast
-from llfast import LlfastWarning
+from llfast import CheckpointError, LlfastWarning
+from llfast.errors import CannotPageError, UnsupportedModelError
+from llfast.models import open_model
+from llfast.paging import model as paged_model
+from llfast.paging import skeleton
+from llfast.paging.pages import Pages
 from llfast.paging.weights import Weights
 from tests.architectures import TOKENS, build
 from tests.paging import check_same
@@ -62,6 +70,85 @@ def test_what_goes_wrong_with_pages_is_loaded_whole(folder, monkeypatch, error):
     assert result.provenance["weights"] == "resident"
     with pytest.raises(Exception, match="nobody thought of"):
         llfast.score(folder, TEXTS, weights="paged", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("pickled weights", {"checkpoint": {"pickled": True}}),
+        ("a LoRA adapter", {"adapter": Path("adapter")}),
+        (
+            "one with code of its own",
+            {"trust_remote_code": True, "checkpoint": {"config": {"auto_map": {}}}},
+        ),
+    ],
+)
+def test_what_is_never_paged_is_refused_by_name(folder, what, changes):
+    source = open_model(folder)
+    if "checkpoint" in changes:
+        changes = {**changes, "checkpoint": replace(source.checkpoint, **changes["checkpoint"])}
+    with pytest.raises(UnsupportedModelError, match=f"to be paged, got {what}; use weights='resi"):
+        llfast.score(replace(source, **changes), TEXTS, weights="paged")
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """A checkpoint whose tensors transformers puts together while it loads them."""
+    return save(make_model("mixtral"), make_tokenizer(adds_bos=True), tmp_path / "mixtral")
+
+
+def test_a_transformers_that_loads_in_another_way_loads_models_whole(merged, monkeypatch):
+    monkeypatch.setattr(paged_model, "why_not", lambda: "layers come out differently")
+    result = llfast.score(merged, TEXTS, **OPTIONS)
+    assert result.provenance["weights"] == "resident"
+    check_same(result, llfast.score(merged, TEXTS, weights="resident", **OPTIONS))
+    with pytest.warns(LlfastWarning, match="is loaded whole, for .* layers come out differently"):
+        result = llfast.score(merged, TEXTS, memory_budget=1000, **OPTIONS)
+    assert result.provenance["weights"] == "resident"
+    with pytest.raises(CannotPageError, match=r"m\w*tral must be loaded whole .* differently"):
+        llfast.score(merged, TEXTS, weights="paged", **OPTIONS)
+
+
+def test_errors_that_transformers_only_logs_are_raised(merged, monkeypatch):
+    internals = skeleton._internals()
+    own = internals.convert_and_load_state_dict_in_model
+    assert skeleton.why_not() is None, "which tries it as it is, once"
+
+    def convert(*arguments):
+        report, others = own(*arguments)
+        report.conversion_errors["the experts"] = "could not be put together"
+        return report, others
+
+    monkeypatch.setattr(internals, "convert_and_load_state_dict_in_model", convert)
+    for weights in ("paged", "auto"):
+        with pytest.raises(CheckpointError, match="must fill .*, got 1 problems: the experts"):
+            llfast.score(merged, TEXTS, weights=weights, **OPTIONS)
+
+
+@pytest.mark.parametrize("weights", ["paged", "auto"])
+def test_scoring_begins_while_weights_are_read(folder, monkeypatch, weights):
+    """The next layer is on its way when one computes, and one computes before the last is there."""
+    begun, computed = threading.Event(), threading.Event()
+    read, forward = Pages._read, LlamaDecoderLayer.forward
+
+    def begin(self, page, slot):
+        if page.name == "model.layers.1":
+            begun.set()
+        if page.name.endswith("of the head"):
+            assert computed.wait(60), "it must not be waited for"
+        return read(self, page, slot)
+
+    def compute(self, *arguments, **options):
+        assert begun.wait(60), "it must not wait for this one"
+        computed.set()
+        return forward(self, *arguments, **options)
+
+    expected = llfast.score(folder, TEXTS, weights="resident", **OPTIONS)
+    monkeypatch.setattr(Pages, "_read", begin)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", compute)
+    result = llfast.score(folder, TEXTS, weights=weights, **OPTIONS)
+    assert result.provenance["weights"] == ("kept" if weights == "auto" else "paged")
+    check_same(result, expected)
 
 
 def test_nothing_left_to_run(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import tempfile
@@ -79,6 +80,14 @@ def test_file_cut_while_open(tmp_path, direct):
     os.truncate(path, MIB + 5)
     with pytest.raises(EOFError, match=f"ends at byte {MIB + 5}, where {3 * MIB} were expected"):
         reader.read(Memory(3 * MIB), rows((0, 0, 3 * MIB, 0)))
+
+
+def test_a_read_that_the_system_refuses():
+    """Nothing lies at the beginning of a process's memory, and to read there is an EIO."""
+    reader = FileReader(["/proc/self/mem"])
+    with pytest.raises(OSError, match="Input/output error at byte 0") as caught:
+        reader.read(Memory(4096), rows((0, 0, 4096, 0)))
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "/proc/self/mem")
 
 
 def test_files_that_cannot_be_opened(tmp_path):

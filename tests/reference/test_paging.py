@@ -242,6 +242,16 @@ def test_slots_take_no_more_than_was_promised(kind, vocabulary, tmp_path, tokeni
     assert statistics.slot_bytes + statistics.kept_bytes < least
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_budget_that_is_too_small_is_told_the_largest_layer(kind, folders):
+    _, statistics = paged(folders[kind], dtype="float32")
+    (size,) = {page.nbytes for page in statistics.pages if page.name in statistics.order}
+    name = "|".join(statistics.order)  # all are as large as any
+    message = f"whose largest is ({name}) with {size:,} bytes, and what stays in memory, got 5,000"
+    with pytest.raises(ValueError, match=message):
+        llfast.score(folders[kind], FEW, weights="paged", memory_budget=5000, dtype="float32")
+
+
 @pytest.mark.parametrize("budget", ["1GiB", "500 mb", "1e9", 2**30])
 def test_budgets_in_words(budget, folders):
     _, statistics = paged(folders["gpt2"], memory_budget=budget)

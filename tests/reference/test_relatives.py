@@ -115,6 +115,7 @@ def test_files_that_lie_differently(dtype, tmp_path, tokenizer, monkeypatch):
     """Longer headers, and shards: weights are where each one's own file would have them."""
     for place in (engines, paged_model):
         monkeypatch.setattr(place, "linear_path", lambda *_, **__: "torch")
+    monkeypatch.setattr(models, "fast_dtype", lambda stored, _: stored)  # not in another dtype
     (base,) = make_family(tmp_path, "llama", tokenizer, [], dtype=dtype, hidden_size=64)
     folders = [base]
     for number in range(1, 5):

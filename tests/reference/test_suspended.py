@@ -106,6 +106,18 @@ def test_a_forward_stops_in_front_of_every_layer(model):
     assert torch.equal(forward.result, expected)
 
 
+def test_no_forward_goes_into_a_layer_that_is_not_there(model):
+    """Whether or not anything in the layer would notice."""
+    with stops(model.named_layers, model.head, {"1": lambda: False, "0": lambda: True}):
+        forward = Forward(lambda: model(hidden()))
+        forward.resume()
+        forward.resume()
+        assert forward.stopped_at == "1"
+        with pytest.raises(AssertionError, match="1 must have its weights to be called"):
+            forward.resume()
+    assert forward.dead
+
+
 def test_what_many_forwards_compute_is_their_own(model):
     inputs = [hidden(seed) for seed in range(5)]
     expected = [model(x) for x in inputs]
@@ -181,6 +193,9 @@ def test_a_context_of_its_own(model):
     VARIABLE.set(0)
 
 
+LEFT = []  # modes that end where they are forgotten
+
+
 def leave_gradients_on():
     torch.set_grad_enabled(not torch.is_grad_enabled())
 
@@ -189,7 +204,12 @@ def leave_autocast_on():
     torch.set_autocast_enabled("cpu", True)
 
 
-@pytest.mark.parametrize("leave", [leave_gradients_on, leave_autocast_on])
+def leave_inference_mode():
+    LEFT.append(torch.inference_mode(mode=False))
+    LEFT[-1].__enter__()
+
+
+@pytest.mark.parametrize("leave", [leave_gradients_on, leave_autocast_on, leave_inference_mode])
 def test_a_model_that_leaves_torch_in_another_mode_is_found_out(leave):
     model = Model(between=lambda _: leave())
     before = torch.is_grad_enabled(), torch.get_default_dtype()
@@ -205,6 +225,8 @@ def test_a_model_that_leaves_torch_in_another_mode_is_found_out(leave):
         torch.set_default_dtype(before[1])
         torch.set_autocast_enabled("cpu", False)
         torch.clear_autocast_cache()
+        while LEFT:
+            LEFT.pop().__exit__(None, None, None)
 
 
 def test_modes_that_last_as_long_as_a_layer_are_no_matter(model):

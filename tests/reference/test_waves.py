@@ -20,6 +20,7 @@ from llfast.errors import CannotPageError, LlfastError, LlfastWarning
 from llfast.paging import LoadingStatistics, PagedModel, Task, open_waves, questions, units, waves
 from llfast.paging.pages import Pages
 from llfast.paging.states import StateMeter
+from llfast.paging.weights import Weights
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import make_model, save
 
@@ -110,6 +111,23 @@ def test_a_model_without_its_weights_raises(folder):
                 layer.mlp(torch.randn(1, 4, 32))
         with pytest.raises(RuntimeError):
             paged.model(torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("forgotten", ["model.layers.0", "model.layers.1"])
+def test_a_layer_that_was_forgotten_is_not_gone_into(folder, monkeypatch, forgotten):
+    """Whether or not its operators would notice."""
+    own = Weights.need
+
+    def need(self, name, member=0):
+        if name != forgotten:
+            own(self, name, member)
+
+    monkeypatch.setattr(Weights, "need", need)
+    with (
+        running(make_paged(folder)) as (found, batches),
+        pytest.raises(AssertionError, match=f"{forgotten} must have its weights to be"),
+    ):
+        list(found.run(batches))
 
 
 @pytest.mark.usefixtures("limits")

@@ -1,7 +1,9 @@
 """The benchmark of loading, on a checkpoint of a few kilobytes."""
 
+import errno
 import hashlib
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -28,10 +30,11 @@ def found(folder):
 def test_every_rate_is_measured(found, folder):
     assert found["tokens"] == 600
     assert found["model"]["weight_bytes"] == Checkpoint.open(folder).weight_bytes
-    assert set(found["ceilings"]) == {"disk", "memory copy"}
+    assert set(found["ceilings"]) == {"disk", "disk, one reader", "memory copy"}
+    runs = found["runs"].values()
     for rate in (
         *found["ceilings"].values(),
-        *(run["read_rate"] for run in found["runs"].values()),
+        *(run[name] for run in runs for name in ("read_rate", "compute_rate")),
     ):
         assert 0 < rate["min"] <= rate["median"] <= rate["max"]
     stored = sum(each.end - each.begin for each in Checkpoint.open(folder).tensors.values())
@@ -46,8 +49,28 @@ def test_every_rate_is_measured(found, folder):
 def test_rates_are_shown_side_by_side(found, capsys):
     loading.show(found)
     printed = capsys.readouterr().out
-    for word in ("disk", "memory copy", "weights, cold", "weights, warm", "600 tokens in"):
+    words = ("disk, one reader", "memory copy", "weights, cold", "computing, warm", "600 tokens in")
+    for word in words:
         assert word in printed
+
+
+def test_one_reader_reads_all_of_the_files(tmp_path, monkeypatch):
+    """Also where files end in the middle of a block, and where nothing can go past the cache."""
+    for number, size in enumerate((3, loading._BLOCK_BYTES + 4097)):
+        (tmp_path / str(number)).write_bytes(bytes(size))
+    seconds = iter((0.0, 2.0) * 2)
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: next(seconds))
+    rate = (3 + loading._BLOCK_BYTES + 4097) / 2
+    assert loading.sequential_rate(sorted(tmp_path.iterdir())) == rate
+    own = os.open
+
+    def refuse(path, flags):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return own(path, flags)
+
+    monkeypatch.setattr(loading.os, "open", refuse)
+    assert loading.sequential_rate(sorted(tmp_path.iterdir())) == rate
 
 
 def test_what_cannot_be_measured(tmp_path):

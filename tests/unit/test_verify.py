@@ -1,5 +1,6 @@
 """Weights that are compared with their sha256 while they are used."""
 
+import errno
 import hashlib
 import shutil
 import threading
@@ -10,8 +11,10 @@ import pytest
 import llfast
 import llfast.models
 import llfast.partial
-from llfast import CheckpointError, LoadingStatistics
+from llfast import CheckpointError, LoadingStatistics, Store, TextSet
 from llfast.checkpoint import Checkpoint
+from llfast.fleet import score_models
+from llfast.model_list import ModelRequest
 from llfast.verify import Verification, read_manifest
 from tests.tiny import TEXTS, make_model, make_tokenizer, save
 
@@ -119,6 +122,38 @@ def test_what_is_waited_for_is_what_was_left_to_hash(folder, monkeypatch):
         monkeypatch.setattr(threading.Thread, "join", release)
         verification.check(wait=True)
     assert (loading.verify_seconds, loading.verify_wait_seconds) == (10.0, 7.0)
+
+
+@pytest.mark.parametrize("weights", ["resident", "paged"])
+def test_without_an_answer_there_is_no_result(folder, monkeypatch, weights):
+    """Whatever ends the thread that hashes: memory, for one, may run out there alone."""
+
+    def run_out(*_):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(Verification, "_digest", run_out)
+    with pytest.raises(MemoryError, match="none left"):
+        llfast.score(folder, TEXTS, weights=weights, verify=manifest_of(folder))
+
+
+def test_weights_that_cannot_be_read_fail_one_model(folder, tmp_path, monkeypatch):
+    """Not all of a run, as they would if the store could not be read."""
+    manifest = manifest_of(folder)
+    other = shutil.copytree(folder, tmp_path / "other")
+    own = Verification._digest
+
+    def fail(self, path):
+        if path.parent == folder:
+            raise OSError(errno.EIO, "Input/output error")
+        return own(self, path)
+
+    monkeypatch.setattr(Verification, "_digest", fail)
+    requests = [ModelRequest(model=str(each)) for each in (folder, other)]
+    texts = TextSet.from_texts(TEXTS)
+    outcomes = score_models(requests, texts, Store(tmp_path / "store"), verify=manifest)
+    assert [each.status for each in outcomes] == ["failed", "scored"]
+    assert str(folder / "model.safetensors") in outcomes[0].error
+    assert "Input/output error" in outcomes[0].error
 
 
 def test_wrong_bytes_in_the_hub_cache(folder):
