@@ -7,6 +7,7 @@ that reading all vectors takes. Synthetic collections (synthetic.py) of 1,000, 2
 models on 10,000 texts are written as indexes into DIR unless they are there (9 GB); every provider
 is given the same vectors and asked the same, in turn. Answers are checked first: llfast's certified
 ones with its exact ones, those with brute force in fp64, and the others' by how many are right.
+What does not fit into memory together takes turns, each beside llfast.
 
 `--only 1000 20000` measures these sizes again into the same JSON; `--million` adds 1,000,000 models
 (40 GB, an hour).
@@ -106,8 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", type=int, nargs="+", help="these sizes again")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--million", action="store_true", help="1,000,000 models: 40 GB, an hour")
-    parser.add_argument("--memory-gb", type=float, default=12.0, help="of vectors the others hold")
-    parser.add_argument("--peer-seconds", type=float, default=60.0, help="to build each of them")
+    parser.add_argument("--memory-gb", type=float, default=13.0, help="of vectors the others hold")
+    parser.add_argument("--peer-seconds", type=float, default=600.0, help="to build each of them")
     parser.add_argument("--out", type=Path, help="JSON; with --quick it is in the folder")
     options = parser.parse_args(arguments)
     if options.quick and options.million:

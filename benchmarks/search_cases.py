@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import search_peers
 import torch
 from cpu_limits import Limits
 from memory import status_kib
 from search_collections import Question, Questions, build, held_in, outside
 from search_opening import first_touches, lists_of, memory_of
-from search_peers import Budget, Peer, build_peers
 from synthetic import Recipe
 
 from llfast.bench import report
@@ -57,7 +57,7 @@ class Plan:
     """
 
     questions: int
-    budget: Budget | None
+    budget: search_peers.Budget | None
     read_bytes: int = READ_BYTES
 
 
@@ -77,15 +77,19 @@ class Case:
         self.exact = KLIndex.of_segment(segment, "exact")
         self.approximate = KLIndex.of_segment(segment, "approximate")
         self.names = {name: row for row, name in enumerate(segment.table["name"].to_pylist())}
-        self.peers: dict[str, Peer] = {}
-        self.built: dict[str, dict[str, Any]] = {}
-        self.left_out: dict[str, str] = {}
-        if plan.budget is not None:
-            found = build_peers(segment.rows.points, torch.get_num_threads(), plan.budget)
-            self.peers, self.built, self.left_out = found
+        self.built = search_peers.Built(waiting=list(search_peers.PEERS))
         self._read = torch.ones(plan.read_bytes // 4)
         self._limits = limits
         self._farthest: dict[Question, float] = {}
+
+    def next_round(self) -> None:
+        """Build those of the waiting peers that fit into memory, when the last ones are gone."""
+        waiting, self.built = self.built.waiting, search_peers.Built()
+        if self.plan.budget is not None:
+            points, threads = self.segment.rows.points, torch.get_num_threads()
+            self.built = search_peers.build_peers(points, threads, self.plan.budget, waiting)
+        made, left_out = ", ".join(self.built.peers), self.built.left_out
+        say(f"  built {made or 'no others'}; left out {left_out or 'none'}")
 
     def providers(self) -> dict[str, Ask]:
         """What is timed."""
@@ -95,7 +99,7 @@ class Case:
         }
         if self.approximate.recall is not None:  # there are enough models for lists
             searches[APPROXIMATE] = lambda asked: self.approximate.search(asked.asks, K)
-        for name, peer in self.peers.items():
+        for name, peer in self.built.peers.items():
             # One more than is wanted, for a model of the collection finds itself.
             searches[name] = lambda asked, peer=peer: peer.search(asked.points, K + 1)
         return searches
@@ -150,7 +154,6 @@ def measure(recipe: Recipe, folder: Path, plan: Plan, limits: Limits) -> dict[st
     path, built = build(recipe, folder)
     say(f"{path.name}: built in {built['seconds']:.0f} s")
     case = Case(recipe, path, plan, limits)
-    say(f"  built {', '.join(case.built) or 'no others'}; left out {case.left_out or 'none'}")
     asked = {
         "held in": held_in(case.segment, plan.questions),
         "outside": outside(recipe, case.segment.basis, plan.questions),
@@ -160,21 +163,36 @@ def measure(recipe: Recipe, folder: Path, plan: Plan, limits: Limits) -> dict[st
         "models": recipe.models,
         "texts": recipe.texts,
         "raw_bytes": case.segment.rows.points.nbytes,
-        "build": {"llfast": built, **case.built},
-        "left_out": case.left_out,
+        "build": {"llfast": built},
+        "left_out": {},
         "memory": {
             **memory_of(case.segment, case.names),
             "resident_mib": case.resident_mib,
         },
         "open_seconds": case.open_seconds,
         "lists": lists_of(case.segment),
-        "questions": {kind: _kind(case, kind, each) for kind, each in asked.items()},
+        "questions": {},
     }
+    while True:
+        case.next_round()
+        found["build"] |= case.built.took
+        found["left_out"] |= case.built.left_out
+        for kind, each in asked.items():
+            _join(found["questions"], kind, _kind(case, kind, each))
+        if not case.built.waiting:
+            break
     del case
     gc.collect()
     for kind, each in asked.items():
         found["questions"][kind] |= first_touches(path, each[:TOUCHES], K)
     return found
+
+
+def _join(questions: dict[str, Any], kind: str, new: dict[str, Any]) -> None:
+    """Add providers that were not there yet; their ratios are to the times of their own round."""
+    old = questions.setdefault(kind, new)
+    for part in ("providers", "batch"):
+        old[part] |= {name: each for name, each in new[part].items() if name not in old[part]}
 
 
 # ------------------------------------------------------------------------------------ correctness

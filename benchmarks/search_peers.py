@@ -1,6 +1,7 @@
 """What else finds nearest rows: each is given llfast's own coordinates in fp32.
 
-A peer that does not fit into the memory or the time that there is is left out, with the reason.
+A peer that would take more time than it is given is left out, with the reason; those that do not
+fit into memory beside the others wait for a round of their own.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -129,34 +130,49 @@ class Budget:
     seconds: float
 
 
-def build_peers(
-    points: np.ndarray, threads: int, budget: Budget
-) -> tuple[dict[str, Peer], dict[str, dict[str, Any]], dict[str, str]]:
-    """Those that fit, what building them took, and why the others are left out."""
-    peers: dict[str, Peer] = {}
-    built: dict[str, dict[str, Any]] = {}
-    left_out: dict[str, str] = {}
+@dataclass
+class Built:
+    """Peers that are held together.
+
+    Attributes:
+        took: what building each of them took.
+        left_out: those that are not measured at all, with the reason.
+        waiting: those that fit into memory only when these are gone.
+    """
+
+    peers: dict[str, Peer] = field(default_factory=dict)
+    took: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    waiting: list[str] = field(default_factory=list)
+
+
+def build_peers(points: np.ndarray, threads: int, budget: Budget, names: Sequence[str]) -> Built:
+    """Those of these names that fit beside one another, and what became of the others."""
+    found = Built()
     free = budget.nbytes
-    for name, make in PEERS.items():
+    for name in names:
         try:
-            peer = make(points.shape, threads)
+            peer = PEERS[name](points.shape, threads)
         except ModuleNotFoundError as error:
-            left_out[name] = f"{error.name} is not installed"
+            found.left_out[name] = f"{error.name} is not installed"
             continue
         needed = peer.copies * points.nbytes
         if peer.most_models is not None and len(points) > peer.most_models:
-            left_out[name] = f"measured with up to {peer.most_models:,} models only"
+            found.left_out[name] = f"measured with up to {peer.most_models:,} models only"
+        elif needed > budget.nbytes:
+            found.left_out[name] = f"its {needed / 1e9:.1f} GB of vectors do not fit into memory"
         elif needed > free:
-            left_out[name] = f"its {needed / 1e9:.1f} GB of vectors are more than was left for it"
+            found.waiting.append(name)
         else:
-            found = _build(peer, points, budget.seconds)
-            if isinstance(found, str):
-                left_out[name] = found
+            took = _build(peer, points, budget.seconds)
+            if isinstance(took, str):
+                found.left_out[name] = took
             else:
-                peers[name], built[name] = peer, {**found, "settings": peer.settings}
+                found.peers[name] = peer
+                found.took[name] = {**took, "settings": peer.settings}
                 free -= needed
         del peer
-    return peers, built, left_out
+    return found
 
 
 def _build(peer: Peer, points: np.ndarray, most_seconds: float) -> dict[str, Any] | str:

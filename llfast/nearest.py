@@ -41,7 +41,7 @@ def find_nearest(
     Args:
         model: a name of the store; or the folder or Hub id of a model, which counts as the stored
             one if its weights are the same, and is scored on `texts` otherwise.
-        store: the folder of results.
+        store: the folder of results, or s3://bucket/prefix.
         k: how many relatives.
         radius: instead of `k`, all models within this KL (in `unit`).
         where: only models of which this SQL condition holds, see `KLIndex.search`.
@@ -175,7 +175,8 @@ def _open(
     opened = Store(store)
     digest = opened.find_textset(textset)
     selection = Selection(textset=digest, convention=convention, dtype=dtype, newest=newest)
-    count, n = len(opened.rows(digest)), len(opened.texts(digest)["ids"])
+    count = sum(row.key.layer is None for row in opened.rows(digest))
+    n = len(opened.texts(digest)["ids"])
     if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(opened, selection):
         return StoredIndex.open(opened, selection, mode=mode)
     return _matrix(store, textset, convention, dtype, newest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -108,13 +108,24 @@ class ModelSpace:
     # ------------------------------------------------------------------ the basis
 
     @classmethod
-    def fit(cls, matrix: LogLikelihoodMatrix, clip_quantile: float | None = 0.02) -> ModelSpace:
+    def fit(
+        cls,
+        matrix: LogLikelihoodMatrix,
+        clip_quantile: float | None = 0.02,
+        *,
+        on: Sequence[int] | None = None,
+    ) -> ModelSpace:
         """Freeze a basis on these models, see `Basis.fit`, and place them in it.
+
+        Args:
+            matrix: log-likelihoods of K models.
+            clip_quantile: as for `Basis.fit`.
+            on: numbers of the models that the basis is of; None: of all.
 
         Warns: LlfastWarning if models ran in different dtypes, or if, under convention "paper",
             some tokenizers add BOS and others do not (`metadata["adds_bos"]`).
         """
-        basis = Basis.fit(matrix, clip_quantile)
+        basis = Basis.fit(matrix if on is None else matrix.select(on), clip_quantile)
         space = cls(
             models=matrix.models,
             coordinates=basis.place(matrix.values),

@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from llfast import cache
 from llfast.basis import Basis
 from llfast.errors import LlfastWarning, SearchError
 from llfast.files import atomic_write
+from llfast.remote import RemotePath
 from llfast.results import LogLikelihoodMatrix, ResultKey
-from llfast.rows import StoredRow, changes, one_row_a_model
+from llfast.rows import StoredRow, changes, matrix_metadata, one_row_a_model
 from llfast.scans import RowGoneError
-from llfast.store import Store, matrix_metadata
+from llfast.store import Store
 
 from .contents import choose_mode
 from .flat import refuse_large_rows
@@ -270,16 +272,21 @@ def current(folder: Path) -> str | None:
 
 def folder_of(store: Store, selection: Selection, folder: Path | None) -> Path:
     """Where the segments of a selection are; `folder` is for all indexes, None for the store's."""
-    return (folder or store.folder / "_index") / selection.digest
+    if folder is None:
+        own = store.folder  # an index is mapped into memory: at s3:// it is kept on this machine
+        if isinstance(own, RemotePath):
+            folder = cache.folder() / "index" / cache.key(str(own))
+        else:
+            folder = own / "_index"
+    return folder / selection.digest
 
 
 def choose(
     rows: Iterable[StoredRow], selection: Selection, convention: str | None
 ) -> tuple[str, list[StoredRow]]:
     """The convention, and which of these rows are to be indexed, by name."""
-    rows = [row for row in rows if row.status == "complete" and row.key.layer is None]
     duplicates = "newest" if selection.newest else "error"
-    return one_row_a_model(rows, convention, selection.dtype, None, duplicates)
+    return one_row_a_model(rows, convention, selection.dtype, None, duplicates, layers=False)
 
 
 def indexed(row: StoredRow) -> IndexedModel:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from llfast.errors import MissingDependencyError, SearchError
+from llfast.errors import SearchError, needed
 
 _FP32 = np.finfo(np.float32)
 _LARGEST_NORM = 1e18  # squares of twice that are still within fp32
@@ -164,18 +164,17 @@ def import_faiss() -> Any:
     Raises:
         MissingDependencyError: if it is not.
     """
-    try:
-        with warnings.catch_warnings():
-            # SWIG's types have no module name, which newer Pythons remark on.
-            warnings.filterwarnings(
-                "ignore", "builtin type (SwigPy|swigvar).* has no __module__", DeprecationWarning
-            )
-            import faiss
-    except ModuleNotFoundError as error:
-        if error.name != "faiss":
-            raise
-        raise MissingDependencyError(
+    with (
+        needed(
+            "faiss",
             "searching needs faiss: pip install 'llfast[cpu]', or on a machine with an NVIDIA GPU "
-            "pip install 'llfast[gpu]'; never both, they install the same package"
-        ) from None
+            "pip install 'llfast[gpu]'; never both, they install the same package",
+        ),
+        warnings.catch_warnings(),
+    ):
+        # SWIG's types have no module name, which newer Pythons remark on.
+        warnings.filterwarnings(
+            "ignore", "builtin type (SwigPy|swigvar).* has no __module__", DeprecationWarning
+        )
+        import faiss
     return faiss

@@ -117,7 +117,11 @@ class Segment:
     def table(self) -> pa.Table:
         """What is known of each row; raises SearchError if it is damaged."""
         path = self.folder / "models.parquet"
-        table = pq.read_table(pa.BufferReader(self._check_sum(path.name, path.read_bytes())))
+        content = pa.BufferReader(self._check_sum(path.name, path.read_bytes()))
+        # A thread of pyarrow that lets go of Python's bytes while Python ends takes the process
+        # down with it (https://github.com/apache/arrow/issues/34314).
+        with pq.ParquetFile(content, pre_buffer=False) as file:
+            table = file.read(use_threads=False)
         if table.schema != SCHEMA or len(table) != len(self):
             raise SearchError(_damaged(path, f"{len(table)} rows of another kind"))
         return table

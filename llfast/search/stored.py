@@ -131,7 +131,9 @@ class StoredIndex(KLIndex):
     @staticmethod
     def is_built(store: Store, selection: Selection, *, folder: Path | None = None) -> bool:
         """Whether there is an index of these rows, whole or not."""
-        return current(folder_of(store, selection, folder)) is not None
+        with contextlib.suppress(FileNotFoundError):  # of a machine without a cache
+            return current(folder_of(store, selection, folder)) is not None
+        return False
 
     @property
     def segment(self) -> Segment:

@@ -46,7 +46,7 @@ def built(recipe, folder):
 
 @pytest.fixture(scope="module")
 def found(folder, recipe, built):
-    """A report of one collection, with faiss Flat and one peer that is not there."""
+    """A report of one collection; of its peers, one is missing, and two take turns in memory."""
     import bench_search
     import search_cases
     import search_peers
@@ -60,10 +60,11 @@ def found(folder, recipe, built):
         def read_seconds(self, array):
             return array.nbytes / 1e10
 
-    budget = search_peers.Budget(1e9, 60.0)
+    budget = search_peers.Budget(1.5 * 4 * MODELS * TEXTS, 60.0)
     with pytest.MonkeyPatch.context() as patch:
         flat = search_peers.PEERS["faiss Flat"]
-        patch.setattr(search_peers, "PEERS", {"faiss Flat": flat, "elsewhere": missing})
+        peers = {"faiss Flat": flat, "elsewhere": missing, "later": flat}
+        patch.setattr(search_peers, "PEERS", peers)
         plan = search_cases.Plan(4, budget, 1 << 16)
         case = search_cases.measure(recipe, folder, plan, Limits())
     adding = measure_adding(30, TEXTS, folder, 2)
@@ -79,11 +80,12 @@ def test_every_provider_is_right_and_timed(found):
     (case,) = found["cases"]
     assert case["left_out"] == {"elsewhere": "elsewhere is not installed"}
     assert case["raw_bytes"] == 4 * MODELS * TEXTS
-    assert set(case["build"]) == {"llfast", "faiss Flat"}
+    assert set(case["build"]) == {"llfast", "faiss Flat", "later"}
     assert set(case["questions"]) == {"held in", "outside"}
     for each in case["questions"].values():
         searches = {f"llfast {mode}" for mode in ("certified", "exact", "approximate")}
-        assert set(each["providers"]) == searches | {"faiss Flat"}
+        assert set(each["providers"]) == searches | {"faiss Flat", "later"}
+        assert set(each["batch"]) == set(each["providers"])
         for name, one in each["providers"].items():
             assert one["calls"] == 4
             assert one["recall"] == 1.0 or (name == "llfast approximate" and one["recall"] > 0.5)
@@ -142,17 +144,19 @@ def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
     slow = search_peers.Peer(len, lambda points, k: points, "slow")
     whole = search_peers.Peer(len, lambda points, k: points, "whole", piece=None)
     few = search_peers.Peer(len, lambda points, k: points, "few", most_models=100)
-    peers = {"slow": slow, "whole": whole, "few": few, "large": whole}
+    large = search_peers.Peer(len, lambda points, k: points, "large", copies=2)
+    peers = {"slow": slow, "whole": whole, "few": few, "later": whole, "large": large}
     makers = {name: (lambda shape, threads, peer=peer: peer) for name, peer in peers.items()}
     monkeypatch.setattr(search_peers, "PEERS", makers)
     budget = search_peers.Budget(1.5 * points.nbytes, 7.5)
-    kept, built, left_out = search_peers.build_peers(points, 1, budget)
-    assert list(kept) == list(built) == ["whole"]
-    assert left_out["slow"].startswith(
+    found = search_peers.build_peers(points, 1, budget, list(peers))
+    assert list(found.peers) == list(found.took) == ["whole"]
+    assert found.waiting == ["later"]
+    assert found.left_out["slow"].startswith(
         "building it takes more than 8 s, the limit was 8 s (512 rows"
     )
-    assert left_out["few"] == "measured with up to 100 models only"
-    assert "more than was left for it" in left_out["large"]
+    assert found.left_out["few"] == "measured with up to 100 models only"
+    assert found.left_out["large"] == "its 0.0 GB of vectors do not fit into memory"
 
 
 def test_cases_are_replaced_and_aims_judged(found):
@@ -184,7 +188,7 @@ def test_people_and_the_readme_are_told(found, capsys):
     lines = readme_search.search(found)
     rows = [line for line in lines if line.startswith("| 60, half | ")]
     assert len(rows) == 2
-    assert [line.count("|") for line in lines[:3]] == [6] * 3
+    assert [line.count("|") for line in lines[:3]] == [7] * 3
     assert len({line.count("|") for line in lines[4:7]}) == 1
     assert lines[-1].endswith("Command: `python benchmarks/bench_search.py --folder DIR --quick`.")
 

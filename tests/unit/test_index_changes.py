@@ -77,6 +77,22 @@ def test_a_shard_that_is_another_one_now_is_read_again(store):
     assert_right(index, store)
 
 
+def test_layers_of_models_are_no_models_of_an_index(store):
+    store.add(index_result(3, layer=1, values=model_values(3) + 1))
+    index = KLIndex.build(store, "certified")
+    assert_right(index, store)
+    store.add(index_result(3, layer=2, values=model_values(3) + 2))
+    store.add(index_result(24))
+    store.remove([f"{name(3)}@layer=1"])
+    assert index.refresh() == 1
+    assert_right(index, store)
+    index.merge()
+    store.compact()
+    for each in (index, KLIndex.build(store, "certified", refit=True)):
+        each.refresh()
+        assert_right(each, store)
+
+
 def fails_once(monkeypatch, place, attribute, before):
     """Have something happen at the next call of a function."""
     whole = getattr(place, attribute)

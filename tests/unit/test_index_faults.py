@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -115,6 +117,23 @@ def damage_everywhere(store, folder, file, count):
             assert found == expected
             assert damaged == good, "every bit is summed"
     return noticed
+
+
+def test_no_thread_outlives_the_reading_of_names(built):
+    """One that lets go of Python's bytes while Python ends would abort the process."""
+    code = (
+        "import os, sys; from pathlib import Path; from llfast.search.segment import Segment\n"
+        "segment = Segment(Path(sys.argv[1]))\n"
+        "before = os.listdir('/proc/self/task'); segment.table\n"
+        "print(len(os.listdir('/proc/self/task')) - len(before))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(segment_of(built))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "0\n"
 
 
 @pytest.mark.parametrize("file", FILES)
