@@ -1,0 +1,167 @@
+"""A picture of a trajectory: KL over steps, distances over elapsed steps, the path in a plane."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from .diffusion import Diffusion
+from .drawing import check_picture, new_figure, save_figure
+from .placing import classical_mds
+from .results import KLEstimate
+from .trajectory import Trajectory
+
+_KL = "KL (bits/byte)"
+_SAYS, _WEIGHS = "C0", "C1"  # colours of the two spaces
+
+
+def draw_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
+    """Draw a trajectory as .png, .svg or .pdf.
+
+    Raises:
+        ValueError: if the ending is none that can be written.
+        MissingDependencyError: without matplotlib.
+        OSError: if the file cannot be written.
+    """
+    check_picture(path)
+    figure = new_figure(17, 5)
+    figure.get_layout_engine().set(w_pad=0.12)
+    steps, distances, plane = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
+    _draw_steps(steps, trajectory)
+    _draw_distances(distances, trajectory)
+    _draw_plane(figure, plane, trajectory)
+    save_figure(figure, path)
+
+
+def _draw_steps(axes: Any, trajectory: Trajectory) -> None:
+    """KL of each checkpoint from the one before it and from the first, with 95 % intervals."""
+    for label, marker, estimates, colour in (
+        ("from the checkpoint before", "o", trajectory.from_previous, "C2"),
+        ("from the first", "s", trajectory.from_start, "C3"),
+    ):
+        steps, values, low, high = _above_zero(trajectory.steps[1:], estimates)
+        axes.plot(steps, values, marker=marker, markersize=4, color=colour, label=label)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.set(xscale="log", xlabel="optimiser step", ylabel=_KL)
+    if any(estimate.value for estimate in trajectory.from_start):  # matplotlib has no log of none
+        axes.set_yscale("log")
+    _label_some(axes, trajectory.steps[1:].tolist())
+    axes.set_title("KL of each checkpoint, 95 % intervals")
+    axes.legend(frameon=False)
+    axes.grid(which="major", color="0.9")
+
+
+def _draw_distances(axes: Any, trajectory: Trajectory) -> None:
+    """Squared distance over elapsed steps, and what the median exponent says, in both spaces.
+
+    Both ordinates span as many powers of ten, so that slopes can be compared.
+    """
+    spaces = [("log-likelihood", _SAYS, trajectory.kl, trajectory.diffusion, axes)]
+    axes.set(xscale="log", xlabel="elapsed steps")
+    axes.set_ylabel(_KL, color=_SAYS)
+    if trajectory.weight_distances is not None:
+        other = axes.twinx()
+        other.set_ylabel("squared distance of weights", color=_WEIGHS)
+        fit = trajectory.weight_diffusion
+        spaces.append(("weight", _WEIGHS, trajectory.weight_distances, fit, other))
+    ranges, handles = [], []
+    for name, colour, distances, fit, place in spaces:
+        curves = list(_curves(trajectory, distances))
+        for elapsed, values in curves:
+            place.plot(elapsed, values, color=colour, alpha=0.25, linewidth=1)
+        if curves:
+            place.set_yscale("log")
+            every = np.concatenate([np.log10(values) for _, values in curves])
+            ranges.append((place, float(every.min()), float(every.max())))
+        if fit is not None:
+            handles += place.plot(*_power_law(curves, fit), color=colour, linewidth=3, alpha=0.9)
+            handles[-1].set_label(f"{name} space: exponent {fit.median:.2f}")
+    decades = max((high - low for _, low, high in ranges), default=0.0) + 0.3
+    for place, low, high in ranges:
+        middle = (low + high) / 2
+        place.set_ylim(10 ** (middle - decades / 2), 10 ** (middle + decades / 2))
+    steps, window = trajectory.steps.tolist(), trajectory.window
+    _label_some(
+        axes, [b - a for row, a in enumerate(steps) for b in steps[row + 1 : row + 1 + window]]
+    )
+    axes.set_title(f"Distances from each checkpoint to the next {window}")
+    if handles:
+        axes.legend(handles=handles, frameon=False, loc="lower right")
+
+
+def _draw_plane(figure: Any, axes: Any, trajectory: Trajectory) -> None:
+    """The path in the plane of classical scaling, from its first checkpoint to its last."""
+    places, steps = classical_mds(trajectory.kl), trajectory.steps
+    axes.plot(places[:, 0], places[:, 1], color="0.7", linewidth=1, zorder=1)
+    points = axes.scatter(places[:, 0], places[:, 1], c=steps, cmap="viridis", s=45, zorder=2)
+    figure.colorbar(points, ax=axes, label="optimiser step")
+    for row in (0, -1):
+        x, y = places[row]  # classical scaling puts the middle of all at 0
+        right = x >= 0
+        axes.annotate(
+            f"step {steps[row]:,}",
+            (x, y),
+            (9 if right else -9, 9 if y >= 0 else -9),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="center",
+            fontsize=9,
+        )
+    axes.margins(0.3)
+    axes.locator_params(nbins=5)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set(xlabel="first axis (√ bits/byte)", ylabel="second axis (√ bits/byte)")
+    axes.set_title("The path: squared distance is KL in bits per byte")
+
+
+def _label_some(axes: Any, steps: Sequence[int]) -> None:
+    """Name a few of the steps on a logarithmic axis, each about twice the one before."""
+    shown: list[int] = []
+    for step in sorted(steps):
+        if not shown or step >= 1.9 * shown[-1]:
+            shown.append(step)
+    axes.set_xticks(shown, [f"{step:,}" for step in shown])
+    axes.set_xticks([], minor=True)
+
+
+def _above_zero(
+    steps: Any, estimates: tuple[KLEstimate, ...]
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """What logarithmic axes can show: values above 0, and the finite ends of their intervals."""
+    shown = [
+        (int(step), each.value, *each.interval)
+        for step, each in zip(steps, estimates, strict=True)
+        if each.value > 0
+    ]
+    return (
+        [step for step, *_ in shown],
+        [value for _, value, *_ in shown],
+        [low or value for _, value, low, _ in shown],
+        [high if np.isfinite(high) else value for _, value, _, high in shown],
+    )
+
+
+def _curves(
+    trajectory: Trajectory, distances: Float64[np.ndarray, "K K"]
+) -> Iterator[tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]]:
+    """Elapsed steps and squared distances from each checkpoint to those within the window."""
+    steps = trajectory.steps.astype(np.float64)
+    for start in range(len(steps) - 1):
+        window = slice(start + 1, start + 1 + trajectory.window)
+        usable = distances[start, window] > 0
+        if usable.any():
+            yield (steps[window] - steps[start])[usable], distances[start, window][usable]
+
+
+def _power_law(
+    curves: list[tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]], fit: Diffusion
+) -> tuple[Float64[np.ndarray, " 2"], Float64[np.ndarray, " 2"]]:
+    """The line of the median exponent, at the median level of all curves."""
+    elapsed, values = (np.log(np.concatenate(each)) for each in zip(*curves, strict=True))
+    level = float(np.median(values - fit.median * elapsed))
+    ends = np.array([elapsed.min(), elapsed.max()])
+    return np.exp(ends), np.exp(level + fit.median * ends)

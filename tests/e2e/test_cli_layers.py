@@ -1,0 +1,105 @@
+"""`llfast layers`: a model at each of its layers, in a store and in a table."""
+
+import re
+
+import numpy as np
+import pytest
+
+import llfast
+from llfast import Store, nearest
+
+
+@pytest.fixture
+def layers(command, checkpoints, texts_file, store):
+    """`layers("gpt2", ...)` runs the command on a checkpoint."""
+
+    def run(model, *arguments):
+        given = ("--name", model, "--texts", texts_file, "--store", store, *arguments)
+        return command("layers", checkpoints / model, *given)
+
+    return run
+
+
+def test_layers_are_stored_and_shown(layers, store, checkpoints, texts):
+    shards = len(list(store.glob("textset=*/*.parquet")))
+    shown = layers("gpt2")
+    assert (shown.code, shown.err) == (0, "")
+    assert len(list(store.glob("textset=*/*.parquet"))) == shards + 1
+    expected = llfast.score_layers(checkpoints / "gpt2", texts, name="gpt2")
+    rows = [row for row in Store(store).rows() if row.key.layer is not None]
+    assert [row.label for row in rows] == [f"gpt2@layer={layer}" for layer in range(3)]
+    for row, result in zip(rows, expected, strict=True):
+        assert row.key == result.key
+        np.testing.assert_array_equal(Store(store).load(row).values, result.values)
+    found = layers("gpt2", "--json").json
+    assert (found["model"], found["status"], found["dtype"]) == ("gpt2", "skipped", "float32")
+    assert [each["layer"] for each in found["layers"]] == [0, 1, 2]
+    assert found["layers"][2]["kl_to_output"] is None
+    for each, result in zip(found["layers"], expected, strict=True):
+        assert each["bits_per_byte"] == result.mean_bits_per_byte
+        line = re.search(rf"^│ +{result.layer} │.*$", shown.out, re.MULTILINE)[0]
+        assert f" {each['bits_per_byte']:.4g} " in line
+        for name in ("kl_to_next", "kl_to_output"):
+            if kl := each[name]:
+                assert f" {kl['value']:.4g} ± {kl['standard_error']:.2g} " in line
+
+
+def test_what_the_store_has_is_skipped_until_a_part_is_missing(layers, store, content):
+    first = layers("llama")
+    before = content(store)
+    again = layers("llama")
+    line, *table = again.out.splitlines()
+    assert line == "skipped  llama at 3 layers: in the store already"
+    assert table == first.out.splitlines()
+    assert content(store) == before
+    for layer in range(3):  # without the last, too, those before it are not all
+        Store(store).remove([f"llama@layer={layer}"])
+        assert layers("llama", "--json").json["status"] == "scored"
+        found = layers("llama", "--json").json
+        assert (found["status"], len(found["layers"])) == ("skipped", 3)
+    for option in (("--dtype", "bfloat16"), ("--convention", "always-bos"), ("--name", "other")):
+        assert layers("llama", *option, "--json").json["status"] == "scored"
+
+
+def test_models_are_compared_as_before_where_layers_are_stored(layers, command, store):
+    questions = [
+        ("kl", "gpt2", "llama"),
+        ("search", "gpt2"),
+        ("search", "gpt2", "--mode", "certified"),
+    ]
+
+    def answers():
+        return [command(*each, "--store", store, "--json").json for each in questions]
+
+    before = answers()
+    assert layers("gpt2").code == 0
+    assert answers() == before
+    assert command("index", "build", "--store", store, "--mode", "certified").code == 0
+    before = answers()
+    assert layers("llama").code == 0
+    assert answers() == before
+
+
+def test_layers_make_no_index_worth_having(layers, command, store, monkeypatch):
+    monkeypatch.setattr(nearest, "_MOST_IN_MEMORY", 8 * 3 * 12)  # of three models, on 12 texts
+    layers("gpt2")
+    assert command("search", "gpt2", "--store", store).code == 0
+    assert not (store / "_index").exists()
+
+
+def test_info_has_one_line_for_all_layers(layers, command, store):
+    layers("gpt2")
+    facts = command("info", store, "--json").json
+    assert (facts["complete"], facts["failed"], facts["layers"]) == (3, 0, 3)
+    names = ["gpt2", "gpt2 at 3 layers", "gpt2-finetune", "llama"]
+    assert [row["model"] for row in facts["rows"]] == names
+    assert re.search(r"│ gpt2 at 3 layers +│ [0-9a-f]{12} .* complete ", command("info", store).out)
+
+
+def test_what_cannot_be_read_out_is_said_in_one_line(layers, command, store, texts_file, content):
+    before = content(store)
+    assert "convention must be one of" in layers("gpt2", "--convention", "papers").error
+    assert "dtype must be auto, float32" in layers("gpt2", "--dtype", "float8").error
+    run = command("layers", "no-such-model", "--texts", texts_file, "--store", store)
+    assert "model must be a checkpoint folder or Hub id, got no-such-model" in run.error
+    assert content(store) == before
