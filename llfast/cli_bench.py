@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import AsJson, Device, MemoryBudget, TextSetDigest
+from .cli_options import AsJson, Device, Dtype, MemoryBudget, TextSetDigest
 from .output import print_json, print_note
 
 bench_app = typer.Typer(help="Measure llfast on this machine.", no_args_is_help=True)
@@ -93,4 +93,42 @@ def bench_search(
     from .bench.search import measure, show
 
     found = measure(store, textset=textset, models=models, texts=texts, questions=questions, k=k)
+    print_json(found) if as_json else show(found)
+
+
+@bench_app.command("throughput")
+def bench_throughput(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="GPT-2, Llama-3-8B, ...; may be given again."),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="A checkpoint folder; may be given again."),
+    ] = None,
+    texts: Annotated[int | None, typer.Option(min=1, help="How many texts are scored.")] = None,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    repetitions: Annotated[int, typer.Option(min=1, help="Of everything, in turn.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure; what is written is removed.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Models an hour and tokens/s, part by part beside what this machine can do.
+
+    Shapes are made with random weights, of which the disk must hold all at once.
+    """
+    from .bench.throughput import measure
+    from .bench.throughput_table import show
+
+    found = measure(
+        shapes,
+        models=models or (),
+        texts=texts,
+        dtype=dtype,
+        device=device,
+        repetitions=repetitions,
+        folder=folder,
+    )
     print_json(found) if as_json else show(found)
