@@ -14,7 +14,7 @@ demo: $(VENV)/.run
 	$(BIN)/llfast demo --out $(DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow

@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from readme_fleet import fleet
 from readme_loading import loading, relatives
-from readme_real import real_models, real_predictions
+from readme_maps import page, real_map
+from readme_moves import trajectories
+from readme_real import real_models, real_predictions, real_relations
 from readme_search import search
+from readme_throughput import throughput
 
-from llfast.mapping import draw_map
+from llfast.map_plots import draw_map
+from llfast.page import ModelMap
+from llfast.placing import classical_mds
+from llfast.relations import lines_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -284,6 +291,7 @@ def load(name: str) -> dict[str, Any]:
 TABLES = {
     "scoring": scoring,
     "scoring_bfloat16": scoring,
+    **({"throughput": throughput} if (RESULTS / "throughput.json").exists() else {}),
     "loading": loading,
     "relatives": relatives,
     **({"search": search} if (RESULTS / "search.json").exists() else {}),
@@ -293,6 +301,11 @@ TABLES = {
     "demo": demo,
     "real_models": real_models,
     "real_predictions": real_predictions,
+    "real_map": real_map,
+    "real_relations": real_relations,
+    "trajectories": trajectories,
+    "fleet": fleet,
+    "map": page,
     "kernel_resources": kernel_resources,
     # A GPU's table is in the README once its JSON is here.
     **{
@@ -315,13 +328,21 @@ def main() -> None:
     for path in PAGES:
         path.write_text(with_tables(path.read_text()))
     found = load("demo")
-    draw_map(
-        found["models"],
-        np.array(found["kl_bits_per_byte"]),
-        ROOT / "docs" / "map.png",
-        families=found["families"],
-        parents=found["parents"],
+    models, families, parents = found["models"], found["families"], found["parents"]
+    metadata = [{"family": families[each], "parents": parents.get(each, [])} for each in models]
+    drawn = ModelMap(
+        models=tuple(models),
+        places=classical_mds(np.array(found["kl_bits_per_byte"])),
+        bits_per_byte=np.full(len(models), np.nan),
+        metadata=metadata,
+        nearest=[],
+        lines=lines_of(models, metadata),
+        unit="bits_per_byte",
+        method="mds",
+        perplexity=1.0,
+        notes="",
     )
+    draw_map(drawn, ROOT / "docs" / "map.png", title=f"{len(models)} small models by what they say")
 
 
 if __name__ == "__main__":

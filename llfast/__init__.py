@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .comparison import compare_relations
     from .errors import (
         CheckpointError,
         LlfastError,
         LlfastWarning,
         MissingDependencyError,
+        RemoteError,
         ScoringError,
         SearchError,
         SpaceError,
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .kernels import PartialLogprobs, token_logprobs, token_statistics
+    from .layers import score_layers
+    from .mapping import make_map
+    from .page import map_page
     from .paging import LoadingStatistics
     from .prediction import predict_scores
     from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from .space import ModelSpace
     from .store import Store
     from .texts import TextSet, build_texts
+    from .trajectory import follow
 
 __version__ = "0.1.0"
 
@@ -46,6 +52,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelSpace",
     "PartialLogprobs",
+    "RemoteError",
     "ScoringError",
     "SearchError",
     "SpaceError",
@@ -55,9 +62,14 @@ __all__ = [
     "TextSetError",
     "UnsupportedModelError",
     "build_texts",
+    "compare_relations",
+    "follow",
+    "make_map",
+    "map_page",
     "predict_scores",
     "read_scores",
     "score",
+    "score_layers",
     "score_many",
     "token_logprobs",
     "token_statistics",
@@ -74,9 +86,14 @@ _HOME = {
     "Store": "store",
     "TextSet": "texts",
     "build_texts": "texts",
+    "compare_relations": "comparison",
+    "follow": "trajectory",
+    "make_map": "mapping",
+    "map_page": "page",
     "predict_scores": "prediction",
     "read_scores": "scores",
     "score": "scoring",
+    "score_layers": "layers",
     "score_many": "scoring",
     "token_logprobs": "kernels",
     "token_statistics": "kernels",

@@ -9,7 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .cli import UsageError, app
+from .cli import app
+from .cli_options import UsageError
 from .errors import LlfastError, LlfastWarning
 from .output import print_note
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__, cache
+from .errors import StoreError
+from .remote import is_remote
+from .rows import StoredRow
 from .store import Store
 
 _PACKAGES = (
@@ -19,6 +23,7 @@ _PACKAGES = (
     "duckdb",
     "faiss-cpu",
     "faiss-gpu",
+    "s3fs",
 )
 
 
@@ -31,6 +36,11 @@ def describe(target: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     if target is None:
         return _machine(), []
+    if is_remote(target):
+        store = Store(target)
+        if not store.folder.is_dir():
+            raise StoreError(f"{store.folder} must be a store, got nothing there")
+        return _store(store)
     if (Path(target) / "config.json").exists() or not Path(target).exists():
         return _checkpoint(target), []
     return _store(Store(target))
@@ -78,10 +88,12 @@ def _checkpoint(target: str) -> dict[str, Any]:
 
 def _store(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     rows = store.rows()
+    models = [row for row in rows if row.key.layer is None]
     facts = {
         "store": str(store.folder),
-        "complete": sum(row.error is None for row in rows),
-        "failed": sum(row.error is not None for row in rows),
+        "complete": sum(row.error is None for row in models),
+        "failed": sum(row.error is not None for row in models),
+        "layers": len(rows) - len(models),
         "texts": {
             digest: len(store.texts(digest)["ids"])
             for digest in store.textsets()
@@ -90,7 +102,7 @@ def _store(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     }
     table = [
         {
-            "model": row.label,
+            "model": label,
             "revision": row.key.revision,
             "text set": row.key.textset_digest,
             "convention": row.key.convention,
@@ -99,6 +111,20 @@ def _store(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "status": row.error or "complete",
             "when": row.created.isoformat(timespec="seconds"),
         }
-        for row in rows
+        for label, row in _lines(rows)
     ]
     return facts, table
+
+
+def _lines(rows: Sequence[StoredRow]) -> list[tuple[str, StoredRow]]:
+    """A row a model, and the newest of those of its layers."""
+    groups: dict[tuple[Any, ...], list[StoredRow]] = {}
+    for row in sorted(rows, key=lambda each: each.key.model):
+        kind = row.key._replace(layer=None), row.key.layer is None, row.error
+        groups.setdefault(kind, []).append(row)
+    lines = []
+    for group in groups.values():
+        row = max(group, key=lambda each: each.created)
+        layers = f"{row.key.model} at {len(group)} layers"
+        lines.append((row.label if row.key.layer is None else layers, row))
+    return lines

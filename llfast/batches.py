@@ -251,7 +251,7 @@ def _encode_cached(
     key = None
     if fingerprint is not None:
         key = cache.key("tokens", fingerprint, texts.digest, str(own_special_tokens))
-        arrays = cache.load_arrays(key)
+        arrays = cache.load_arrays(key, portable=True)
         if arrays is not None and len(arrays.get("offsets", ())) == len(texts) + 1:
             return np.split(arrays["ids"], arrays["offsets"][1:-1])
     encoded = [
@@ -267,7 +267,7 @@ def _encode_cached(
     ]
     if key is not None:
         packed = _pack(encoded, np.zeros(len(encoded), dtype=bool), None)
-        cache.save_arrays(key, ids=packed.ids, offsets=packed.offsets)
+        cache.save_arrays(key, portable=True, ids=packed.ids, offsets=packed.offsets)
     return encoded
 
 

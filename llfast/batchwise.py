@@ -20,7 +20,10 @@ _OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take whe
 
 
 class Batchwise:
-    """Runs a model on a plan of batches, and on smaller ones when memory runs out."""
+    """Runs a model on a plan of batches, and on smaller ones when memory runs out.
+
+    What is made of a batch is for `logprobs` to say, which other classes may do in another way.
+    """
 
     def __init__(
         self, model: Any, head: Head | None, tokens: TokenizedTexts, ids: Sequence[str]
@@ -29,7 +32,7 @@ class Batchwise:
 
     def run(
         self, token_budget: int, is_open: Callable[[Batch], bool]
-    ) -> Iterator[tuple[Batch, Float32[Tensor, " T"], int]]:
+    ) -> Iterator[tuple[Batch, Float32[Tensor, "*states T"], int]]:
         """Batches that are open, log-probabilities on the host, and the budget they ran with.
 
         Raises:
@@ -42,7 +45,7 @@ class Batchwise:
                     continue
                 name = self._ids[batch.texts[0]]
                 try:
-                    logprobs = self._logprobs(batch)
+                    logprobs = self.logprobs(batch)
                 except IndexError as error:  # some models have fewer positions than they say
                     raise too_long(batch, name, error) from error
                 except (RuntimeError, MemoryError) as error:
@@ -65,20 +68,20 @@ class Batchwise:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _plan(self, token_budget: int) -> list[Batch]:
-        if self._head is None:
-            vocabulary = vocabulary_rows(self._model) or 1
-            token_budget = min(token_budget, _OWN_LOGITS_BYTES // (4 * vocabulary))
-        return plan_for(self._model, self._tokens, token_budget)
-
-    def _logprobs(self, batch: Batch) -> Float32[Tensor, " T"]:
-        """Of all scored tokens of a batch, text after text."""
+    def logprobs(self, batch: Batch) -> Float32[Tensor, "*states T"]:
+        """Of all scored tokens of a batch, text after text, on the host."""
         inputs = BatchInputs.of(self._tokens, batch, self._model.device)
         if self._head is None:
             return _own_logprobs(run_model(self._model, inputs.input_ids), inputs).cpu()
         with hidden_states(self._head) as collected:
             run_model(self._model, inputs.input_ids)
         return self._head.token_logprobs(inputs.scored(collected[0]), inputs.targets).cpu()
+
+    def _plan(self, token_budget: int) -> list[Batch]:
+        if self._head is None:
+            vocabulary = vocabulary_rows(self._model) or 1
+            token_budget = min(token_budget, _OWN_LOGITS_BYTES // (4 * vocabulary))
+        return plan_for(self._model, self._tokens, token_budget)
 
 
 def plan_for(model: Any, tokens: TokenizedTexts, token_budget: int) -> list[Batch]:
@@ -96,7 +99,7 @@ def too_long(batch: Batch, name: str, error: IndexError) -> ScoringError:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether torch says so, on whatever device."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from .files import atomic_write, read_npz
 
 _CLOCK_TICK_NS = 2_000_000_000  # of the coarsest file systems
 _FORMAT = "1"  # part of every key: raised when what is cached changes its meaning
+_BEFORE_TRUNCATION = re.compile(r'\{"version":"[^"]*","truncation":')
+_shared: SharedArrays | None = None
 
 
 def folder() -> Path:
@@ -50,16 +53,39 @@ def key(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def load_arrays(name: str) -> dict[str, np.ndarray] | None:
-    """The arrays saved under a key, or None if there are none that can be read."""
+class SharedArrays(Protocol):
+    """What other machines have made: for keys that mean the same on all of them."""
+
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a key; None if this machine is to make them."""
+
+    def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Let others have them."""
+
+
+def share_with(shared: SharedArrays | None) -> None:
+    """Have what is not in the folder from other machines, in this process."""
+    global _shared  # noqa: PLW0603 (of the process, as the folder is)
+    _shared = shared
+
+
+def load_arrays(name: str, *, portable: bool = False) -> dict[str, np.ndarray] | None:
+    """The arrays saved under a key, or None if there are none that can be read.
+
+    Args:
+        name: the key.
+        portable: whether it means the same on all machines.
+    """
     try:
         return read_npz(folder() / f"{name}.npz")
     except (OSError, ValueError):
-        return None
+        return _shared.load(name) if portable and _shared is not None else None
 
 
-def save_arrays(name: str, **arrays: np.ndarray) -> None:
+def save_arrays(name: str, *, portable: bool = False, **arrays: np.ndarray) -> None:
     """Keep arrays under a key, atomically; does nothing if the folder cannot be written."""
+    if portable and _shared is not None:
+        _shared.save(name, arrays)
     try:
         folder().mkdir(parents=True, exist_ok=True)
         with atomic_write(folder() / f"{name}.npz") as file:
@@ -100,13 +126,20 @@ def file_key(kind: str, path: Path) -> tuple[str, bool]:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """What decides a fast tokenizer's output; None for a slow one, which cannot be asked."""
+    """What decides a fast tokenizer's output; None for one that cannot be asked, as slow ones."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    state = json.loads(backend.to_str())
-    # Set by the last call, not by the tokenizer.
-    state.pop("truncation", None)
-    state.pop("padding", None)
-    state["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
-    return f"{type(tokenizer).__name__} {json.dumps(state, sort_keys=True)}"
+    # Truncation and padding, which come first, are set by the last call and not by the tokenizer.
+    # All the rest, a vocabulary, is long: it is left as it is written.
+    text = backend.to_str()
+    head = _BEFORE_TRUNCATION.match(text)
+    if head is None:
+        return None
+    _, end = json.JSONDecoder().raw_decode(text, head.end())
+    padding = ',"padding":'
+    if not text.startswith(padding, end):
+        return None
+    _, end = json.JSONDecoder().raw_decode(text, end + len(padding))
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    return f"{type(tokenizer).__name__} {split} {text[end:]}"

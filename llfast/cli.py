@@ -9,7 +9,11 @@ import typer
 
 from . import __version__
 from .cli_bench import bench_app
+from .cli_compare import compare_command
+from .cli_fleet import fleet_app
 from .cli_index import index_app
+from .cli_layers import layers_command
+from .cli_map import map_command
 from .cli_options import (
     AdapterBase,
     AllowPickle,
@@ -31,11 +35,13 @@ from .cli_options import (
     TokenizerFolder,
     TrustRemoteCode,
     Unit,
+    UsageError,
     Verify,
     Weights,
 )
 from .cli_predict import predict_command
 from .cli_texts import texts_app
+from .cli_trajectory import trajectory_command
 from .output import (
     print_estimates,
     print_facts,
@@ -57,9 +63,12 @@ app = typer.Typer(
 app.add_typer(texts_app, name="texts")
 app.add_typer(bench_app, name="bench")
 app.add_typer(index_app, name="index")
+app.add_typer(fleet_app, name="fleet")
+app.command("map")(map_command)
+app.command("layers")(layers_command)
 app.command("predict")(predict_command)
-# What all misuse raises; typer has no public name for it.
-UsageError: Any = typer.BadParameter.__mro__[1]
+app.command("compare")(compare_command)
+app.command("trajectory")(trajectory_command)
 
 
 def _print_version(asked: bool) -> None:
@@ -86,7 +95,10 @@ def score_command(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL", help="Folders or Hub ids.")
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="The folder of results.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="<path>", help="The folder of results, or s3://bucket/prefix."),
+    ] = None,
     model_list: Annotated[
         Path | None, typer.Option("--list", help="A file with a model a line, or .jsonl.")
     ] = None,

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+# What all misuse raises; typer has no public name for it.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-StorePath = Annotated[Path, typer.Option("--store", help="The folder of results.")]
+# No Path, which would take a slash out of s3://.
+StorePath = Annotated[
+    str,
+    typer.Option("--store", metavar="<path>", help="The folder of results, or s3://bucket/prefix."),
+]
 TextsPath = Annotated[Path, typer.Option("--texts", help="A text set (.jsonl).")]
 TextSetDigest = Annotated[
     str | None,

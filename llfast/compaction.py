@@ -7,21 +7,22 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pyarrow as pa
 
 from .errors import StoreError
+from .remote import AnyPath, file_bytes, map_paths, sorted_glob
 from .rows import StoredRow, lasting
 from .shards import GROUP_BYTES, SCHEMA, read_batches, read_rows, warn_of_damage, write_shard
 
-SHARD_BYTES = 2 << 30  # about the most that a merged shard has
+SHARD_BYTES = 2 << 30  # about the most that a merged shard has, as long as they are few
 LARGE_BYTES = SHARD_BYTES // 2  # of a shard that is not merged any more
+MOST_SHARDS = 100  # of a text set after a compaction; beyond 98 GiB shards are larger for it
 # Longer than a compaction takes: one that has begun before a removal can still write what it hides.
 REMOVALS_LAST = timedelta(days=1)
 
 
-def merge_shards(folder: Path) -> int:
+def merge_shards(folder: AnyPath) -> int:
     """Write the rows that count into few shards, in the place of all that are small or hold others.
 
     A shard is removed once all that counts of it is in finished ones: a kill loses nothing, and
@@ -33,29 +34,39 @@ def merge_shards(folder: Path) -> int:
         FileNotFoundError: if another compaction has removed one meanwhile.
         OSError: if a merged shard cannot be written; what it was to hold is still there then.
     """
-    listed = {shard: read_rows(shard) for shard in sorted(folder.glob("*.parquet"))}
+    shards = sorted_glob(folder, "*.parquet")
+    listed = dict(zip(shards, map_paths(read_rows, shards), strict=True))
     whole = {shard: rows for shard, rows in listed.items() if rows}
-    schemas: dict[Path, pa.Schema] = {}
+    # If all that are not merged have a 98th of all bytes, and all but one of the merged have two,
+    # they are 99 together; what is a little larger for being merged may make one more.
+    part = sum(map(file_bytes, shards)) // (MOST_SHARDS - 2)
+    large_bytes, shard_bytes = max(LARGE_BYTES, part), max(SHARD_BYTES, 2 * part)
+    schemas: dict[AnyPath, pa.Schema] = {}
     while True:
         certain = len(whole) == len(listed)  # else a removal may hide what cannot be read now
         rows = list(itertools.chain.from_iterable(whole.values()))
         forget_before = datetime.now(UTC) - REMOVALS_LAST if certain else None
         kept = lasting(rows, forget_before=forget_before)
-        merged = _to_merge(whole, kept)
+        merged = _to_merge(whole, kept, large_bytes)
         needed = merged | _replacing(rows, kept) if merged else set()
-        damaged = {shard for shard in sorted(needed - set(schemas)) if not _check(shard, schemas)}
+        unread = sorted(needed - set(schemas), key=str)
+        found = dict(zip(unread, map_paths(_check, unread), strict=True))
+        damaged = {shard for shard, schema in found.items() if schema is None}
+        schemas |= {shard: schema for shard, schema in found.items() if schema is not None}
         if not damaged:
             break
         whole = {shard: rows for shard, rows in whole.items() if shard not in damaged}
     if merged:
-        schema = pa.unify_schemas([SCHEMA, *(schemas[shard] for shard in sorted(merged))])
-        _write([row for row in kept if row.shard in merged], folder, schema)
-        for shard in merged:
-            shard.unlink(missing_ok=True)
+        schema = pa.unify_schemas([SCHEMA, *(schemas[shard] for shard in sorted(merged, key=str))])
+        left = [row for row in kept if row.shard in merged]
+        removed = _write(left, folder, schema, shard_bytes)
+        _remove(merged - removed)  # nothing of which counts
     return len(merged)
 
 
-def _to_merge(whole: Mapping[Path, Sequence[StoredRow]], kept: Sequence[StoredRow]) -> set[Path]:
+def _to_merge(
+    whole: Mapping[AnyPath, Sequence[StoredRow]], kept: Sequence[StoredRow], large_bytes: int
+) -> set[AnyPath]:
     """All shards but large ones whose results all count; none if that would change nothing."""
     left = Counter(row.shard for row in kept)
     results = Counter(row.shard for row in kept if row.status == "complete")
@@ -63,14 +74,14 @@ def _to_merge(whole: Mapping[Path, Sequence[StoredRow]], kept: Sequence[StoredRo
         shard
         for shard, rows in whole.items()
         if results[shard] < sum(row.status == "complete" for row in rows)
-        or shard.stat().st_size < LARGE_BYTES
+        or file_bytes(shard) < large_bytes
     }
     if len(merged) == 1 and all(left[shard] == len(whole[shard]) for shard in merged):
         return set()
     return merged
 
 
-def _replacing(rows: Iterable[StoredRow], kept: Iterable[StoredRow]) -> set[Path]:
+def _replacing(rows: Iterable[StoredRow], kept: Iterable[StoredRow]) -> set[AnyPath]:
     """Shards whose results take the place of others: with those gone they have to be whole."""
     kept = list(kept)
     places = {(row.shard, row.position) for row in kept}
@@ -78,37 +89,49 @@ def _replacing(rows: Iterable[StoredRow], kept: Iterable[StoredRow]) -> set[Path
     return {row.shard for row in kept if row.status == "complete" and row.key in dropped}
 
 
-def _check(shard: Path, schemas: dict[Path, pa.Schema]) -> bool:
-    """Read a shard to its end, note its columns, and say whether it is whole."""
+def _check(shard: AnyPath) -> pa.Schema | None:
+    """Read a shard to its end; its columns, or None if it is not whole."""
+    schema = None
     try:
         for _, batch in read_batches(shard, batch_bytes=GROUP_BYTES // 4):
-            schemas[shard] = batch.schema.remove_metadata()
+            schema = batch.schema.remove_metadata()
     except StoreError as error:
-        schemas.pop(shard, None)
         warn_of_damage(error)  # it stays where it is
-        return False
-    return True
+        return None
+    return schema
 
 
-def _write(rows: Sequence[StoredRow], folder: Path, schema: pa.Schema) -> None:
-    """Write rows into shards of the folder, and remove those that they come from on the way."""
-    finished: list[Path] = []
+def _remove(shards: Iterable[AnyPath]) -> None:
+    for _ in map_paths(lambda shard: shard.unlink(missing_ok=True), list(shards)):
+        pass
+
+
+def _write(
+    rows: Sequence[StoredRow], folder: AnyPath, schema: pa.Schema, shard_bytes: int
+) -> set[AnyPath]:
+    """Write rows into shards of the folder, and remove those that they come from on the way.
+
+    Returns: what was removed.
+    """
+    removed: set[AnyPath] = set()
+    finished: list[AnyPath] = []
     tables = _row_groups(rows, schema, finished)
     for first in tables:
-        write_shard(folder, itertools.chain([first], tables), most_bytes=SHARD_BYTES)
-        for shard in finished:
-            shard.unlink(missing_ok=True)
+        write_shard(folder, itertools.chain([first], tables), most_bytes=shard_bytes)
+        _remove(finished)
+        removed.update(finished)
         finished.clear()
+    return removed
 
 
 def _row_groups(
-    rows: Sequence[StoredRow], schema: pa.Schema, finished: list[Path]
+    rows: Sequence[StoredRow], schema: pa.Schema, finished: list[AnyPath]
 ) -> Iterator[pa.Table]:
     """Tables with all columns of rows, shard by shard; small shards are in the order of the rows.
 
     Whenever a table is given, `finished` has the shards that have no rows in later ones.
     """
-    positions: defaultdict[Path, list[int]] = defaultdict(list)
+    positions: defaultdict[AnyPath, list[int]] = defaultdict(list)
     for row in rows:
         positions[row.shard].append(row.position)
     waiting: list[pa.Table] = []

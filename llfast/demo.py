@@ -12,13 +12,14 @@ from typing import Any
 
 from .errors import ScoringError
 from .fleet import score_models
-from .mapping import draw_map
+from .map_files import write_map
+from .mapping import make_map
 from .model_list import ModelRequest
 from .outcomes import Outcome
 from .search import Hit, KLIndex
 from .space import ModelSpace
 from .store import Store
-from .texts import TextSet, sample_chunks
+from .texts import TextSet
 from .zoo import build_zoo
 from .zoo_corpora import installed_corpora
 from .zoo_plan import ZooConfig, ZooModel
@@ -54,13 +55,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     corpora = installed_corpora()
-    sample, documents, _ = sample_chunks(
-        ((document.name, document.text) for document in corpora.evaluation),
-        n=texts,
-        max_bytes=1024,
-        min_bytes=256,
-        seed=42,
-    )
+    sample, documents = corpora.evaluation_texts(texts)
     sample.save(out / "texts.jsonl")
     say(
         f"{len(sample)} texts of up to 1,024 bytes from {documents} documents of this Python "
@@ -115,13 +110,13 @@ def run_demo(
         if not (check["light"] and check["same_family"]):
             verb = "is still at home" if check["same_family"] else "has left its family"
             say(f"  {check['model']} {verb}: nearest is {check['nearest']} at {check['kl']:.3f}")
-    map_path = out / "map.png"
-    kl = space.kl_matrix(unit="bits_per_byte")
-    families = {model.name: model.family for model in zoo}
-    parents = _parents(zoo)
-    draw_map(space.models, kl, map_path, families=families, parents=parents)
+    map_path, page_path = out / "map.png", out / "map.html"
+    drawn = make_map(matrix, method="mds", space=space)
+    for path in (map_path, page_path):
+        write_map(drawn, path, title=f"{len(zoo)} small models by what they say")
     say("")
-    say(f"Map: {map_path}   Results: {out / 'store'}   {time.monotonic() - start:.0f} s in all")
+    say(f"Map: {page_path} (and {map_path.name})   Results: {out / 'store'}")
+    say(f"{time.monotonic() - start:.0f} s in all")
     example = next(model.name for model in zoo if model.relation == "fine-tune")
     say("Try next:")
     for command in next_commands(out, example, zoo[0].name):
@@ -131,9 +126,10 @@ def run_demo(
         "store": str(out / "store"),
         "map": str(map_path),
         "models": list(space.models),
-        "families": families,
-        "parents": parents,
-        "kl_bits_per_byte": kl.tolist(),
+        "page": str(page_path),
+        "families": {model.name: model.family for model in zoo},
+        "parents": _parents(zoo),
+        "kl_bits_per_byte": space.kl_matrix(unit="bits_per_byte").tolist(),
         "nearest": {name: [hit.summary() for hit in hits[:3]] for name, hits in nearest.items()},
         "checks": checks,
         "families_found": all(check["same_family"] for check in found),
@@ -157,6 +153,7 @@ def next_commands(out: Path, model: str, other: str) -> list[str]:
         f"llfast search {model} --store {store} -k 5",
         f"llfast kl {model} {other} --store {store}",
         f"llfast info {store}",
+        f"llfast map --store {store} --out map.html",
         f"llfast score YOUR_MODEL --texts {texts} --store {store}",
     ]
 
@@ -167,6 +164,8 @@ def _request(model: ZooModel) -> ModelRequest:
         "architecture": model.architecture,
         "relation": model.relation,
         "parents": list(model.parents),
+        "run": model.run,
+        "step": model.steps,
     }
     return ModelRequest(model=str(model.path), name=model.name, metadata=metadata)
 

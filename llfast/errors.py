@@ -12,10 +12,16 @@
     └── MissingDependencyError  an optional package is needed; the message has the pip command
 
 Arguments of the wrong type or value raise `TypeError` or `ValueError`, and files that cannot be
-opened raise `OSError`. The command line prints any of these as one line and exits with 1.
+opened raise `OSError`; where they are at s3:// that is a `RemoteError`. The command line prints any
+of these as one line and exits with 1.
 
 `LlfastWarning` is what llfast warns of: numbers that are right, but not all that they seem.
 """
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 
 class LlfastError(Exception):
@@ -58,5 +64,24 @@ class MissingDependencyError(LlfastError):
     """An optional package is needed; the message has the pip command."""
 
 
+class RemoteError(OSError):
+    """A place on other machines cannot be reached, or does not allow what was asked for."""
+
+
 class LlfastWarning(UserWarning):
     """Numbers are right, but not all that they seem."""
+
+
+@contextlib.contextmanager
+def needed(package: str, message: str) -> Iterator[None]:
+    """Import an optional package in here.
+
+    Raises:
+        MissingDependencyError: with this message, if it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # it is there, and lacks something itself
+        raise MissingDependencyError(message) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -11,18 +12,24 @@ from typing import IO
 
 import numpy as np
 
+from .remote import RemotePath
+
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | os.PathLike[str] | RemotePath) -> Iterator[IO[bytes]]:
     """Open a temporary file that takes the place of `path` once it is written and on disk.
 
     A reader, a second writer or a kill at any moment finds the old file or the new one. Temporary
     names begin with a dot and are the writer's own. A link stays one, and what it leads to is
-    replaced; a pipe or a device is written to as it is.
+    replaced; a pipe or a device is written to as it is. At s3:// it is one upload.
 
     Raises:
         OSError: if it cannot be written; `path` is as it was then.
     """
+    if isinstance(path, RemotePath):
+        with path.writer() as file:
+            yield file
+        return
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         # Root could otherwise put a file in the place of /dev/null, for the whole machine.
@@ -50,6 +57,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.fsync(folder)  # the new name, too, outlives a power cut
     finally:
         os.close(folder)
+
+
+def refuse_unwritable(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse, before any work, a place where no file can be written after it.
+
+    Args:
+        path: the file to be.
+        what: that it will be, as an error's first words: "A map".
+
+    Raises:
+        OSError: if it is a folder, or its folder is not there.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{what} is written to a file", os.fspath(path))
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "There is no such folder", os.fspath(path))
 
 
 def as_utf8(text: str) -> str:

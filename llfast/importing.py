@@ -126,7 +126,8 @@ def _read_parquet(path: Path) -> _Table:
 
     with path.open("rb") as file:
         try:
-            table = pq.ParquetFile(file, page_checksum_verification=True).read()
+            # Threads may hang when Python ends: https://github.com/apache/arrow/issues/50482.
+            table = pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
         except (OSError, ValueError, pa.ArrowException) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise SpaceError(f"{path} must be a Parquet file, got: {line}") from None

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import as_utf8
+
+_WORDS = "model name revision tokenizer adapter_base dtype weights memory_budget".split()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRequest:
@@ -20,6 +24,9 @@ class ModelRequest:
         tokenizer: the folder of another tokenizer.
         adapter_base: the model that a LoRA adapter belongs to.
         dtype: what it runs in, if not what all others do.
+        weights: how its weights are had, if not as those of all others: "resident", "paged".
+        memory_budget: for them, "8GiB".
+        trust_remote_code: let its checkpoint bring code of its own.
         metadata: columns to keep with the result.
     """
 
@@ -29,6 +36,9 @@ class ModelRequest:
     tokenizer: str | None = None
     adapter_base: str | None = None
     dtype: str | None = None
+    weights: str | None = None
+    memory_budget: str | None = None
+    trust_remote_code: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,11 +76,16 @@ def _parse_request(line: str, where: str) -> ModelRequest:
         raise ValueError(f"{where} must be a JSON object, got {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
         raise ValueError(f'{where} must be an object with a string "model", got {line[:60]!r}')
-    own: dict[str, Any] = {}
-    for name in ("model", "name", "revision", "tokenizer", "adapter_base", "dtype"):
+    trusted = fields.pop("trust_remote_code", False)
+    if not isinstance(trusted, bool):
+        raise ValueError(f"{where}: trust_remote_code must be true or false, got {trusted!r}")
+    own: dict[str, Any] = {"trust_remote_code": trusted}
+    for name in _WORDS:
         value = fields.pop(name, None)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where}: {name} must be a string, got {value!r}")
+        if value is not None and as_utf8(value) != value:
+            raise ValueError(f"{where}: {name} must be text, got {as_utf8(value)}")
         own[name] = value
     nested = fields.pop("metadata", None) or {}
     if not isinstance(nested, dict):

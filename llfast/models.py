@@ -160,7 +160,7 @@ def open_model(
 
     Args:
         model: a checkpoint folder, a Hub id, a loaded transformers model, or a pair
-            (loaded model, tokenizer).
+            (loaded model, tokenizer). What this function has returned is returned as it is.
         tokenizer: a loaded tokenizer, for a loaded model, or the folder of one.
         revision: a branch, tag or commit, for a Hub id.
         name: what to call it; a folder's name is its path as given.
@@ -172,6 +172,8 @@ def open_model(
         CheckpointError: if there is no such model, or it is damaged.
         UnsupportedModelError: if it is of a kind that cannot be scored.
     """
+    if isinstance(model, FolderSource | MemorySource):
+        return model
     if isinstance(model, tuple):
         model, tokenizer = model
     if not isinstance(model, str | os.PathLike):
@@ -192,13 +194,13 @@ def open_model(
             f"{type(tokenizer).__name__}"
         )
     given = os.fspath(model)
-    folder, commit = _find_folder(given, revision, trust_remote_code, allow_pickle)
+    folder, commit = find_folder(given, revision, trust_remote_code, allow_pickle)
     base, base_commit = folder, commit
     if adapter_base is not None:
         if not (folder / "adapter_config.json").exists():
             raise ValueError(f"adapter_base is for LoRA adapters, got {given}, which is none")
         check_adapter(folder)
-        base, base_commit = _find_folder(adapter_base, None, trust_remote_code, allow_pickle)
+        base, base_commit = find_folder(adapter_base, None, trust_remote_code, allow_pickle)
     checkpoint = Checkpoint.open(base, allow_pickle=allow_pickle)
     config = _load_config(base, trust_remote_code)
     _refuse_other_kinds(given, config)
@@ -220,10 +222,15 @@ def open_model(
     )
 
 
-def _find_folder(
+def find_folder(
     given: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool
 ) -> tuple[Path, str | None]:
-    """The folder of a model, and its commit if it comes from the Hub."""
+    """The folder of a model, and its commit if it comes from the Hub, which is asked then.
+
+    Raises:
+        CheckpointError: if there is none.
+        UnsupportedModelError: if it is a file.
+    """
     path = Path(given)
     if path.is_dir():
         if revision is not None:

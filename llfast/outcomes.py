@@ -19,6 +19,7 @@ class Outcome:
         status: one of these.
         result: if it was scored.
         error: if it failed.
+        ran_out_of_memory: whether it failed for that.
         seconds: that it took; of relatives that were scored together, a part each.
         loading: what paging took, of all that were scored together.
         relatives: how many others these were.
@@ -28,6 +29,7 @@ class Outcome:
     status: str
     result: LogLikelihoods | None = None
     error: str | None = None
+    ran_out_of_memory: bool = False
     seconds: float = 0.0
     loading: LoadingStatistics | None = None
     relatives: int = 0

@@ -6,11 +6,12 @@ characters in them are made harmless.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .progress import clean
+from .redaction import without_secrets
 
 _WIDTH_OF_A_PIPE = 200
 
@@ -32,6 +34,13 @@ def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None
 ) -> None:
     """A table on standard output; numbers to the right."""
+    _console().print(table_of(columns, rows, title=title))
+
+
+def table_of(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None
+) -> Any:
+    """A table, to be printed with others or anew."""
     from rich.table import Table
     from rich.text import Text
 
@@ -41,7 +50,34 @@ def print_table(
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(cell)) for cell in row))
-    _console().print(table)
+    return table
+
+
+def print_parts(parts: Sequence[Any]) -> None:
+    """Lines, and tables of `table_of`, on standard output."""
+    for part in parts:
+        print_line(part) if isinstance(part, str) else _console().print(part)
+
+
+def is_live_terminal() -> bool:
+    """Whether standard output is a terminal on which what was printed can be replaced."""
+    return sys.stdout.isatty() and not _console().is_dumb_terminal
+
+
+@contextlib.contextmanager
+def live_display() -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Yield `show(parts)`, which replaces what it showed before; in the end, all of it goes."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=_console(), auto_refresh=False, transient=True) as live:
+
+        def show(parts: Sequence[Any]) -> None:
+            shown = (Text(clean(part)) if isinstance(part, str) else part for part in parts)
+            live.update(Group(*shown), refresh=True)
+
+        yield show
 
 
 def print_facts(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -60,8 +96,8 @@ def print_line(text: str) -> None:
 
 
 def print_note(text: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(clean(text) + "\n")
+    """One line on standard error, without secrets."""
+    sys.stderr.write(clean(without_secrets(text)) + "\n")
 
 
 def print_outcome(outcome: Any) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from .basis import Basis
-from .errors import LlfastWarning, MissingDependencyError, SpaceError
+from .errors import LlfastWarning, SpaceError, needed
 from .results import LogLikelihoodMatrix
 from .scores import Scores, known_scores, read_scores
 from .store import Store
@@ -107,7 +107,7 @@ def predict_from_store(
     """Predict the scores of a file from the models of a store.
 
     Args:
-        store: the folder of results.
+        store: the folder of results, or s3://bucket/prefix.
         scores: a CSV file, see `read_scores`.
         textset: the start of a text set's digest, for a store with several.
         convention: only results under this convention.
@@ -358,13 +358,9 @@ def _correlation(
 
 
 def _sklearn() -> Any:
-    try:
+    with needed(
+        "sklearn", "predicting scores needs scikit-learn; run `pip install 'llfast[predict]'`"
+    ):
         import sklearn.linear_model
         import sklearn.model_selection
-    except ModuleNotFoundError as error:
-        if error.name != "sklearn":
-            raise
-        raise MissingDependencyError(
-            "predicting scores needs scikit-learn; run `pip install 'llfast[predict]'`"
-        ) from None
     return sklearn

@@ -128,9 +128,8 @@ class LogLikelihoods:
 
     @property
     def mean_bits_per_byte(self) -> float:
-        """Bits of all texts over bytes of all texts; NaN if no text has bytes."""
-        total = float(self.text_bytes.sum())
-        return -float(self.loglikelihoods.sum()) / (total * np.log(2.0)) if total else float("nan")
+        """Bits over bytes of all texts whose bytes are known; NaN if there are none."""
+        return float(_mean_bits_per_byte(self.loglikelihoods[None], self.text_bytes)[0])
 
     @property
     def unscored_ids(self) -> tuple[str, ...]:
@@ -242,10 +241,50 @@ class LogLikelihoodMatrix:
     def __len__(self) -> int:
         return len(self.models)
 
+    @property
+    def bits_per_byte(self) -> Float64[np.ndarray, " K"]:
+        """Of each model, over all texts whose bytes are known; NaN if there are none."""
+        return _mean_bits_per_byte(self.values, self.text_bytes)
+
+    def select(
+        self,
+        models: Sequence[int] | None = None,
+        texts: Sequence[int] | None = None,
+    ) -> LogLikelihoodMatrix:
+        """Some of the models and texts, in the order of their numbers given; None for all.
+
+        With other texts it is of no text set that has a digest.
+        """
+        rows = range(len(self.models)) if models is None else models
+        columns = range(len(self.text_bytes)) if texts is None else texts
+        return LogLikelihoodMatrix(
+            [self.models[row] for row in rows],
+            self.values[np.ix_(rows, columns)],
+            self.text_bytes[list(columns)],
+            [self.metadata[row] for row in rows],
+            ids=self.ids and [self.ids[column] for column in columns],
+            groups=self.groups and [self.groups[column] for column in columns],
+            textset_digest=self.textset_digest if texts is None else "",
+            convention=self.convention,
+            dtypes=[self.dtypes[row] for row in rows],
+            revisions=[self.revisions[row] for row in rows],
+        )
+
     def row(self, model: str) -> Float64[np.ndarray, " N"]:
         """The (N,) log-likelihoods of one model, in nats; KeyError if it is not there."""
         values: Float64[np.ndarray, " N"] = self.values[self._rows[model]]
         return values
+
+
+def _mean_bits_per_byte(
+    loglikelihoods: Float64[np.ndarray, "K N"], text_bytes: Shaped[np.ndarray, " N"]
+) -> Float64[np.ndarray, " K"]:
+    known = text_bytes > 0
+    if not known.any():
+        return np.full(len(loglikelihoods), np.nan)
+    total = float(text_bytes.sum()) * np.log(2.0)
+    bits: Float64[np.ndarray, " K"] = -loglikelihoods[:, known].sum(axis=1) / total
+    return bits
 
 
 UNITS = ("bits_per_byte", "nats_per_text")

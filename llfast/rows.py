@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from .errors import StoreError
+from .remote import AnyPath
 from .results import ResultKey
 
 _MOST_LISTED = 20  # rows in an error, which is one line
@@ -36,7 +36,7 @@ class StoredRow:
     created: datetime
     provenance: Mapping[str, Any]
     metadata: Mapping[str, Any]
-    shard: Path
+    shard: AnyPath
     position: int
 
     @property
@@ -160,20 +160,27 @@ def changes(
 
 
 def one_row_a_model(
-    rows: Sequence[StoredRow],
+    rows: Iterable[StoredRow],
     convention: str | None,
     dtype: str | None,
     models: Sequence[str] | None,
     duplicates: str,
+    layers: bool,
 ) -> tuple[str, list[StoredRow]]:
     """Choose complete rows as `Store.matrix` says.
 
-    Returns: the convention, and the rows ordered by label; none if none is left.
+    Returns: the convention, and the rows ordered by model and layer; none if none is left.
 
     Raises:
         StoreError: if there is more than one convention or row to choose from, or a model is not
             there.
     """
+    rows = [
+        row
+        for row in rows
+        if row.status == "complete"
+        and (layers or row.key.layer is None or row.label in (models or ()))
+    ]
     convention = convention or _only_convention({row.key.convention for row in rows})
     rows = [
         row for row in rows if row.key.convention == convention and dtype in (None, row.key.dtype)
@@ -183,7 +190,7 @@ def one_row_a_model(
     chosen = {row.label: row for row in sorted(rows, key=lambda row: row.created)}
     if duplicates == "error" and len(chosen) < len(rows):
         _refuse_several(rows)
-    return convention, [chosen[label] for label in sorted(chosen)]
+    return convention, sorted(chosen.values(), key=_by_layer)
 
 
 def named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
@@ -214,6 +221,20 @@ def refuse_incomplete(row: StoredRow) -> None:
     if row.status != "complete":
         what = f"failure of {row.label}: {row.error}" if row.error else f"removal of {row.label}"
         raise ValueError(f"row must be complete, got the {what}")
+
+
+def matrix_metadata(row: StoredRow) -> dict[str, Any]:
+    """The caller's own columns, whether the tokenizer adds BOS if that is known, and the layer."""
+    found, adds_bos = dict(row.metadata), row.provenance.get("adds_bos")
+    if adds_bos is not None:
+        found["adds_bos"] = adds_bos
+    if row.key.layer is not None:
+        found |= {"layer": row.key.layer, "layer_of": row.key.model}
+    return found
+
+
+def _by_layer(row: StoredRow) -> tuple[str, int]:
+    return row.key.model, -1 if row.key.layer is None else row.key.layer
 
 
 def _rank(row: StoredRow) -> tuple[bool, datetime, str]:

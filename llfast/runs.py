@@ -59,6 +59,7 @@ class Run:
         metadata: columns to keep with the result.
         partial: where finished texts are kept meanwhile.
         verification: of its weights, if they are to be verified.
+        layer: the hidden state that is read out; None for the model's output.
         scores: what is there so far, once `begun`.
     """
 
@@ -71,6 +72,7 @@ class Run:
     metadata: dict[str, Any]
     partial: str | PathLike[str] | None
     verification: Verification | None
+    layer: int | None = None
     scores: PartialScores = field(init=False)
     _provenance: dict[str, Any] = field(init=False)
 
@@ -121,9 +123,10 @@ class Run:
             if not math.isfinite(total):
                 dtype = str(self.job.dtype).removeprefix("torch.")
                 hint = "; score it with dtype bfloat16 or float32" if dtype == "float16" else ""
+                layer = "" if self.layer is None else f" at layer {self.layer}"
                 raise ScoringError(
-                    f"logprobs must be finite, got {total} for text {self.job.ids[text]!r} in "
-                    f"{dtype}{hint}"
+                    f"logprobs must be finite, got {total} for text {self.job.ids[text]!r}{layer} "
+                    f"in {dtype}{hint}"
                 )
             self.scores.keep(text, total, part, finished.token_budget)
         return len(unscored), int(tokens.token_counts[unscored].sum())
@@ -161,6 +164,7 @@ class Run:
             textset_digest=self.texts.digest,
             convention=self.convention,
             dtype=str(self.job.dtype).removeprefix("torch."),
+            layer=self.layer,
             scoring_version=SCORING_VERSION,
             ids=self.texts.ids,
             loglikelihoods=self.scores.loglikelihoods,
@@ -293,8 +297,19 @@ def carry_out_together(
 def _carry_out(
     runs: Sequence[Run], equals: Sequence[Equals], weights: str, progress: bool | None
 ) -> list[LogLikelihoods]:
+    with open_engine([run.job for run in runs], weights, equals) as engine:
+        return carry_out_with(engine, runs, progress)
+
+
+def carry_out_with(
+    engine: Engine, runs: Sequence[Run], progress: bool | None
+) -> list[LogLikelihoods]:
+    """Have an engine do a run for each of its members.
+
+    Raises:
+        LlfastError: for whatever is wrong with a model or its numbers.
+    """
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(open_engine([run.job for run in runs], weights, equals))
         for run, ready in zip(runs, engine.ready, strict=True):
             stack.enter_context(run.begun(ready))
         advance = stack.enter_context(_bar(runs, progress))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
 from .errors import StoreError
+from .remote import AnyPath
 from .results import ResultKey
 from .rows import StoredRow
 from .shards import read_batches
@@ -88,22 +88,25 @@ def _each(
     for _ in range(_TRIES):
         moved: list[int] = []
         for shard, numbers in _by_shard(waiting).items():
+            come = 0  # on a network a shard can go while it is being read
             try:
-                yield from _of_shard(shard, waiting, numbers, batch_bytes)
-            except FileNotFoundError:  # it is open before the first row comes: none has come
-                moved += numbers
+                for found in _of_shard(shard, waiting, numbers, batch_bytes):
+                    yield found
+                    come += 1
+            except FileNotFoundError:
+                moved += numbers[come:]
         if not moved:
             return
         waiting = _find_again([(number, rows[number]) for number in moved], list_again())
     raise StoreError(f"{next(iter(waiting.values())).shard} must stay where it is, got it moved")
 
 
-def _by_shard(rows: Mapping[int, StoredRow]) -> dict[Path, list[int]]:
+def _by_shard(rows: Mapping[int, StoredRow]) -> dict[AnyPath, list[int]]:
     """Numbers of the rows in each shard, in the order in which they lie there."""
-    found: defaultdict[Path, list[int]] = defaultdict(list)
+    found: defaultdict[AnyPath, list[int]] = defaultdict(list)
     for number in sorted(rows, key=lambda number: rows[number].position):
         found[rows[number].shard].append(number)
-    return {shard: found[shard] for shard in sorted(found)}
+    return {shard: found[shard] for shard in sorted(found, key=str)}
 
 
 def _find_again(
@@ -117,7 +120,7 @@ def _find_again(
 
 
 def _of_shard(
-    shard: Path, rows: Mapping[int, StoredRow], numbers: Sequence[int], batch_bytes: int
+    shard: AnyPath, rows: Mapping[int, StoredRow], numbers: Sequence[int], batch_bytes: int
 ) -> Iterator[tuple[int, Float64[np.ndarray, " N"]]]:
     positions = [rows[number].position for number in numbers]
     done = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .engines import find_relatives
-from .models import FolderSource, MemorySource, open_model
+from .models import open_model
 from .paging import LoadingStatistics
 from .results import LogLikelihoods
 from .runs import carry_out, carry_out_together, prepare
@@ -95,18 +95,14 @@ def score(
         ValueError: for arguments that make no sense.
         TypeError: for metadata that is not JSON.
     """
-    source = (
-        model
-        if isinstance(model, FolderSource | MemorySource)
-        else open_model(
-            model,
-            tokenizer=tokenizer,
-            revision=revision,
-            name=name,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            adapter_base=adapter_base,
-        )
+    source = open_model(
+        model,
+        tokenizer=tokenizer,
+        revision=revision,
+        name=name,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        adapter_base=adapter_base,
     )
     run = prepare(
         source,
@@ -182,9 +178,7 @@ def score_many(
         ValueError: for arguments that make no sense.
     """
     sources = [
-        each
-        if isinstance(each, FolderSource | MemorySource)
-        else open_model(each, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        open_model(each, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         for each in models
     ]
     if partials is not None and len({Path(each).resolve() for each in partials}) < len(partials):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -12,15 +13,16 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import LlfastWarning, StoreError
+from .errors import LlfastWarning, RemoteError, StoreError
 from .files import atomic_write
-from .results import LogLikelihoodMatrix, ResultKey
+from .remote import AnyPath, RemotePath, map_paths, sorted_glob
+from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
 from .rows import StoredRow
 
 SCHEMA = pa.schema(
@@ -43,7 +45,10 @@ SCHEMA = pa.schema(
     ]
 )
 GROUP_BYTES = 64 << 20  # of numbers in a row group, which is what readers hold at once
+_BUFFER_BYTES = 1 << 20
+_REQUEST_BYTES = 8 << 20  # at s3://, where a request takes as long as sending some MB
 _LISTINGS = 20  # of a folder that changes all the time
+_KEY = ("model", "revision", "convention", "dtype", "layer", "scoring_version")
 _LISTED = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
 
 
@@ -64,6 +69,13 @@ def row_fields(
     return row
 
 
+def result_groups(results: Sequence[LogLikelihoods]) -> Iterator[list[dict[str, Any]]]:
+    """Results on one text set, as many at a time as a row group holds."""
+    step = max(1, GROUP_BYTES // (17 * len(results[0])))  # bytes of the four lists
+    for start in range(0, len(results), step):
+        yield [_result_fields(result) for result in results[start : start + step]]
+
+
 def matrix_groups(matrix: LogLikelihoodMatrix) -> Iterator[list[dict[str, Any]]]:
     """The rows of a matrix, as many at a time as a row group holds."""
     step = max(1, GROUP_BYTES // (8 * len(matrix.text_bytes)))
@@ -72,7 +84,7 @@ def matrix_groups(matrix: LogLikelihoodMatrix) -> Iterator[list[dict[str, Any]]]
 
 
 def read_batches(
-    shard: Path,
+    shard: AnyPath,
     columns: Sequence[str] | None = None,
     *,
     batch_bytes: int,
@@ -100,14 +112,16 @@ def read_batches(
                 if at == len(positions) or positions[at] >= end:
                     continue
             rows = max(1, batch_bytes * footer.num_rows // _decoded_bytes(footer, columns))
-            for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+            for batch in file.iter_batches(
+                rows, row_groups=[group], columns=columns, use_threads=_may_thread(shard)
+            ):
                 yield start, batch
                 start += batch.num_rows
             if start != end:
                 raise ValueError("a row group has another number of rows than its footer says")
 
 
-def read_rows(shard: Path) -> list[StoredRow]:
+def read_rows(shard: AnyPath) -> list[StoredRow]:
     """What a shard holds; a damaged one holds nothing, and a warning names it.
 
     Raises:
@@ -115,50 +129,103 @@ def read_rows(shard: Path) -> list[StoredRow]:
     """
     try:
         with _open_shard(shard) as file:
-            return _stored_rows(shard, file.read(_LISTED))
+            return _stored_rows(shard, file.read(_LISTED, use_threads=_may_thread(shard)))
     except StoreError as error:
         warn_of_damage(error)
         return []
 
 
-def list_shards(folder: Path) -> dict[str, int]:
+class RowState(NamedTuple):
+    """What a row says of a result.
+
+    Attributes:
+        key: which.
+        status: "complete", "failed" or "removed".
+        created_us: when it was written, in microseconds since 1970, UTC.
+        error: why it failed; None if it did not.
+        metadata: of a failure, as JSON; None for all others.
+    """
+
+    key: ResultKey
+    status: str
+    created_us: int
+    error: str | None
+    metadata: str | None
+
+
+def read_states(shard: AnyPath) -> list[RowState]:
+    """The same in short, ten times as fast where rows are many.
+
+    Raises:
+        FileNotFoundError: if a compaction has removed it.
+    """
+    try:
+        with _open_shard(shard) as file:
+            read = [*_KEY, "status", "created", "error", "metadata"]
+            table = file.read(read, use_threads=_may_thread(shard))
+    except StoreError as error:
+        warn_of_damage(error)
+        return []
+    failed = pc.equal(table["status"], "failed")
+    columns = [table[name] for name in (*_KEY, "status")]
+    columns += [table["created"].cast(pa.int64()), table["error"]]
+    columns.append(pc.if_else(failed, table["metadata"], None))
+    digest = shard.parent.name.removeprefix("textset=")
+    return [
+        RowState(ResultKey(model, revision, digest, convention, dtype, layer, version), *rest)
+        for model, revision, convention, dtype, layer, version, *rest in zip(
+            *(column.to_pylist() for column in columns), strict=True
+        )
+    ]
+
+
+def list_shards(folder: AnyPath) -> dict[str, int]:
     """Names of a text set's shards, and their bytes."""
     before: set[str] | None = None
     # A listing is no snapshot, see `read_folder`. The next is whole if it has all that one has.
     for _ in range(_LISTINGS):
-        sizes: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".parquet"):
-                    with contextlib.suppress(FileNotFoundError):
-                        sizes[entry.name] = entry.stat().st_size
+        sizes = _listed_bytes(folder)
         if before is not None and before <= set(sizes):
             break
         before = set(sizes)
     return dict(sorted(sizes.items()))
 
 
-def read_folder(folder: Path) -> list[StoredRow]:
+def _listed_bytes(folder: AnyPath) -> dict[str, int]:
+    if isinstance(folder, RemotePath):
+        return {shard.name: shard.size for shard in folder.glob("*.parquet")}
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".parquet"):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[entry.name] = entry.stat().st_size
+    return sizes
+
+
+def read_folder(folder: AnyPath) -> list[StoredRow]:
     """The rows of all shards of a text set, some of them perhaps twice.
 
     Raises:
         FileNotFoundError: if a compaction has removed one meanwhile.
     """
     rows: list[StoredRow] = []
-    seen: set[Path] = set()
+    seen: set[AnyPath] = set()
     # A listing is no snapshot: it can miss a merged shard that is just being made as well as those
     # that it replaces. What one listing has missed is in the next.
     for listing in itertools.count():
-        new = sorted(set(folder.glob("*.parquet")) - seen)
+        new = [shard for shard in sorted_glob(folder, "*.parquet") if shard not in seen]
         if listing and not new:
             break
-        for shard in new:
-            rows += read_rows(shard)
+        for found in map_paths(read_rows, new):
+            rows += found
         seen.update(new)
     return rows
 
 
-def write_shard(folder: Path, tables: Iterable[pa.Table], *, most_bytes: int | None = None) -> str:
+def write_shard(
+    folder: AnyPath, tables: Iterable[pa.Table], *, most_bytes: int | None = None
+) -> str:
     """Add a shard under a name that no other writer takes; raises OSError if that fails.
 
     Args:
@@ -200,22 +267,33 @@ def warn_of_damage(error: StoreError) -> None:
 
 
 @contextlib.contextmanager
-def _open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
+def _open_shard(shard: AnyPath) -> Iterator[pq.ParquetFile]:
     """A shard whose footer has been checked; what its pages turn out to be is a StoreError, too."""
     try:
         # Without a buffer of its own a whole column of a row group is read at once.
         with pq.ParquetFile(
-            shard, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False
+            shard.reader() if isinstance(shard, RemotePath) else shard,
+            page_checksum_verification=True,
+            buffer_size=_BUFFER_BYTES if _may_thread(shard) else _REQUEST_BYTES,
+            pre_buffer=False,
         ) as file:
             _check_footer(list(file.schema_arrow), file.metadata)
             yield file
-    except FileNotFoundError:
+    except (FileNotFoundError, RemoteError):
         raise
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno == errno.ESTALE:
+            # On a network file system a shard can go while it is open.
+            raise FileNotFoundError(errno.ENOENT, "There is no such shard", str(shard)) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise StoreError(
             f"{shard} must be a whole shard, got: {reason}; move it away and score its models again"
         ) from None
+
+
+def _may_thread(shard: AnyPath) -> bool:
+    """Threads of pyarrow that hold Python's objects can end a process that ends (arrow#34314)."""
+    return not isinstance(shard, RemotePath)
 
 
 def _decoded_bytes(group: pq.RowGroupMetaData, columns: Sequence[str] | None) -> int:
@@ -238,7 +316,7 @@ def _check_footer(fields: Sequence[pa.Field], footer: pq.FileMetaData) -> None:
         raise ValueError("its number of rows is wrong")
 
 
-def _stored_rows(shard: Path, table: pa.Table) -> list[StoredRow]:
+def _stored_rows(shard: AnyPath, table: pa.Table) -> list[StoredRow]:
     digest = shard.parent.name.removeprefix("textset=")
     rows = []
     for position, row in enumerate(table.select(_LISTED).to_pylist()):
@@ -267,6 +345,16 @@ def _stored_rows(shard: Path, table: pa.Table) -> list[StoredRow]:
             )
         )
     return rows
+
+
+def _result_fields(result: LogLikelihoods) -> dict[str, Any]:
+    return row_fields(result.key, metadata=result.metadata) | {
+        "loglikelihoods": result.loglikelihoods,
+        "token_counts": result.token_counts,
+        "truncated": result.truncated,
+        "token_budgets": result.token_budgets,
+        "provenance": json.dumps(dict(result.provenance)),
+    }
 
 
 def _matrix_fields(matrix: LogLikelihoodMatrix, row: int) -> dict[str, Any]:

@@ -5,15 +5,13 @@
     STORE/textset=<digest>/<name>.parquet   rows, one a model; a shard never changes
     STORE/_partial/<digest>.npz             finished texts of unfinished models
 
-Writers need no lock: a shard is written under a temporary name, synced and renamed, and every name
-is unique. Of several rows with one key the newest complete one counts; a removal is a row, too, and
-hides those before it.
+STORE is a folder, or s3://bucket/prefix. Writers need no lock: a shard is written under a temporary
+name, synced and renamed, or put there as one object, and every name is unique. Of several rows with
+one key the newest complete one counts; a removal is a row, too, and hides those before it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -27,8 +25,9 @@ from jaxtyping import Float64
 
 from .compaction import merge_shards
 from .errors import StoreError
+from .remote import AnyPath, RemotePath, map_paths, sorted_glob, to_path
 from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
-from .rows import StoredRow, named, newest, one_row_a_model, refuse_incomplete
+from .rows import StoredRow, matrix_metadata, named, newest, one_row_a_model, refuse_incomplete
 from .scans import RowGoneError, read_row, scan_rows, wrong_length
 from .shards import (
     SCHEMA,
@@ -36,27 +35,35 @@ from .shards import (
     matrix_groups,
     read_folder,
     read_rows,
+    result_groups,
     row_fields,
     write_shard,
 )
-from .storefiles import check_marker, read_texts, write_marker, write_texts
+from .storefiles import (
+    check_marker,
+    find_partial,
+    only_textset,
+    read_texts,
+    write_marker,
+    write_texts,
+)
 
 # What begins with _ or . is no data to pyarrow, Spark and DuckDB: they can be given the store.
-_PARTIAL = "_partial"
 _TEXTS = "_texts.json"
 _PER_TEXT = ("loglikelihoods", "token_counts", "truncated", "token_budgets")
 _Read = TypeVar("_Read")
 
 
 class Store:
-    """A folder of results; it is made by the first write.
+    """A folder of results, or s3://bucket/prefix; it is made by the first write.
 
     Raises:
         StoreError: if the folder is something else.
+        RemoteError: if s3:// cannot be reached or read; every method may raise it then.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str] | RemotePath) -> None:
+        self.folder = to_path(folder)
         check_marker(self.folder)
 
     # ---------------------------------------------------------------- writing
@@ -69,19 +76,24 @@ class Store:
         Raises:
             OSError: if it cannot be written.
         """
-        self._write_texts(result.textset_digest, result.ids, result.text_bytes, result.groups)
-        row = row_fields(result.key, metadata=result.metadata) | {
-            "loglikelihoods": result.loglikelihoods,
-            "token_counts": result.token_counts,
-            "truncated": result.truncated,
-            "token_budgets": result.token_budgets,
-            "provenance": json.dumps(dict(result.provenance)),
-        }
-        return self._write_shard(result.textset_digest, [[row]])
+        return self.add_all([result])
 
-    def add_failure(self, key: ResultKey, reason: str) -> None:
+    def add_all(self, results: Sequence[LogLikelihoods]) -> str:
+        """Keep results on one text set in one shard, as `add` does: all of them, or none.
+
+        Raises:
+            ValueError: if there is none, or one is on another text set than the first.
+        """
+        digests = {result.textset_digest for result in results}
+        if len(digests) != 1:
+            raise ValueError(f"results must be on one text set, got {len(digests)}")
+        first, digest = results[0], digests.pop()
+        self._write_texts(digest, first.ids, first.text_bytes, first.groups)
+        return self._write_shard(digest, result_groups(results))
+
+    def add_failure(self, key: ResultKey, reason: str, **metadata: Any) -> None:
         """Keep the reason why a model could not be scored; a complete row takes its place."""
-        self._write_shard(key.textset_digest, [[row_fields(key, error=reason)]])
+        self._write_shard(key.textset_digest, [[row_fields(key, error=reason, metadata=metadata)]])
 
     def add_matrix(self, matrix: LogLikelihoodMatrix) -> None:
         """Keep a model x text matrix that was made elsewhere."""
@@ -117,9 +129,12 @@ class Store:
             self._write_shard(digest, [each])
         return len(rows)
 
-    def partial_path(self, key: ResultKey) -> Path:
-        """Where finished texts of an unfinished model are kept."""
-        return self.folder / _PARTIAL / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.npz"
+    def partial_path(self, key: ResultKey) -> Path | None:
+        """Where finished texts of an unfinished model are kept; None where they cannot be.
+
+        A store at s3:// has them on this machine, in llfast's cache.
+        """
+        return find_partial(self.folder, repr(key))
 
     def prepare(self) -> None:
         """Make the folder; raises OSError if it cannot be written."""
@@ -129,8 +144,8 @@ class Store:
     def compact(self) -> int:
         """Merge each text set's small shards; drop what is removed, or replaced by newer rows.
 
-        Large shards whose results all count stay as they are, so that it costs no more than what
-        is new.
+        At most 100 are left of each. Large ones whose results all count stay as they are, so that
+        it costs no more than what is new.
 
         Readers and writers may go on meanwhile.
 
@@ -157,17 +172,21 @@ class Store:
         """The keys of all complete rows."""
         return {row.key for row in self.rows() if row.error is None}
 
-    def textsets(self) -> list[str]:
-        """Digests of the text sets that have results."""
+    def textsets(self, *, failures: bool = False) -> list[str]:
+        """Digests of the text sets that have results; with `failures`, or only failures."""
         return [
             folder.name.removeprefix("textset=")
             for folder in self._partitions()
-            if (folder / _TEXTS).exists()  # else there are only failures
+            if failures or (folder / _TEXTS).exists()
         ]
 
     def shards(self, digest: str) -> dict[str, int]:
         """Names and bytes of a text set's shards, in milliseconds: a shard never changes."""
-        return list_shards(self._partition(digest))
+        return list_shards(self.partition(digest))
+
+    def partition(self, digest: str) -> AnyPath:
+        """The folder of a text set's shards."""
+        return self.folder / f"textset={digest}"
 
     def read_shards(self, digest: str, names: Iterable[str]) -> list[StoredRow]:
         """All rows of some shards: failures, removals, and what newer ones replace, too.
@@ -177,8 +196,8 @@ class Store:
         Raises:
             FileNotFoundError: if a compaction has removed one: look at `shards` again.
         """
-        folder = self._partition(digest)
-        return [row for name in names for row in read_rows(folder / name)]
+        paths = [self.partition(digest) / name for name in names]
+        return [row for rows in map_paths(read_rows, paths) for row in rows]
 
     def texts(self, digest: str) -> dict[str, Any]:
         """`ids`, `text_bytes` (N,) and `groups` of a text set.
@@ -186,7 +205,7 @@ class Store:
         Raises:
             StoreError: if they cannot be read.
         """
-        return read_texts(self._partition(digest) / _TEXTS)
+        return read_texts(self.partition(digest) / _TEXTS)
 
     def load(self, row: StoredRow) -> LogLikelihoods:
         """A stored result with its numbers, wherever a compaction has put it since.
@@ -241,6 +260,7 @@ class Store:
         *,
         models: Sequence[str] | None = None,
         duplicates: str = "error",
+        layers: bool = False,
     ) -> LogLikelihoodMatrix:
         """All models' log-likelihoods on one text set under one convention.
 
@@ -250,8 +270,9 @@ class Store:
                 other one.
             dtype: only models that ran in it.
             models: only these, as `name` or `name@revision` (the beginning of it).
-            duplicates: what to do with several rows of one name (revisions, dtypes): "error", or
-                "newest".
+            duplicates: of several rows of one name (revisions, dtypes), "error", or "newest".
+            layers: rows of layers, too, which are named `model@layer=i` and have `layer` and
+                `layer_of` in their metadata; else only those among `models`.
 
         Raises:
             StoreError: if there is nothing, or more than one thing, of what is asked for.
@@ -259,7 +280,8 @@ class Store:
         if duplicates not in ("error", "newest"):
             raise ValueError(f"duplicates must be error or newest, got {duplicates!r}")
         digest = self.find_textset(digest)
-        return self._retry(lambda: self._matrix(digest, convention, dtype, models, duplicates))
+        read = partial(self._matrix, digest, convention, dtype, models, duplicates, layers)
+        return self._retry(read)
 
     def find_textset(self, digest: str | None = None) -> str:
         """The one text set whose digest begins so.
@@ -267,14 +289,7 @@ class Store:
         Raises:
             StoreError: if there is none or several.
         """
-        found = [each for each in self.textsets() if each.startswith(digest or "")]
-        if len(found) == 1:
-            return found[0]
-        if not found:
-            what = f"results on text set {digest}" if digest else "results"
-            raise StoreError(f"{self.folder} must hold {what}, got none")
-        listed = ", ".join(each[:12] for each in found)
-        raise StoreError(f"the text set must be named where a store has several, got {listed}")
+        return only_textset(self.folder, self.textsets(), digest)
 
     # ---------------------------------------------------------------- inside
 
@@ -285,9 +300,11 @@ class Store:
         dtype: str | None,
         models: Sequence[str] | None,
         duplicates: str,
+        layers: bool,
     ) -> LogLikelihoodMatrix:
-        rows = [row for row in self._rows(digest) if row.error is None and row.key.layer is None]
-        convention, chosen = one_row_a_model(rows, convention, dtype, models, duplicates)
+        convention, chosen = one_row_a_model(
+            self._rows(digest), convention, dtype, models, duplicates, layers
+        )
         if not chosen:
             in_dtype = f" in {dtype}" if dtype else ""
             raise StoreError(
@@ -342,14 +359,11 @@ class Store:
         raise StoreError(f"{self.folder} must hold the result of {key.model}, got none any more")
 
     def _rows(self, digest: str | None) -> list[StoredRow]:
-        folders = self._partitions() if digest is None else [self._partition(digest)]
+        folders = self._partitions() if digest is None else [self.partition(digest)]
         return newest(row for folder in folders for row in read_folder(folder))
 
-    def _partitions(self) -> list[Path]:
-        return sorted(self.folder.glob("textset=*"))
-
-    def _partition(self, digest: str) -> Path:
-        return self.folder / f"textset={digest}"
+    def _partitions(self) -> list[AnyPath]:
+        return sorted_glob(self.folder, "textset=*")
 
     def _write_texts(
         self,
@@ -359,13 +373,13 @@ class Store:
         groups: Sequence[str] | None,
     ) -> None:
         self.prepare()
-        path = self._partition(digest) / _TEXTS
+        path = self.partition(digest) / _TEXTS
         path.parent.mkdir(exist_ok=True)
         write_texts(path, ids, text_bytes, groups)
 
     def _write_shard(self, digest: str, groups: Iterable[list[dict[str, Any]]]) -> str:
         self.prepare()
-        folder = self._partition(digest)
+        folder = self.partition(digest)
         folder.mkdir(exist_ok=True)
         return write_shard(folder, (pa.Table.from_pylist(rows, schema=SCHEMA) for rows in groups))
 
@@ -377,9 +391,3 @@ class Store:
             except (FileNotFoundError, RowGoneError):
                 continue
         return read()
-
-
-def matrix_metadata(row: StoredRow) -> dict[str, Any]:
-    """The caller's own columns, and whether the tokenizer adds BOS if that is known."""
-    adds_bos = row.provenance.get("adds_bos")
-    return dict(row.metadata) | ({} if adds_bos is None else {"adds_bos": adds_bos})

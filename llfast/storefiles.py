@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import StoreError
+from . import cache
+from .errors import RemoteError, StoreError
 from .files import atomic_write
+from .remote import AnyPath, RemotePath
 
 # Like all that begins with _ or ., no data to pyarrow, Spark and DuckDB.
 _MARKER = "_llfast-store.json"
+_PARTIAL = "_partial"
 _FORMAT = 1
 
 
-def check_marker(folder: Path) -> None:
+def check_marker(folder: AnyPath) -> None:
     """Accept a store, an empty folder, and none.
 
     Raises:
         StoreError: if the folder is something else.
     """
     marker = folder / _MARKER
-    foreign = folder.exists() and (
-        not folder.is_dir()
-        or any(not each.name.startswith(f".{_MARKER}") for each in folder.iterdir())
-    )
+    if isinstance(folder, RemotePath):
+        foreign = folder.is_dir()
+    else:
+        foreign = folder.exists() and (
+            not folder.is_dir()
+            or any(not each.name.startswith(f".{_MARKER}") for each in folder.iterdir())
+        )
     # In this order: another writer may be making the store right now.
     if marker.exists():
         try:
@@ -46,14 +54,46 @@ def check_marker(folder: Path) -> None:
         )
 
 
-def write_marker(folder: Path) -> None:
-    """Say that a folder is a store, if nothing does so yet."""
-    if not (folder / _MARKER).exists():
+def write_marker(folder: AnyPath, *, again: bool = False) -> None:
+    """Say that a folder is a store, if nothing does so yet, or `again`."""
+    if again or not (folder / _MARKER).exists():
         with atomic_write(folder / _MARKER) as file:
             file.write(json.dumps({"format": _FORMAT}).encode())
 
 
-def read_texts(path: Path) -> dict[str, Any]:
+def find_partial(folder: AnyPath, key: str) -> Path | None:
+    """Where a model's finished texts are kept: in the store, or in the cache for one at s3://.
+
+    Returns: None where the cache cannot be written.
+    """
+    name = f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    if not isinstance(folder, RemotePath):
+        return folder / _PARTIAL / name
+    try:
+        own = cache.folder() / "partial" / cache.key(str(folder))
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return own / name if os.access(own, os.W_OK) else None
+
+
+def only_textset(folder: AnyPath, found: Sequence[str], digest: str | None) -> str:
+    """The one of several text sets whose digest begins so.
+
+    Raises:
+        StoreError: if there is none or several.
+    """
+    found = [each for each in found if each.startswith(digest or "")]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        what = f"results on text set {digest}" if digest else "results"
+        raise StoreError(f"{folder} must hold {what}, got none")
+    listed = ", ".join(each[:12] for each in found)
+    raise StoreError(f"the text set must be named where a store has several, got {listed}")
+
+
+def read_texts(path: AnyPath) -> dict[str, Any]:
     """`ids`, `text_bytes` (N,) and `groups` of a text set.
 
     Raises:
@@ -62,6 +102,8 @@ def read_texts(path: Path) -> dict[str, Any]:
     try:
         texts = dict(json.loads(path.read_bytes()))
         return {name: texts[name] for name in ("ids", "text_bytes", "groups")}
+    except RemoteError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{path} must describe the texts, got {error!r}; it is written again with the next "
@@ -70,7 +112,7 @@ def read_texts(path: Path) -> dict[str, Any]:
 
 
 def write_texts(
-    path: Path, ids: Sequence[str], text_bytes: np.ndarray, groups: Sequence[str] | None
+    path: AnyPath, ids: Sequence[str], text_bytes: np.ndarray, groups: Sequence[str] | None
 ) -> None:
     """Describe texts, if nothing whole does so yet.
 

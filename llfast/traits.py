@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import TokenizedTexts
 from .errors import CheckpointError, UnsupportedModelError
@@ -22,6 +22,18 @@ def is_mixture_of_experts(model: Any) -> bool:
     Asked of the modules: configs name their experts in a dozen ways, and some name what is off.
     """
     return any("Expert" in type(module).__name__ for module in model.modules())
+
+
+def listed_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Items of module lists, none inside of another; of lists of lists, the inner items."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(module, nn.ModuleList) and not isinstance(
+            child, nn.ModuleList | nn.ModuleDict | nn.ParameterList
+        ):
+            yield path, child
+        else:
+            yield from listed_modules(child, f"{path}.")
 
 
 def rope_limits(config: Any) -> list[tuple[str, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
-from .errors import MissingDependencyError, SearchError
+from .errors import SearchError, needed
 from .files import as_utf8
 
 _MOST_CHARACTERS = 10_000
@@ -195,13 +195,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _duckdb() -> Any:
-    try:
+    with needed(
+        "duckdb",
+        "conditions on models need duckdb: pip install 'llfast[cpu]', or on a machine with an "
+        "NVIDIA GPU pip install 'llfast[gpu]'; never both, they install the same package",
+    ):
         import duckdb
-    except ModuleNotFoundError as error:
-        if error.name != "duckdb":
-            raise
-        raise MissingDependencyError(
-            "conditions on models need duckdb: pip install 'llfast[cpu]', or on a machine with an "
-            "NVIDIA GPU pip install 'llfast[gpu]'; never both, they install the same package"
-        ) from None
     return duckdb

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import TextSetError
+from .texts import TextSet, sample_chunks
 
 Kind = Literal["prose", "code"]
 
@@ -60,6 +61,20 @@ class Corpora:
 
     evaluation: tuple[Document, ...]
     training: tuple[Document, ...]
+
+    def evaluation_texts(self, count: int) -> tuple[TextSet, int]:
+        """Texts of up to 1,024 bytes, as the papers have them, and of how many documents they are.
+
+        Always the same ones; fewer than `count` if there are not so many.
+        """
+        sample, documents, _ = sample_chunks(
+            ((document.name, document.text) for document in self.evaluation),
+            n=count,
+            max_bytes=1024,
+            min_bytes=256,
+            seed=42,
+        )
+        return sample, documents
 
 
 def name_fraction(name: str, salt: str = "") -> float:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets
 import signal
 import tempfile
 from pathlib import Path
@@ -19,6 +20,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "LLFAST_REQUIRE_GPU" not in os.environ:
     # Triton's kernels then run on the CPU, tile by tile, in numpy.
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, which have a core each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory(prefix="llfast-tests-")  # gone when the tests are
 os.environ["LLFAST_CACHE"] = _CACHE.name
 
@@ -26,8 +30,9 @@ os.environ["LLFAST_CACHE"] = _CACHE.name
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where arrays are; `texts` checks its arguments itself, and is tested to.
-TYPED = "batches batchwise engines forward head importing intervals linear mapping results".split()
-TYPED += "basis scans scoring space where".split()
+TYPED = "basis batches batchwise comparison dendrogram diffusion engines forward head".split()
+TYPED += "importing intervals layers lens linear mapping neighbours page placing results".split()
+TYPED += "scans scoring space trajectory weight_distances where".split()
 TYPED += [f"paging.{name}" for name in "model units waves".split()]
 TYPED += [
     f"search.{name}"
@@ -98,6 +103,29 @@ def checkpoints(tmp_path_factory):
     from tests.tiny import make_checkpoints
 
     return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def _s3_server():
+    pytest.importorskip("s3fs", reason="s3:// is an extra: pip install 'llfast[s3]'")
+    from tests.s3 import s3_server
+
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(_s3_server, monkeypatch):
+    """`s3://...`, a bucket of the test's own, which is there for child processes, too."""
+    from tests.s3 import call
+
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC"))]:
+        monkeypatch.delenv(name)
+    for name, value in _s3_server.items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{secrets.token_hex(6)}"
+    call("create_bucket", Bucket=name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

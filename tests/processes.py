@@ -29,7 +29,7 @@ def barrier(parties):
     return _CONTEXT.Barrier(parties)
 
 
-def start(arguments, log, *, save_seconds=None, die_at=None, meet=None):
+def start(arguments, log, *, save_seconds=None, die_at=None, meet=None, environment=None):
     """Run a command in a process of its own; returns it, to be waited for or killed.
 
     Args:
@@ -39,9 +39,11 @@ def start(arguments, log, *, save_seconds=None, die_at=None, meet=None):
         die_at: (folder, n): it kills itself before the n-th file that it opens, renames, removes
             or makes in the folder.
         meet: a barrier that it waits at before it begins.
+        environment: variables that it has besides those of the first process.
     """
     words = [str(each) for each in arguments]
-    process = _CONTEXT.Process(target=_run, args=(words, str(log), save_seconds, die_at, meet))
+    options = (str(log), save_seconds, die_at, meet, environment or {})
+    process = _CONTEXT.Process(target=_run, args=(words, *options))
     process.start()
     return process
 
@@ -60,7 +62,8 @@ def run(arguments, log, **options):
     return finish(start(arguments, log, **options))
 
 
-def _run(words, log, save_seconds, die_at, meet):
+def _run(words, log, save_seconds, die_at, meet, environment):
+    os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import threading
 import unicodedata
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import llfast
 from llfast import TextSet
 from llfast.cli import app
 from tests.indexes import make_store
+from tests.terminals import on_a_terminal
 from tests.tiny import TEXTS
 
 
@@ -58,6 +59,8 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         say("training")
         return {"families_found": True, "models": ["a"]}
 
+    filled = shutil.copytree(filled, tmp_path / "filled")  # for some of them change it
+
     # Their own tests run them for real; what is removed is not there to be removed again.
     monkeypatch.setattr("llfast.demo.run_demo", run_demo)
     monkeypatch.setattr("llfast.store.Store.remove", lambda _, models: len(models))
@@ -69,15 +72,22 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
     lines = [f"{model},{score}\n" for model, score in scores]
     (tmp_path / "scores.csv").write_text("model,arc\n" + "".join(lines))
     score = f"--texts {texts_file} --store {tmp_path / 'store'}"
+    series = f"{checkpoints / 'gpt2'} {checkpoints / 'gpt2-finetune'}"
     imported = f"--store {tmp_path / 'imported'} --unit bits_per_byte --text-bytes 100"
     return {
         "texts build": f"texts build {tmp_path / 'doc.txt'} --out {tmp_path / 't.jsonl'} --n 2",
         "texts show": f"texts show {texts_file}",
         "score": f"score --list {models_list} {score}",
         "import": f"import {tmp_path / 'm.csv'} {imported}",
+        "fleet score": f"fleet score --models {models_list} {score} --no-wait",
+        "fleet status": f"fleet status --store {filled} --models {models_list}",
         "search": f"search gpt2 --store {filled}",
         "index build": f"index build --store {filled} --mode certified",
+        "layers": f"layers {checkpoints / 'gpt2'} {score}",
         "predict": f"predict --store {made.folder} --scores {tmp_path / 'scores.csv'} --alone",
+        "map": f"map --store {made.folder} --out {tmp_path / 'map.html'} --method pca",
+        "compare": f"compare --store {filled}",
+        "trajectory": f"trajectory --checkpoints {series} --steps 0,9 {score}",
         "kl": f"kl gpt2 llama --store {filled}",
         "info": f"info {filled}",
         "compact": f"compact --store {tmp_path / 'empty'}",
@@ -86,6 +96,7 @@ def examples(checkpoints, filled, models_list, texts_file, tmp_path, monkeypatch
         "bench kernel": "bench kernel --device cpu --dtype float32 --tokens 2",
         "bench search": "bench search --models 60 --texts 30 --questions 4",
         "bench loading": f"bench loading {checkpoints / 'llama'} --tokens 40 --repetitions 1",
+        "bench throughput": f"bench throughput --model {checkpoints / 'llama'} --texts 2",
     }
 
 
@@ -118,6 +129,7 @@ def test_the_version_is_printed(command):
         ("search a --store s --radius -1", "Invalid value for '--radius'"),
         ("score m --texts t --token-budget 0", "Invalid value for '--token-budget'"),
         ("texts show t --rows x", "Invalid value for '--rows'"),
+        ("bench throughput --texts 0", "Invalid value for '--texts'"),
     ],
 )
 def test_misuse_is_one_line_and_status_2(command, arguments, message):
@@ -125,6 +137,12 @@ def test_misuse_is_one_line_and_status_2(command, arguments, message):
     assert run.code == 2
     assert run.out == ""
     assert run.error.startswith(f"llfast: error: {message}")
+
+
+def test_a_shape_that_nobody_knows_is_one_line(command):
+    run = command("bench", "throughput", "--shape", "GPT-5")
+    assert (run.code, run.out) == (1, "")
+    assert run.error.startswith("llfast: error: shape must be one of stories15M, GPT-2, ")
 
 
 def test_a_store_is_asked_for_where_one_is_needed(command, checkpoints, texts_file):
@@ -239,6 +257,7 @@ def test_names_and_metadata_cannot_drive_the_terminal(command, checkpoints, tmp_
         ("info", tmp_path / EVIL),
         ("texts", "show", texts),
         ("score", checkpoints / "gpt2", "--name", EVIL, "--texts", texts, "--dry-run"),
+        ("layers", checkpoints / "gpt2", "--name", EVIL, "--texts", texts, "--store", store),
         ("compact", f"--{EVIL}"),
         (EVIL,),
     ):
@@ -246,31 +265,6 @@ def test_names_and_metadata_cannot_drive_the_terminal(command, checkpoints, tmp_
     found = command("search", EVIL, "--store", store, "--json").json
     assert found["model"] == EVIL, "JSON has the name itself"
     assert found["hits"][0]["metadata"]["family"] == EVIL
-
-
-def on_a_terminal(monkeypatch, run):
-    """What `run()` writes to standard error, when that is a terminal."""
-    master, slave = os.openpty()
-    shown = bytearray()
-
-    def read():
-        # Reading a terminal that nobody has open any more is an error: the end.
-        try:
-            while part := os.read(master, 4096):
-                shown.extend(part)
-        except OSError:
-            return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", terminal)
-        patch.setenv("TERM", "xterm")
-        patch.setenv("COLUMNS", "200")
-        run()
-    reader.join(timeout=60)
-    os.close(master)
-    return shown.decode()
 
 
 def test_a_terminal_shows_progress_and_a_pipe_does_not(checkpoints, texts, monkeypatch, capfd):

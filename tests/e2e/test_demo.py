@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from matplotlib.image import imread
 import llfast
 from llfast import ScoringError
 from llfast.demo import next_commands, run_demo
+from llfast.drawing import PALETTE
 
 
 def distances(report):
@@ -63,8 +65,10 @@ def test_the_map_is_a_picture_with_every_family_in_it(small_demo):
     _, report, *_ = small_demo
     picture = imread(report["map"])
     assert picture.shape[0] > 600
-    colours = {tuple(colour) for colour in (picture[..., :3].reshape(-1, 3) * 255).astype(int)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
+    colours = {tuple(c) for c in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int)}
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in PALETTE[:2]} <= colours
+    page = Path(report["page"]).read_text()
+    assert all(model in page for model in report["models"])
 
 
 def test_a_second_run_trains_and_scores_nothing(small_demo):

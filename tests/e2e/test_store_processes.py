@@ -42,6 +42,51 @@ def test_writers_at_once_lose_and_double_nothing(tmp_path):
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
+MANY = """
+import os, sys
+from llfast import Store
+from tests.stores import make_result
+folder, count = sys.argv[1], int(sys.argv[2])
+begin, go = os.pipe()
+children = []
+for number in range(count):
+    child = os.fork()
+    if not child:
+        os.close(go)
+        os.read(begin, 1)  # until nobody holds the other end
+        Store(folder).add(make_result(f"x {number}"))
+        Store(folder).add(make_result("both"))
+        os._exit(0)
+    children.append(child)
+print("ready", flush=True)
+input()
+os.close(go)
+print(max(os.waitpid(child, 0)[1] for child in children), flush=True)
+"""
+
+
+def test_two_hundred_writers_and_a_reader(tmp_path):
+    folder = tmp_path / "store"
+    with process(MANY, folder, 200) as writers:
+        tell(writers)
+        store, seen = Store(folder), set()
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while len(seen) < 201 and time.monotonic() < deadline:
+            if not store.rows():
+                continue
+            matrix = store.matrix()
+            np.testing.assert_array_equal(matrix.values, [numbers(m) for m in matrix.models])
+            assert seen <= set(matrix.models), "what was there once stays there"
+            seen = set(matrix.models)
+        assert writers.stdout.readline() == "0\n"
+    assert sorted(seen) == sorted(["both", *(f"x {number}" for number in range(200))])
+    written = ds.dataset(folder, partitioning="hive").to_table()["model"].to_pylist()
+    assert sorted(written) == sorted([*seen, *["both"] * 199])
+    assert store.compact() == 400
+    assert len(store_shards(store)) == 1
+    assert set(store.matrix().models) == seen
+
+
 MAKE = """
 import os, sys, time
 from pathlib import Path

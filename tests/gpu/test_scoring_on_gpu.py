@@ -43,3 +43,16 @@ def test_a_text_has_the_same_bits_in_every_company(tmp_path, dtype):
     assert np.array_equal(shuffled, expected[order])
     some = llfast.score(folder, texts[5:40], device="cuda", dtype=dtype).values
     assert np.array_equal(some, expected[5:40])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_last_layer_is_the_plain_score_to_the_bit(tmp_path, dtype):
+    model, tokenizer = make_model("llama", hidden_size=256), make_tokenizer(adds_bos=True)
+    folder = save(model, tokenizer, tmp_path / "llama")
+    expected = llfast.score(folder, TEXTS, device="cuda", dtype=dtype, weights="resident")
+    results = llfast.score_layers(folder, TEXTS, device="cuda", dtype=dtype)
+    assert np.array_equal(results[-1].values, expected.values)
+    on_cpu = llfast.score_layers(folder, TEXTS, device="cpu", dtype="float32")
+    for result, other in zip(results, on_cpu, strict=True):
+        limit = {"atol": 2e-3} if dtype == "float32" else {"rtol": 0.05}
+        np.testing.assert_allclose(result.values, other.values, **limit)

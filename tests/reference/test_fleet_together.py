@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llfast import LlfastWarning, Store, TextSet, fleet
-from llfast.fleet import score_models
+from llfast import LlfastWarning, Store, TextSet
+from llfast.fleet import score_models, session
 from llfast.model_list import ModelRequest
 from llfast.paging.pages import Pages
 from tests.families import age, make_family
@@ -105,14 +105,14 @@ def test_one_that_is_poisoned_and_one_that_is_missing(folders, texts, tmp_path):
 
 def test_a_file_that_cannot_be_compared(folders, texts, tmp_path, monkeypatch):
     """It fails alone, with its own reason."""
-    own = fleet.find_relatives
+    own = session.find_relatives
 
     def cut(*arguments, **options):
         path = folders[1] / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-2000])
         return own(*arguments, **options)
 
-    monkeypatch.setattr(fleet, "find_relatives", cut)
+    monkeypatch.setattr(session, "find_relatives", cut)
     _, outcomes, _ = run(requests(folders), texts, tmp_path / "store", together=True)
     assert [each.status for each in outcomes] == ["scored", "failed", *["scored"] * 3]
 

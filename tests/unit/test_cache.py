@@ -198,9 +198,11 @@ def test_a_file_changed_within_a_tick_of_its_clock_is_read_again(tmp_path, own_c
 
 def test_a_tokenizer_is_known_by_what_it_does_and_not_by_its_last_call():
     tokenizer, other = make_tokenizer(adds_bos=False), make_tokenizer(adds_bos=True)
+    tokenizer.add_special_tokens({"pad_token": '}],"padding":{'})
     known = cache.tokenizer_fingerprint(tokenizer)
-    tokenizer(["a", "b c"], padding=False, truncation=True, max_length=1)
-    assert cache.tokenizer_fingerprint(tokenizer) == known
+    for options in ({"padding": False}, {"padding": "max_length"}, {"padding": True}):
+        tokenizer(["a", "b c"], truncation=True, max_length=2, **options)
+        assert cache.tokenizer_fingerprint(tokenizer) == known
     assert cache.tokenizer_fingerprint(other) != known
     assert cache.tokenizer_fingerprint(object()) is None
 

@@ -8,27 +8,41 @@ import llfast
 PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
-    "errors memory files cache texts results batches kernels safetensors_file quantised checkpoint "
-    "processor dtypes loading models head forward linear traits paging partial progress devices "
-    "borrowing batchwise engines verify runs scoring rows shards scans compaction storefiles store "
-    "where importing scores intervals basis mixed spacefile space prediction search estimate "
-    "model_list outcomes "
-    "fleet nearest mapping zoo_corpora zoo_training zoo_plan zoo demo output about cli_options "
-    "bench cli_bench cli_texts cli_index cli_predict cli __main__"
+    "errors memory redaction s3 remote "
+    "files cache texts results batches kernels safetensors_file quantised "
+    "checkpoint weight_distances processor dtypes loading models head forward linear traits lens "
+    "paging partial progress devices borrowing batchwise engines verify runs scoring layers rows "
+    "shards scans compaction storefiles store where importing scores intervals diffusion basis "
+    "mixed spacefile space stored_layers prediction trajectory search estimate model_list "
+    "outcomes fleet nearest trajectory_scoring drawing relations comparison comparison_plots "
+    "dendrogram neighbours placing places page map_plots mapping map_files trajectory_plots "
+    "zoo_corpora zoo_training zoo_plan zoo demo output about cli_options bench cli_bench "
+    "cli_texts cli_fleet_status cli_fleet cli_index cli_layers cli_compare cli_map cli_predict "
+    "cli_trajectory cli __main__"
 ).split()
 ONLY_IN = {
     "duckdb": {"where"},
     "faiss": {"search"},
     "xxhash": {"search"},
     "peft": {"loading"},
+    "ray": {"fleet"},
     "compressed_tensors": {"quantised"},
-    "matplotlib": {"mapping"},
+    "matplotlib": {"drawing"},
+    "openTSNE": {"placing"},
+    "plotly": {"page"},
     "sklearn": {"prediction"},
-    "adjustText": {"mapping"},
-    "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training"},
+    "adjustText": {"map_plots"},
+    "transformers": {"linear", "loading", "models", "paging", "runs", "zoo_training", "bench"},
     "greenlet": {"paging"},
     "pyarrow": {"compaction", "shards", "store", "importing", "search", "where"},
-    "typer": {"cli", "cli_bench", "cli_index", "cli_options", "cli_predict", "cli_texts"},
+    "s3fs": {"s3"},
+    "fsspec": set(),
+    "botocore": set(),
+    "typer": {
+        "cli",
+        *(f"cli_{name}" for name in "bench compare fleet fleet_status index layers map".split()),
+        *(f"cli_{name}" for name in "options predict texts trajectory".split()),
+    },
     "triton": {"kernels", "bench"},
     "liger_kernel": {"bench"},
     "cut_cross_entropy": {"bench"},

@@ -6,6 +6,7 @@ import pytest
 
 from llfast import KLEstimate, LogLikelihoodMatrix, LogLikelihoods, SpaceError
 from llfast.results import RaggedArray, ResultKey
+from tests.spaces import make_matrix
 
 
 @pytest.fixture(autouse=True)
@@ -226,3 +227,36 @@ def test_an_estimate_scales_with_all_its_parts():
 def test_an_estimate_in_another_unit_is_refused():
     with pytest.raises(ValueError, match="bits_per_byte, nats_per_text, got 'nats'"):
         KLEstimate(value=1.0, standard_error=0.1, interval=(0.5, 2.0), unit="nats")
+
+
+def test_some_models_and_texts_of_a_matrix_keep_what_is_known_of_them():
+    values = np.arange(12.0).reshape(3, 4)
+    matrix = make_matrix(
+        values,
+        groups=["a", "b", "c", "d"],
+        metadata=[{"n": row} for row in range(3)],
+        dtypes=["x", "y", "z"],
+        revisions=["r", "s", "t"],
+        text_bytes=np.array([1.0, 2.0, 3.0, 4.0]),
+    )
+    part = matrix.select([2, 0], [3, 1])
+    np.testing.assert_array_equal(part.values, values[[2, 0]][:, [3, 1]])
+    assert part.models == ("model 2", "model 0")
+    assert part.metadata == ({"n": 2}, {"n": 0})
+    assert (part.dtypes, part.revisions) == (("z", "x"), ("t", "r"))
+    assert (part.ids, part.groups) == (("text 3", "text 1"), ("d", "b"))
+    assert part.text_bytes.tolist() == [4, 2]
+    assert (part.textset_digest, part.convention) == ("", "paper")
+    assert matrix.select([1]).textset_digest == "texts"
+    assert matrix.select().models == matrix.models
+    bare = make_matrix(values, ids=None, groups=None)
+    assert bare.select(texts=[0]).ids is None
+
+
+def test_bits_per_byte_are_of_texts_whose_bytes_are_known():
+    values = np.array([-100.0, -200.0, -400.0]) * np.log(2)
+    result = make_result(loglikelihoods=values, text_bytes=np.array([50, 0, 100]))
+    assert result.mean_bits_per_byte == pytest.approx(500 / 150)
+    matrix = make_matrix(values[None], text_bytes=[50, 0, 100])
+    np.testing.assert_allclose(matrix.bits_per_byte, 500 / 150)
+    assert np.isnan(make_matrix(values[None], text_bytes=np.zeros(3)).bits_per_byte).all()

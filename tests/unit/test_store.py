@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
-from llfast import LogLikelihoodMatrix, ModelSpace, Store, StoreError
+from llfast import LogLikelihoodMatrix, ModelSpace, Store, StoreError, shards
 from llfast.errors import LlfastWarning
 from llfast.results import ResultKey
 from tests.stores import DIGEST, N, make_result, numbers, store_shards
@@ -94,6 +95,57 @@ def test_hidden_layers_are_no_models_of_a_matrix(store):
     store.add(make_result("a", layer=0, loglikelihoods=numbers("hidden")))
     assert store.matrix().models == ("a",)
     assert [row.label for row in store.rows()] == ["a", "a@layer=0"]
+
+
+def test_layers_are_rows_of_a_matrix_where_they_are_asked_for(store):
+    for model in ("b", "a"):
+        store.add(make_result(model, metadata={"family": "f"}))
+    for layer in (10, 2):
+        values = numbers(f"a {layer}")
+        store.add(
+            make_result(
+                "a", layer=layer, loglikelihoods=values, metadata={"family": "f", "layer": "x"}
+            )
+        )
+    matrix = store.matrix(layers=True)
+    assert matrix.models == ("a", "a@layer=2", "a@layer=10", "b")
+    np.testing.assert_array_equal(matrix.row("a@layer=10"), numbers("a 10"))
+    assert matrix.metadata == (
+        {"family": "f"},
+        {"family": "f", "layer": 2, "layer_of": "a"},
+        {"family": "f", "layer": 10, "layer_of": "a"},
+        {"family": "f"},
+    )
+    for layers in (False, True):
+        named = store.matrix(models=["a@layer=2", "b"], layers=layers)
+        assert named.models == ("a@layer=2", "b")
+        assert store.matrix(models=["a"], layers=layers).models == ("a",)
+    store.add(make_result("a", layer=2, revision="r2", loglikelihoods=numbers("a r2")))
+    with pytest.raises(StoreError, match="a@layer=2@r1 in float32.*a@layer=2@r2 in float32"):
+        store.matrix(layers=True)
+    assert store.matrix().models == ("a", "b")
+    chosen = store.matrix(models=["a@layer=2@r2"], layers=True)
+    np.testing.assert_array_equal(chosen.row("a@layer=2"), numbers("a r2"))
+
+
+def test_results_are_kept_together_or_not_at_all(store, monkeypatch):
+    results = [make_result("a", layer=n, loglikelihoods=numbers(f"a {n}")) for n in range(5)]
+    store.add_all(results)
+    (shard,) = store_shards(store)
+    for result, row in zip(results, store.rows(), strict=True):
+        assert row.key == result.key
+        assert row.shard == shard
+        np.testing.assert_array_equal(store.load(row).values, result.values)
+    others = [*results, make_result("b", textset_digest="e" * 64)]
+    for given, count in (([], 0), (others, 2)):
+        with pytest.raises(ValueError, match=f"results must be on one text set, got {count}"):
+            store.add_all(given)
+    monkeypatch.setattr(shards, "GROUP_BYTES", 2 * 17 * N)
+    other = Store(store.folder.parent / "other")
+    other.add_all(results)
+    (shard,) = store_shards(other)
+    assert pq.ParquetFile(shard).num_row_groups == 3
+    assert [row.key for row in other.rows()] == [result.key for result in results]
 
 
 def test_a_matrix_from_elsewhere_is_kept(store):

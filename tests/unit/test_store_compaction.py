@@ -218,6 +218,23 @@ def test_whatever_the_sizes_are_nothing_changes(
     assert statuses.count("complete") == len(before), "what was replaced or removed is gone"
 
 
+def test_few_shards_are_left_however_much_there_is(store, monkeypatch):
+    assert compaction.MOST_SHARDS == 100
+    monkeypatch.setattr(compaction, "MOST_SHARDS", 10)
+    for name in ("GROUP_BYTES", "SHARD_BYTES", "LARGE_BYTES"):
+        monkeypatch.setattr(compaction, name, 1)  # all shards are large, and none is needed larger
+    for number in range(12):
+        add_together(store, [f"{number}"])
+    for round_ in range(3):
+        before = store.matrix()
+        assert store.compact()
+        assert len(store_shards(store)) <= 10
+        assert store.matrix().models == before.models
+        assert store.matrix().values.tobytes() == before.values.tobytes()
+        for number in range(9):
+            add_together(store, [f"more {round_} {number}"])
+
+
 def test_columns_of_others_are_kept(store):
     for model in "ab":
         store.add(make_result(model))

@@ -1,5 +1,7 @@
 """Numbers of many rows come a block at a time, whatever happens to the store meanwhile."""
 
+import errno
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,6 +130,25 @@ def test_a_shard_that_is_open_is_read_to_its_end(store):
     for shard in store_shards(store):
         shard.unlink()
     assert len(list(scan)) == 2
+
+
+def test_a_shard_that_goes_while_it_is_open_is_read_on_where_its_rows_are_now(store, monkeypatch):
+    """As on NFS, when another machine has compacted meanwhile."""
+    add_together(store, [f"m{each}" for each in range(9)])
+    rewrite(store_shards(store)[0], row_group_size=2)
+    store.add(make_result("x"))
+    rows, own, gone = store.rows(), pq.ParquetFile.iter_batches, []
+
+    def iter_batches(self, *arguments, row_groups, **options):
+        if row_groups == [2] and not gone:
+            gone.append(True)
+            assert store.compact() == 2
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return own(self, *arguments, row_groups=row_groups, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    check_scan(store, rows, block_bytes=8 * N)
+    assert gone
 
 
 def test_a_row_that_is_gone_is_said_to_be(store):

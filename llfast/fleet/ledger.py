@@ -1,0 +1,237 @@
+"""What a store has of one text set, by model, kept up to date at the cost of what is new."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from llfast.files import as_utf8
+from llfast.model_list import ModelRequest
+from llfast.remote import AnyPath, map_paths, with_bytes
+from llfast.results import ResultKey
+from llfast.runs import SCORING_VERSION
+from llfast.shards import RowState, read_states
+from llfast.store import Store
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+Asked: TypeAlias = tuple[str, tuple[str | None, ...] | None]  # a name, and `asked_of` it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a model has no result.
+
+    Attributes:
+        reason: in one line.
+        attempts: how often it was tried.
+        is_lasting: whether the same is to be expected of another try.
+        asked: what was asked for, by `asked_of`; None where the failure does not say.
+        created_us: when, in microseconds since 1970, UTC.
+    """
+
+    reason: str
+    attempts: int
+    is_lasting: bool
+    asked: tuple[str | None, ...] | None
+    created_us: int
+
+
+class Ledger:
+    """Results and failures on one text set under one convention; layers are passed over.
+
+    Rows may come in any order and in any portions: a compaction meanwhile changes nothing.
+    """
+
+    def __init__(self, store: Store, textset_digest: str, convention: str) -> None:
+        self._store, self._digest, self._convention = store, textset_digest, convention
+        self._shards: set[str] = set()
+        self._completed: dict[ResultKey, int] = {}
+        self._removed: dict[ResultKey, int] = {}
+        self._failures: dict[str, dict[ResultKey, Failure]] = {}
+        self._by_name: dict[str, list[ResultKey]] = {}
+
+    def refresh(self) -> None:
+        """Read what has come since."""
+        is_moving = True
+        while is_moving:
+            is_moving = False
+            folder, sizes = self._store.partition(self._digest), self._store.shards(self._digest)
+            new = [with_bytes(folder / name, sizes[name]) for name in sizes.keys() - self._shards]
+            for shard, states in zip(new, map_paths(_states, new), strict=True):
+                if states is None:  # merged with others: the next listing has these
+                    is_moving = True
+                    continue
+                self._shards.add(shard.name)
+                for state in states:
+                    self._enter(state)
+
+    def add(self, key: ResultKey) -> None:
+        """Have a row that was written just now, and is read with the next shards."""
+        self._enter(RowState(key, "complete", time.time_ns() // 1000, None, None))
+
+    def __contains__(self, key: ResultKey) -> bool:
+        """Whether there is a complete row."""
+        created = self._completed.get(key)
+        return created is not None and created >= self._removed.get(key, created)
+
+    def completed_us(self) -> dict[ResultKey, int]:
+        """When each complete row was written, in microseconds since 1970."""
+        return {key: when for key, when in self._completed.items() if key in self}
+
+    def failure(self, request: ModelRequest, dtype: str) -> Failure | None:
+        """The last failure of what is asked for, unless it was done or its folder written since."""
+        name, asked = name_of(request), asked_of(request, dtype)
+        commit = request.revision if _COMMIT.fullmatch(request.revision or "") else None
+        keys = self._keys(request, dtype)
+        # What a branch or tag has become is not known: any result may be its.
+        results = [self._completed[key] for key in keys if commit in (None, key.revision)]
+        since = max([*results, _changed_us(request.model)], default=0)
+        found = [each for each in self._counting(name, since) if each.asked in (None, asked)]
+        return max(found, key=_order, default=None)
+
+    def tries(self) -> dict[Asked, int]:
+        """How often what has failed was tried, whether that counts or not."""
+        found: dict[Asked, int] = {}
+        for name, failures in self._failures.items():
+            for each in failures.values():
+                asked = name, each.asked
+                found[asked] = max(each.attempts, found.get(asked, 0))
+        return found
+
+    def failures(self) -> dict[str, Failure]:
+        """The last failure of each name that has had no result since."""
+        found: dict[str, Failure] = {}
+        for name in self._failures:
+            done = max((self._completed[key] for key in self._by_name.get(name, ())), default=0)
+            if counting := self._counting(name, done):
+                found[name] = max(counting, key=_order)
+        return found
+
+    def has(self, request: ModelRequest, dtype: str) -> bool | None:
+        """Whether a model's result is there; None where its name alone does not tell.
+
+        That is so of a branch or tag of the Hub, and of other tokenizers and adapters. A folder
+        that was written since has none.
+        """
+        revision = request.revision
+        is_plain = request.tokenizer is None and request.adapter_base is None
+        if not is_plain or not (revision is None or _COMMIT.fullmatch(revision)):
+            return None
+        keys = [
+            key
+            for key in self._keys(request, dtype)
+            if key in self and revision in (None, key.revision)
+        ]
+        if not keys:
+            return False
+        return _changed_us(request.model) <= max(self._completed[key] for key in keys)
+
+    def settled(
+        self,
+        request: ModelRequest,
+        dtype: str,
+        attempts: int,
+        forgiven: Mapping[Asked, int] | None = None,
+    ) -> bool | None:
+        """Whether nothing is to be done: a result is there, or no other try is due.
+
+        Args:
+            request: the model.
+            dtype: unless it has its own.
+            attempts: how often a model is tried.
+            forgiven: tries that do not count, of `tries`.
+
+        Returns: None where only a look at the model tells.
+        """
+        failure = self.failure(request, dtype)
+        if failure is not None:
+            same = [(name_of(request), asked) for asked in (None, failure.asked)]
+            before = max((forgiven or {}).get(each, 0) for each in same)
+            if failure.attempts > before:
+                return failure.is_lasting or failure.attempts - before >= attempts
+        return self.has(request, dtype)
+
+    # ------------------------------------------------------------------ inside
+
+    def _counting(self, name: str, since_us: int) -> list[Failure]:
+        """Failures of a name after a time, but for what was done or removed."""
+        return [
+            each
+            for key, each in self._failures.get(name, {}).items()
+            if key not in self and each.created_us > max(since_us, self._removed.get(key, 0))
+        ]
+
+    def _keys(self, request: ModelRequest, dtype: str) -> list[ResultKey]:
+        """Complete rows of a name in the dtype asked for, also those that were removed since."""
+        dtype = request.dtype or dtype
+        keys = self._by_name.get(name_of(request), ())
+        return [key for key in keys if dtype in ("auto", key.dtype)]
+
+    def _enter(self, state: RowState) -> None:
+        key = state.key
+        own = (key.layer, key.convention, key.scoring_version)
+        if own != (None, self._convention, SCORING_VERSION):
+            return
+        if state.status == "removed":
+            self._removed[key] = max(state.created_us, self._removed.get(key, state.created_us))
+        elif state.status == "complete":
+            if key not in self._completed:
+                self._by_name.setdefault(key.model, []).append(key)
+            self._completed[key] = max(state.created_us, self._completed.get(key, 0))
+        else:
+            known = self._failures.setdefault(key.model, {})
+            failure = _failure(state)
+            if key not in known or _order(known[key]) <= _order(failure):
+                known[key] = failure
+
+
+def _states(shard: AnyPath) -> list[RowState] | None:
+    try:
+        return read_states(shard)
+    except FileNotFoundError:
+        return None
+
+
+def name_of(request: ModelRequest) -> str:
+    """What a model's rows are kept under."""
+    return request.name or as_utf8(os.path.normpath(request.model))
+
+
+def asked_of(request: ModelRequest, dtype: str) -> tuple[str | None, ...]:
+    """What tells requests of one name apart."""
+    return request.revision, request.dtype or dtype, request.tokenizer, request.adapter_base
+
+
+def _order(failure: Failure) -> tuple[int, int]:
+    """The last one has the most attempts, whatever the clocks of workers say."""
+    return failure.attempts, failure.created_us
+
+
+def _failure(state: RowState) -> Failure:
+    metadata: Any = {}
+    with contextlib.suppress(ValueError):
+        metadata = json.loads(state.metadata or "{}")
+    attempts = metadata.get("attempts")
+    return Failure(
+        reason=state.error or "",
+        attempts=attempts if isinstance(attempts, int) else 1,
+        is_lasting=metadata.get("is_lasting") is True,
+        asked=tuple(asked) if isinstance(asked := metadata.get("asked"), list) else None,
+        created_us=state.created_us,
+    )
+
+
+def _changed_us(folder: str) -> int:
+    """When a file of a folder was last changed, in microseconds since 1970; 0 if it is none."""
+    newest = 0
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name == "config.json" or entry.name.endswith((".safetensors", ".bin")):
+                newest = max(newest, entry.stat().st_mtime_ns // 1000)
+    return newest

@@ -1,0 +1,179 @@
+"""Score many models into a store: what is done is skipped, what fails is written down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llfast.batches import CONVENTIONS
+from llfast.dtypes import parse_dtype
+from llfast.engines import check_budget
+from llfast.estimate import Estimate, estimate
+from llfast.model_list import ModelRequest
+from llfast.outcomes import Outcome
+from llfast.remote import AnyPath, RemotePath
+from llfast.store import Store
+from llfast.texts import TextSet
+from llfast.verify import read_manifest
+
+from .session import Opened, Session, open_request
+
+_LEFTOVER_SECONDS = 3600.0
+
+
+def score_models(
+    requests: Sequence[ModelRequest],
+    texts: TextSet,
+    store: Store,
+    *,
+    convention: str = "paper",
+    dtype: str = "auto",
+    device: str = "auto",
+    token_budget: int | None = None,
+    weights: str = "auto",
+    memory_budget: int | str | None = None,
+    verify: bool | str | os.PathLike[str] = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: bool | None = None,
+    report: Callable[[Outcome], None] | None = None,
+    together: bool = False,
+) -> list[Outcome]:
+    """Score models one after the other; a model that fails does not stop the rest.
+
+    A killed run goes on where it was: models in the store are skipped, and of the one that was
+    running, finished texts are kept beside the store.
+
+    Args:
+        requests: which models.
+        texts: N texts.
+        store: where results and reasons of failure go.
+        convention: as for `score`, and so are:
+        dtype: "auto" or a dtype.
+        device: "auto" or a device.
+        token_budget: the most tokens in a batch.
+        weights: "auto", "resident" or "paged".
+        memory_budget: for weights and texts on their way.
+        verify: compare sha256 digests of weights.
+        trust_remote_code: let checkpoints bring code of their own.
+        allow_pickle: let weights be pickles.
+        progress: show a bar a model.
+        report: is called with each outcome as it is known.
+        together: let relatives be paged as one, see `score_many`; all models are looked up first.
+
+    Raises:
+        OSError: if the store cannot be written.
+        ValueError: for a convention, dtype or device that there is not.
+        MissingDependencyError: if a model needs a package that is not installed.
+    """
+    memory_budget = begin(
+        requests,
+        store,
+        convention=convention,
+        dtype=dtype,
+        weights=weights,
+        memory_budget=memory_budget,
+        verify=verify,
+    )
+    session = Session(
+        texts,
+        store,
+        convention=convention,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        token_budget=token_budget,
+        weights=weights,
+        memory_budget=memory_budget,
+        verify=verify,
+        progress=progress,
+    )
+    outcomes: dict[int, Outcome] = {}
+
+    def note(number: int, outcome: Outcome) -> None:
+        outcomes[number] = outcome
+        if report is not None:
+            report(outcome)
+
+    numbers = range(len(requests))
+    for part in [numbers] if together else [[number] for number in numbers]:
+        opened: dict[int, Opened] = {}
+        for number in part:
+            found = session.open(requests[number])
+            if isinstance(found, Outcome):
+                note(number, found)
+            else:
+                opened[number] = found
+        for group in session.groups(opened):
+            for number, outcome in session.score(opened, group):
+                note(number, outcome)
+    return [outcomes[number] for number in numbers]
+
+
+def estimate_models(
+    requests: Sequence[ModelRequest],
+    texts: TextSet,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> list[Estimate]:
+    """What `score_models` would take; reads no weights and writes nothing."""
+    return [
+        estimate(
+            open_request(request, trust_remote_code, allow_pickle),
+            texts,
+            dtype=request.dtype or dtype,
+            **options,
+        )
+        for request in requests
+    ]
+
+
+def begin(
+    requests: Sequence[ModelRequest],
+    store: Store,
+    *,
+    convention: str,
+    dtype: str,
+    weights: str,
+    memory_budget: int | str | None,
+    verify: bool | str | os.PathLike[str],
+) -> int | None:
+    """Make a store ready, unless every model would fail for one slip of the pen.
+
+    Returns: the memory budget in bytes.
+
+    Raises:
+        ValueError: for a convention, dtype, way of having weights, or budget that there is not.
+        OSError: if a manifest cannot be read, or the store not be written.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    for name in (dtype, *(request.dtype or dtype for request in requests)):
+        if name != "auto":
+            parse_dtype(name)
+    for request in requests:
+        check_budget(request.weights or weights, request.memory_budget)
+    if not isinstance(verify, bool):
+        read_manifest(Path(verify))
+    budget_bytes = check_budget(weights, memory_budget)
+    store.prepare()
+    _remove_leftovers(store.folder)
+    return budget_bytes
+
+
+def _remove_leftovers(folder: AnyPath) -> None:
+    """Remove what killed writers were writing; what a living one writes is younger."""
+    if isinstance(folder, RemotePath):
+        return  # there is none: what is not whole is not there
+    for path in folder.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink()

@@ -1,0 +1,168 @@
+"""How far a fleet is, from its store alone."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from llfast.errors import StoreError
+from llfast.model_list import ModelRequest
+from llfast.shards import read_batches
+from llfast.store import Store
+from llfast.storefiles import only_textset
+
+from .leases import read_leases
+from .ledger import Failure, Ledger
+from .worker import LEASES
+
+_RECENT_SECONDS = 3600.0  # that rates are taken over
+_BATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How far a fleet is.
+
+    Attributes:
+        done: models of the list that have a result; without a list, names that have one.
+        to_do: models of the list that are still to be tried; None without a list. Those of which
+            only a look at the model tells (branches, other tokenizers) count as to be tried.
+        running: what workers are at: `model`, `host`, `rank`, `seconds` since they began, and
+            `silent_seconds` since they last gave a sign.
+        failed: why models have no result.
+        models_an_hour: over the last hour, or since the first result in it; None before the second.
+        tokens_a_second: scored tokens of the same models in the same time.
+        seconds_left: at that rate; None if it or the list is not known.
+    """
+
+    done: int
+    to_do: int | None
+    running: tuple[dict[str, Any], ...]
+    failed: dict[str, Failure]
+    models_an_hour: float | None
+    tokens_a_second: float | None
+    seconds_left: float | None
+
+    def summary(self) -> dict[str, Any]:
+        """What programs are told of it."""
+        failed = {
+            name: {"reason": each.reason, "attempts": each.attempts, "lasting": each.is_lasting}
+            for name, each in sorted(self.failed.items())
+        }
+        facts = {each.name: getattr(self, each.name) for each in fields(self)}
+        return facts | {"running": list(self.running), "failed": failed}
+
+
+def find_textset(store: Store, digest: str | None, convention: str) -> str | None:
+    """The text set of a store's results and failures, or of what workers are at.
+
+    Args:
+        store: where workers write.
+        digest: how it begins, where there are several.
+        convention: of the workers.
+
+    Returns: its whole digest; None before anything is known of any.
+
+    Raises:
+        StoreError: if there are several, or others alone.
+    """
+    leases = (each.facts for each in read_leases(store.folder / LEASES))
+    held = (facts["textset"] for facts in leases if facts.get("convention") == convention)
+    found = {*store.textsets(failures=True), *(each for each in held if isinstance(each, str))}
+    return only_textset(store.folder, sorted(found), digest) if found else None
+
+
+def fleet_status(
+    store: Store,
+    textset_digest: str | None,
+    *,
+    convention: str = "paper",
+    requests: Sequence[ModelRequest] | None = None,
+    dtype: str = "auto",
+    attempts: int = 3,
+    ledger: Ledger | None = None,
+) -> Status:
+    """What the store says of a text set under a convention.
+
+    Args:
+        store: where workers write.
+        textset_digest: of their texts; None as long as nothing is known of any.
+        convention: which tokens they score.
+        requests: their list, if it is to be told how much is left.
+        dtype: that they were told to run models in.
+        attempts: how often they try a model.
+        ledger: of the text set and convention, from an earlier look; only what is new is read then.
+    """
+    if textset_digest is None:
+        return Status(
+            done=0,
+            to_do=None if requests is None else len(requests),
+            running=(),
+            failed={},
+            models_an_hour=None,
+            tokens_a_second=None,
+            seconds_left=None,
+        )
+    ledger = ledger or Ledger(store, textset_digest, convention)
+    ledger.refresh()
+    done, failed = len({key.model for key in ledger.completed_us()}), ledger.failures()
+    now = time.time()
+    written = sorted(when / 1e6 for when in ledger.completed_us().values())
+    recent = [when for when in written if when > now - _RECENT_SECONDS]
+    rate = tokens = None
+    if len(recent) > 1:  # the first one began before
+        seconds = max(recent[-1] - recent[0], 1e-3)
+        rate = (len(recent) - 1) * 3600 / seconds
+        tokens = _tokens_since(store, textset_digest, recent[0], convention) / seconds
+    to_do = None
+    if requests is not None:
+        done = sum(bool(ledger.has(each, dtype)) for each in requests)
+        to_do = sum(not ledger.settled(each, dtype, attempts) for each in requests)
+    held = {each.path.stem: each for each in read_leases(store.folder / LEASES)}  # the last holds
+    running = tuple(
+        {
+            "model": each.facts.get("model"),
+            "host": each.facts.get("host"),
+            "rank": each.facts.get("rank"),
+            "seconds": now - _number(each.facts.get("since"), now),
+            "silent_seconds": max(now - each.changed_ns / 1e9, 0.0),
+        }
+        for each in held.values()
+        if (each.facts.get("textset"), each.facts.get("convention")) == (textset_digest, convention)
+    )
+    return Status(
+        done=done,
+        to_do=to_do,
+        running=running,
+        failed=failed,
+        models_an_hour=rate,
+        tokens_a_second=tokens,
+        seconds_left=None if rate is None or to_do is None else to_do * 3600 / rate,
+    )
+
+
+def _tokens_since(store: Store, digest: str, since: float, convention: str) -> int:
+    """Scored tokens of results that were written after a time; of the shards since then only."""
+    start = datetime.fromtimestamp(since, UTC)
+    columns = ["status", "convention", "layer", "created", "token_counts"]
+    total = 0
+    for name in store.shards(digest):
+        if int(name.partition("-")[0]) < since * 1e9:  # when it was written
+            continue
+        with contextlib.suppress(FileNotFoundError, StoreError):
+            for _, batch in read_batches(
+                store.partition(digest) / name, columns, batch_bytes=_BATCH_BYTES
+            ):
+                for row in batch.to_pylist():
+                    own = (row["status"], row["convention"], row["layer"])
+                    if own == ("complete", convention, None) and row["created"] > start:
+                        total += sum(row["token_counts"] or ())
+    return total
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return float(value) if isinstance(value, int | float) else otherwise
