@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -11,9 +12,17 @@ from datetime import UTC, datetime, timedelta
 import pyarrow as pa
 
 from .errors import StoreError
-from .remote import AnyPath, file_bytes, map_paths, sorted_glob
+from .remote import AnyPath, map_paths, with_bytes
 from .rows import StoredRow, lasting
-from .shards import GROUP_BYTES, SCHEMA, read_batches, read_rows, warn_of_damage, write_shard
+from .shards import (
+    GROUP_BYTES,
+    SCHEMA,
+    list_shards,
+    read_batches,
+    read_rows,
+    warn_of_damage,
+    write_shard,
+)
 
 SHARD_BYTES = 2 << 30  # about the most that a merged shard has, as long as they are few
 LARGE_BYTES = SHARD_BYTES // 2  # of a shard that is not merged any more
@@ -26,20 +35,20 @@ def merge_shards(folder: AnyPath) -> int:
     """Write the rows that count into few shards, in the place of all that are small or hold others.
 
     A shard is removed once all that counts of it is in finished ones: a kill loses nothing, and
-    leaves rows twice. Damaged shards stay where they are, and count for nothing.
+    leaves rows twice. So one that is gone has been merged by another compaction, and is left to it.
+    Damaged shards stay where they are, and count for nothing.
 
     Returns: how many shards were merged.
 
     Raises:
-        FileNotFoundError: if another compaction has removed one meanwhile.
         OSError: if a merged shard cannot be written; what it was to hold is still there then.
     """
-    shards = sorted_glob(folder, "*.parquet")
-    listed = dict(zip(shards, map_paths(read_rows, shards), strict=True))
+    sizes = {with_bytes(folder / name, size): size for name, size in list_shards(folder).items()}
+    listed = dict(zip(sizes, map_paths(_rows, list(sizes)), strict=True))
     whole = {shard: rows for shard, rows in listed.items() if rows}
     # If all that are not merged have a 98th of all bytes, and all but one of the merged have two,
     # they are 99 together; what is a little larger for being merged may make one more.
-    part = sum(map(file_bytes, shards)) // (MOST_SHARDS - 2)
+    part = sum(sizes.values()) // (MOST_SHARDS - 2)
     large_bytes, shard_bytes = max(LARGE_BYTES, part), max(SHARD_BYTES, 2 * part)
     schemas: dict[AnyPath, pa.Schema] = {}
     while True:
@@ -47,15 +56,16 @@ def merge_shards(folder: AnyPath) -> int:
         rows = list(itertools.chain.from_iterable(whole.values()))
         forget_before = datetime.now(UTC) - REMOVALS_LAST if certain else None
         kept = lasting(rows, forget_before=forget_before)
-        merged = _to_merge(whole, kept, large_bytes)
+        small = {shard for shard in whole if sizes[shard] < large_bytes}
+        merged = _to_merge(whole, kept, small)
         needed = merged | _replacing(rows, kept) if merged else set()
         unread = sorted(needed - set(schemas), key=str)
         found = dict(zip(unread, map_paths(_check, unread), strict=True))
-        damaged = {shard for shard, schema in found.items() if schema is None}
+        lost = {shard for shard, schema in found.items() if schema is None}
         schemas |= {shard: schema for shard, schema in found.items() if schema is not None}
-        if not damaged:
+        if not lost:
             break
-        whole = {shard: rows for shard, rows in whole.items() if shard not in damaged}
+        whole = {shard: rows for shard, rows in whole.items() if shard not in lost}
     if merged:
         schema = pa.unify_schemas([SCHEMA, *(schemas[shard] for shard in sorted(merged, key=str))])
         left = [row for row in kept if row.shard in merged]
@@ -65,16 +75,15 @@ def merge_shards(folder: AnyPath) -> int:
 
 
 def _to_merge(
-    whole: Mapping[AnyPath, Sequence[StoredRow]], kept: Sequence[StoredRow], large_bytes: int
+    whole: Mapping[AnyPath, Sequence[StoredRow]], kept: Sequence[StoredRow], small: set[AnyPath]
 ) -> set[AnyPath]:
-    """All shards but large ones whose results all count; none if that would change nothing."""
+    """All small shards, and those that hold what does not count; none if that changes nothing."""
     left = Counter(row.shard for row in kept)
     results = Counter(row.shard for row in kept if row.status == "complete")
     merged = {
         shard
         for shard, rows in whole.items()
-        if results[shard] < sum(row.status == "complete" for row in rows)
-        or file_bytes(shard) < large_bytes
+        if shard in small or results[shard] < sum(row.status == "complete" for row in rows)
     }
     if len(merged) == 1 and all(left[shard] == len(whole[shard]) for shard in merged):
         return set()
@@ -89,12 +98,21 @@ def _replacing(rows: Iterable[StoredRow], kept: Iterable[StoredRow]) -> set[AnyP
     return {row.shard for row in kept if row.status == "complete" and row.key in dropped}
 
 
+def _rows(shard: AnyPath) -> list[StoredRow]:
+    """What a shard holds: nothing if it is damaged or gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return read_rows(shard)
+    return []
+
+
 def _check(shard: AnyPath) -> pa.Schema | None:
-    """Read a shard to its end; its columns, or None if it is not whole."""
+    """Read a shard to its end; its columns, or None if it is not whole, or gone."""
     schema = None
     try:
         for _, batch in read_batches(shard, batch_bytes=GROUP_BYTES // 4):
             schema = batch.schema.remove_metadata()
+    except FileNotFoundError:
+        return None
     except StoreError as error:
         warn_of_damage(error)  # it stays where it is
         return None
@@ -138,16 +156,17 @@ def _row_groups(
     waiting_bytes = 0
     for shard, places in positions.items():
         places.sort()
-        for start, batch in read_batches(shard, batch_bytes=GROUP_BYTES // 4, positions=places):
-            low, high = (bisect_left(places, end) for end in (start, start + batch.num_rows))
-            if low == high:
-                continue
-            chosen = [place - start for place in places[low:high]]
-            waiting.append(_with_columns(pa.Table.from_batches([batch]).take(chosen), schema))
-            waiting_bytes += waiting[-1].nbytes
-            if waiting_bytes >= GROUP_BYTES:
-                yield pa.concat_tables(waiting)
-                waiting, waiting_bytes = [], 0
+        with contextlib.suppress(FileNotFoundError):  # what counted of it is in another shard
+            for start, batch in read_batches(shard, batch_bytes=GROUP_BYTES // 4, positions=places):
+                low, high = (bisect_left(places, end) for end in (start, start + batch.num_rows))
+                if low == high:
+                    continue
+                chosen = [place - start for place in places[low:high]]
+                waiting.append(_with_columns(pa.Table.from_batches([batch]).take(chosen), schema))
+                waiting_bytes += waiting[-1].nbytes
+                if waiting_bytes >= GROUP_BYTES:
+                    yield pa.concat_tables(waiting)
+                    waiting, waiting_bytes = [], 0
         finished.append(shard)
     if waiting:
         yield pa.concat_tables(waiting)

@@ -13,6 +13,7 @@ one key the newest complete one counts; a removal is a row, too, and hides those
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -51,6 +52,7 @@ from .storefiles import (
 # What begins with _ or . is no data to pyarrow, Spark and DuckDB: they can be given the store.
 _TEXTS = "_texts.json"
 _PER_TEXT = ("loglikelihoods", "token_counts", "truncated", "token_budgets")
+_TRIES = 20  # that one shard may be listed and not be there, as on a network
 _Read = TypeVar("_Read")
 
 
@@ -156,7 +158,7 @@ class Store:
         """
         if not self.folder.is_dir():
             raise StoreError(f"{self.folder} must be a store, got no such folder")
-        return sum(self._retry(partial(merge_shards, folder)) for folder in self._partitions())
+        return sum(merge_shards(folder) for folder in self._partitions())
 
     # ---------------------------------------------------------------- reading
 
@@ -384,10 +386,15 @@ class Store:
         return write_shard(folder, (pa.Table.from_pylist(rows, schema=SCHEMA) for rows in groups))
 
     def _retry(self, read: Callable[[], _Read]) -> _Read:
-        """Read again if a shard or a row was removed between listing and reading."""
-        for _ in range(20):
+        """Read again if a shard or a row was removed between listing and reading.
+
+        As long as it is another one each time, others get on: that lasts no longer than they work.
+        """
+        tries: Counter[str] = Counter()
+        while True:
             try:
                 return read()
-            except (FileNotFoundError, RowGoneError):
-                continue
-        return read()
+            except (FileNotFoundError, RowGoneError) as error:
+                tries[str(error)] += 1
+                if tries[str(error)] > _TRIES:
+                    raise

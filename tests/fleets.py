@@ -37,7 +37,7 @@ def make_list(folder, checkpoints, count, name="org/{kind}-{number}", *, others=
         kind = KINDS[number % 2]
         model = copy_checkpoint(checkpoints / kind, folder / f"{kind}-{number}", shake)
         called = name.format(kind=kind, number=number)
-        lines.append({"model": str(model), "name": called, "number": number})
+        lines.append({"model": str(model), "name": called, "family": kind, "number": number})
     for place, line in (others or {}).items():
         lines.insert(place, line)
     path = folder / "list.jsonl"

@@ -23,6 +23,8 @@ from llfast.quantised import QuantisedWeight
 from llfast.quantised.dequantise import LazyWeight
 from llfast.safetensors_file import StoredTensor
 
+from .slots import move_to
+
 # Models that change their weights in a forward, which a page does not outlive.
 _CHANGE_THEIR_WEIGHTS = {"rwkv"}
 
@@ -191,7 +193,7 @@ class Skeleton:
             if self._is_alone(name):  # transformers takes 36 ms a layer to say the same
                 key = self._quantised[name][0].name if name in self._quantised else None
                 tensor = others.pop(key or self.sources[name][0].name)
-                self._set(name, tensor.to(self.device, empty.dtype))
+                self._set(name, move_to(tensor, self.device, empty.dtype))
             else:
                 self._set(name, empty)  # whose shape and dtype transformers asks for
                 converted.append(name)

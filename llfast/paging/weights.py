@@ -21,6 +21,7 @@ from .members import KEPT, Member, Plan, tensors_of
 from .pages import Pages
 from .sharing import at_place
 from .skeleton import get_tensor
+from .slots import move_to
 from .statistics import LoadingStatistics
 from .tables import Rows, RowsOnDemand
 
@@ -158,7 +159,8 @@ class Weights:
                 later = [each for _, each in tiles[number + 1 :]]
                 self._bring(tile, later[0] if later else self._next_wave())
                 part = tile.parts["weight"]
-                weight = self._there.pop(part.tensor).to(head.module.weight.device, head.dtype)
+                weight = self._there.pop(part.tensor)
+                weight = move_to(weight, head.module.weight.device, head.dtype)
                 self._statistics.shared_bytes += (len(members) - 1) * tile.nbytes
             if self.keep:
                 self._tile_weights[tile] = weight

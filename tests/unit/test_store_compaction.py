@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llfast import Store, StoreError, compaction
+from llfast import Store, StoreError, compaction, shards
 from llfast.errors import LlfastWarning
 from tests.stores import (
     DIGEST,
@@ -27,6 +27,10 @@ from tests.stores import (
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
+
+
+def statuses(store):
+    return sorted(row.status for row in store.read_shards(DIGEST, store.shards(DIGEST)))
 
 
 def test_compaction_changes_nothing_that_is_read(store):
@@ -248,11 +252,61 @@ def test_columns_of_others_are_kept(store):
     assert ds.dataset(store_shards(store)[0]).to_table()["more"].to_pylist() == [7, None]
 
 
+# ------------------------------------------------------------------------------ others at work
+
+
+@pytest.mark.parametrize("moment", ["list_shards", "read_rows", "read_batches", "_to_merge"])
+def test_what_another_compaction_takes_is_left_to_it_however_often(store, monkeypatch, moment):
+    for model in "abc":
+        store.add(make_result(model))
+    store.remove(["b"])
+    step, own = getattr(compaction, moment), []
+
+    def overtaken(*arguments, **named):
+        if not own:
+            own.append(True)
+            store.compact()
+            for _ in range(2):
+                store.add(make_result("a", loglikelihoods=numbers("newer")))
+            own.clear()
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(compaction, moment, overtaken)
+    for _ in range(3):
+        store.compact()
+        matrix = store.matrix()
+        assert matrix.models == ("a", "c")
+        np.testing.assert_array_equal(matrix.values, [numbers("newer"), numbers("c")])
+    monkeypatch.undo()
+    store.compact()
+    assert statuses(store) == ["complete", "complete", "removed"]
+
+
+def test_readers_get_on_however_often_a_compaction_comes_first(store, monkeypatch):
+    store.add(make_result("a"))
+    read, left = shards.read_rows, [None] * 50
+
+    def overtaken(shard):
+        if left:
+            left.pop()
+            store.add(make_result("a"))
+            store.compact()
+        return read(shard)
+
+    monkeypatch.setattr(shards, "read_rows", overtaken)
+    assert [row.key.model for row in store.rows()] == ["a"]
+    assert not left
+
+
+def test_a_shard_that_is_listed_and_never_there_is_an_error(store):
+    store.add(make_result("a"))
+    dangling = store_shards(store)[0].with_name("dangling.parquet")
+    dangling.symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"dangling\.parquet"):
+        store.rows()
+
+
 # ------------------------------------------------------------------------------ removals
-
-
-def statuses(store):
-    return sorted(row.status for row in store.read_shards(DIGEST, store.shards(DIGEST)))
 
 
 def test_a_removal_is_forgotten_when_nothing_can_come_up_any_more(store, monkeypatch):
