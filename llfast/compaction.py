@@ -12,12 +12,11 @@ from datetime import UTC, datetime, timedelta
 import pyarrow as pa
 
 from .errors import StoreError
-from .remote import AnyPath, map_paths, with_bytes
-from .rows import StoredRow, lasting
+from .remote import AnyPath, file_bytes, map_paths, sorted_glob
+from .rows import StoredRow, lasting, order_of
 from .shards import (
     GROUP_BYTES,
     SCHEMA,
-    list_shards,
     read_batches,
     read_rows,
     warn_of_damage,
@@ -29,30 +28,41 @@ LARGE_BYTES = SHARD_BYTES // 2  # of a shard that is not merged any more
 MOST_SHARDS = 100  # of a text set after a compaction; beyond 98 GiB shards are larger for it
 # Longer than a compaction takes: one that has begun before a removal can still write what it hides.
 REMOVALS_LAST = timedelta(days=1)
+_TRIES = 20
 
 
 def merge_shards(folder: AnyPath) -> int:
     """Write the rows that count into few shards, in the place of all that are small or hold others.
 
     A shard is removed once all that counts of it is in finished ones: a kill loses nothing, and
-    leaves rows twice. So one that is gone has been merged by another compaction, and is left to it.
-    Damaged shards stay where they are, and count for nothing.
+    leaves rows twice. Damaged shards stay where they are, and count for nothing; so do those that
+    another compaction takes meanwhile. While others take whatever is to be written, it is left to
+    them.
 
     Returns: how many shards were merged.
 
     Raises:
         OSError: if a merged shard cannot be written; what it was to hold is still there then.
     """
-    sizes = {with_bytes(folder / name, size): size for name, size in list_shards(folder).items()}
-    listed = dict(zip(sizes, map_paths(_rows, list(sizes)), strict=True))
-    whole = {shard: rows for shard, rows in listed.items() if rows}
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return _merge(folder)
+    return 0
+
+
+def _merge(folder: AnyPath) -> int:
+    """The same; raises FileNotFoundError, and removes nothing more, if a shard is gone."""
+    shards = sorted_glob(folder, "*.parquet")
+    read = dict(zip(shards, map_paths(_size_and_rows, shards), strict=True))
+    sizes = {shard: size for shard, (size, _) in read.items()}
+    whole = {shard: rows for shard, (_, rows) in read.items() if rows}
     # If all that are not merged have a 98th of all bytes, and all but one of the merged have two,
     # they are 99 together; what is a little larger for being merged may make one more.
     part = sum(sizes.values()) // (MOST_SHARDS - 2)
     large_bytes, shard_bytes = max(LARGE_BYTES, part), max(SHARD_BYTES, 2 * part)
     schemas: dict[AnyPath, pa.Schema] = {}
     while True:
-        certain = len(whole) == len(listed)  # else a removal may hide what cannot be read now
+        certain = len(whole) == len(shards)  # else a removal may hide what cannot be read now
         rows = list(itertools.chain.from_iterable(whole.values()))
         forget_before = datetime.now(UTC) - REMOVALS_LAST if certain else None
         kept = lasting(rows, forget_before=forget_before)
@@ -69,8 +79,7 @@ def merge_shards(folder: AnyPath) -> int:
     if merged:
         schema = pa.unify_schemas([SCHEMA, *(schemas[shard] for shard in sorted(merged, key=str))])
         left = [row for row in kept if row.shard in merged]
-        removed = _write(left, folder, schema, shard_bytes)
-        _remove(merged - removed)  # nothing of which counts
+        _remove(merged - _write(left, folder, schema, shard_bytes, after=max(merged, key=_order)))
     return len(merged)
 
 
@@ -98,11 +107,11 @@ def _replacing(rows: Iterable[StoredRow], kept: Iterable[StoredRow]) -> set[AnyP
     return {row.shard for row in kept if row.status == "complete" and row.key in dropped}
 
 
-def _rows(shard: AnyPath) -> list[StoredRow]:
-    """What a shard holds: nothing if it is damaged or gone."""
+def _size_and_rows(shard: AnyPath) -> tuple[int, list[StoredRow]]:
+    """Bytes of a shard, and what it holds: nothing if it is damaged or gone."""
     with contextlib.suppress(FileNotFoundError):
-        return read_rows(shard)
-    return []
+        return file_bytes(shard), read_rows(shard)
+    return 0, []
 
 
 def _check(shard: AnyPath) -> pa.Schema | None:
@@ -120,14 +129,26 @@ def _check(shard: AnyPath) -> pa.Schema | None:
 
 
 def _remove(shards: Iterable[AnyPath]) -> None:
-    for _ in map_paths(lambda shard: shard.unlink(missing_ok=True), list(shards)):
+    """The oldest first: a failure is gone before what has kept it from counting."""
+    for _ in map_paths(lambda shard: shard.unlink(missing_ok=True), sorted(shards, key=_order)):
         pass
 
 
+def _order(shard: AnyPath) -> tuple[bool, str]:
+    return order_of(shard.name)
+
+
 def _write(
-    rows: Sequence[StoredRow], folder: AnyPath, schema: pa.Schema, shard_bytes: int
+    rows: Sequence[StoredRow],
+    folder: AnyPath,
+    schema: pa.Schema,
+    shard_bytes: int,
+    *,
+    after: AnyPath,
 ) -> set[AnyPath]:
     """Write rows into shards of the folder, and remove those that they come from on the way.
+
+    Their names come after one that is given, so that of two copies the later one counts.
 
     Returns: what was removed.
     """
@@ -135,7 +156,8 @@ def _write(
     finished: list[AnyPath] = []
     tables = _row_groups(rows, schema, finished)
     for first in tables:
-        write_shard(folder, itertools.chain([first], tables), most_bytes=shard_bytes)
+        groups = itertools.chain([first], tables)
+        write_shard(folder, groups, most_bytes=shard_bytes, after=after.name)
         _remove(finished)
         removed.update(finished)
         finished.clear()
@@ -156,17 +178,16 @@ def _row_groups(
     waiting_bytes = 0
     for shard, places in positions.items():
         places.sort()
-        with contextlib.suppress(FileNotFoundError):  # what counted of it is in another shard
-            for start, batch in read_batches(shard, batch_bytes=GROUP_BYTES // 4, positions=places):
-                low, high = (bisect_left(places, end) for end in (start, start + batch.num_rows))
-                if low == high:
-                    continue
-                chosen = [place - start for place in places[low:high]]
-                waiting.append(_with_columns(pa.Table.from_batches([batch]).take(chosen), schema))
-                waiting_bytes += waiting[-1].nbytes
-                if waiting_bytes >= GROUP_BYTES:
-                    yield pa.concat_tables(waiting)
-                    waiting, waiting_bytes = [], 0
+        for start, batch in read_batches(shard, batch_bytes=GROUP_BYTES // 4, positions=places):
+            low, high = (bisect_left(places, end) for end in (start, start + batch.num_rows))
+            if low == high:
+                continue
+            chosen = [place - start for place in places[low:high]]
+            waiting.append(_with_columns(pa.Table.from_batches([batch]).take(chosen), schema))
+            waiting_bytes += waiting[-1].nbytes
+            if waiting_bytes >= GROUP_BYTES:
+                yield pa.concat_tables(waiting)
+                waiting, waiting_bytes = [], 0
         finished.append(shard)
     if waiting:
         yield pa.concat_tables(waiting)

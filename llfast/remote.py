@@ -149,6 +149,11 @@ def sorted_glob(folder: AnyPath, pattern: str) -> list[AnyPath]:
     return sorted(folder.glob(pattern), key=str)
 
 
+def file_bytes(path: AnyPath) -> int:
+    """The size of a file or object."""
+    return path.size if isinstance(path, RemotePath) else path.stat().st_size
+
+
 def with_bytes(path: AnyPath, size: int) -> AnyPath:
     """The same path, of which the size is known."""
     return path.with_size(size) if isinstance(path, RemotePath) else path

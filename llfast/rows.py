@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .remote import AnyPath
 from .results import ResultKey
 
 _MOST_LISTED = 20  # rows in an error, which is one line
+_OWN_NAME = re.compile(r"[0-9]{20}-[0-9a-f]{16}\.parquet")  # as `shards.write_shard` gives them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,7 @@ def lasting(rows: Iterable[StoredRow], *, forget_before: datetime | None) -> lis
     hiding = {row.key for row in rows if row.created < removed.get(row.key, row.created)}
     removals = {
         row.key: row
-        for row in rows
+        for row in sorted(rows, key=_rank)
         if row.status == "removed"
         and row.created == removed[row.key]
         and (row.key in hiding or forget_before is None or row.created >= forget_before)
@@ -237,8 +239,13 @@ def _by_layer(row: StoredRow) -> tuple[str, int]:
     return row.key.model, -1 if row.key.layer is None else row.key.layer
 
 
-def _rank(row: StoredRow) -> tuple[bool, datetime, str]:
-    return row.status == "complete", row.created, row.shard.name
+def order_of(name: str) -> tuple[bool, str]:
+    """Where a shard's name comes among others: a copy of rows comes after what it was made of."""
+    return _OWN_NAME.fullmatch(name) is not None, name
+
+
+def _rank(row: StoredRow) -> tuple[bool, datetime, tuple[bool, str]]:
+    return row.status == "complete", row.created, order_of(row.shard.name)
 
 
 def _removals(rows: Iterable[StoredRow]) -> dict[ResultKey, datetime]:

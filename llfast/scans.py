@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +15,7 @@ from .results import ResultKey
 from .rows import StoredRow
 from .shards import read_batches
 
-_TRIES = 20  # a shard can be compacted away again before it is opened
+_TRIES = 20  # that one shard may be listed and not be there, as on a network
 _BATCHES = 4  # a block is filled from batches of a quarter of it
 
 
@@ -84,8 +84,8 @@ def _each(
     rows: Sequence[StoredRow], batch_bytes: int, list_again: Callable[[], Iterable[StoredRow]]
 ) -> Iterator[tuple[int, Float64[np.ndarray, " N"]]]:
     """Every row's number and values, wherever compactions put it meanwhile."""
-    waiting = dict(enumerate(rows))
-    for _ in range(_TRIES):
+    waiting, tries = dict(enumerate(rows)), Counter[AnyPath]()
+    while waiting:
         moved: list[int] = []
         for shard, numbers in _by_shard(waiting).items():
             come = 0  # on a network a shard can go while it is being read
@@ -95,10 +95,11 @@ def _each(
                     come += 1
             except FileNotFoundError:
                 moved += numbers[come:]
-        if not moved:
-            return
-        waiting = _find_again([(number, rows[number]) for number in moved], list_again())
-    raise StoreError(f"{next(iter(waiting.values())).shard} must stay where it is, got it moved")
+                tries[shard] += 1
+                if tries[shard] > _TRIES:
+                    raise StoreError(f"{shard} must be where it is listed, got none") from None
+        again = [(number, rows[number]) for number in moved]
+        waiting = _find_again(again, list_again()) if again else {}
 
 
 def _by_shard(rows: Mapping[int, StoredRow]) -> dict[AnyPath, list[int]]:

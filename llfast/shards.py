@@ -23,7 +23,7 @@ from .errors import LlfastWarning, RemoteError, StoreError
 from .files import atomic_write
 from .remote import AnyPath, RemotePath, map_paths, sorted_glob
 from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
-from .rows import StoredRow
+from .rows import StoredRow, order_of
 
 SCHEMA = pa.schema(
     [
@@ -224,7 +224,11 @@ def read_folder(folder: AnyPath) -> list[StoredRow]:
 
 
 def write_shard(
-    folder: AnyPath, tables: Iterable[pa.Table], *, most_bytes: int | None = None
+    folder: AnyPath,
+    tables: Iterable[pa.Table],
+    *,
+    most_bytes: int | None = None,
+    after: str = "",
 ) -> str:
     """Add a shard under a name that no other writer takes; raises OSError if that fails.
 
@@ -232,10 +236,12 @@ def write_shard(
         folder: of the text set.
         tables: at least one; each, of at most about `GROUP_BYTES`, is a row group of its own.
         most_bytes: once the shard has so many, no more tables are taken.
+        after: a name that this one comes after (`rows.order_of`), whatever the clock says.
 
     Returns: the name.
     """
-    name = f"{time.time_ns():020d}-{secrets.token_hex(8)}.parquet"
+    earliest = int(after[:20]) + 1 if order_of(after)[0] else 0
+    name = f"{max(time.time_ns(), earliest):020d}-{secrets.token_hex(8)}.parquet"
     tables = iter(tables)
     first = next(tables)
     # Numbers seldom repeat: a dictionary of them takes 31 MB to make and a quarter of a file.

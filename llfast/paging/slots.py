@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llfast.dtypes import STORED_DTYPES
 from llfast.errors import CannotPageError
+from llfast.quantised.dequantise import LazyWeight
 
 try:
     from llfast._native import Memory
@@ -91,7 +92,7 @@ class Slot:
         return raw.view(kind).view(tuple(shape))
 
 
-def move_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def move_to(tensor: Tensor | LazyWeight, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor on a device, in a dtype; itself if it is so already.
 
     On a CPU a large copy has memory of its own, which goes when it does. In that of malloc, copies
@@ -99,6 +100,8 @@ def move_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     hard to find again (glibc before 2.38: its bug 14581); and as huge pages are made ready faster,
     a large copy takes a fifth of the time.
     """
+    if isinstance(tensor, LazyWeight):
+        return tensor.to(device, dtype)
     nbytes = tensor.numel() * dtype.itemsize
     is_copy = dtype != tensor.dtype and tensor.device.type == device.type == "cpu"
     if not is_copy or nbytes < _OWN_MEMORY_BYTES:

@@ -109,6 +109,7 @@ for number in range(31):
     layer()
     if not number:
         before = taken()
+assert all(each.data_ptr() % 4096 == 0 for each in there)  # as memory is that malloc has not
 print(taken() - before)
 """
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llfast import Store, StoreError, compaction, shards
+from llfast import Store, StoreError, compaction, scans, shards
 from llfast.errors import LlfastWarning
+from llfast.rows import order_of
 from tests.stores import (
     DIGEST,
     N,
@@ -255,7 +256,7 @@ def test_columns_of_others_are_kept(store):
 # ------------------------------------------------------------------------------ others at work
 
 
-@pytest.mark.parametrize("moment", ["list_shards", "read_rows", "read_batches", "_to_merge"])
+@pytest.mark.parametrize("moment", ["sorted_glob", "read_rows", "read_batches", "_write"])
 def test_what_another_compaction_takes_is_left_to_it_however_often(store, monkeypatch, moment):
     for model in "abc":
         store.add(make_result(model))
@@ -271,37 +272,93 @@ def test_what_another_compaction_takes_is_left_to_it_however_often(store, monkey
             own.clear()
         return step(*arguments, **named)
 
-    monkeypatch.setattr(compaction, moment, overtaken)
-    for _ in range(3):
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "_TRIES", 3)
+        patch.setattr(compaction, moment, overtaken)
         store.compact()
-        matrix = store.matrix()
-        assert matrix.models == ("a", "c")
-        np.testing.assert_array_equal(matrix.values, [numbers("newer"), numbers("c")])
-    monkeypatch.undo()
+        store.compact()
+    assert store.matrix().models == ("a", "c")
+    np.testing.assert_array_equal(store.matrix().values, [numbers("newer"), numbers("c")])
     store.compact()
     assert statuses(store) == ["complete", "complete", "removed"]
 
 
-def test_readers_get_on_however_often_a_compaction_comes_first(store, monkeypatch):
-    store.add(make_result("a"))
-    read, left = shards.read_rows, [None] * 50
+@pytest.mark.parametrize("name", ["part-0.parquet", f"{2**62:020d}-{'a' * 16}.parquet"])
+def test_of_copies_the_later_one_counts_whatever_names_and_clocks(store, monkeypatch, name):
+    for model in ("a", "b"):
+        store.add(make_result(model))
+    store_shards(store)[0].rename(store_shards(store)[0].with_name(name))
+    left, remove, write = [], compaction._remove, compaction._write
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "_remove", left.extend)
+        store.compact()  # which has written copies, and removes later what they are of
+        (copy,) = set(store_shards(store)) - set(left)
+        assert order_of(copy.name) > max(order_of(shard.name) for shard in left)
 
-    def overtaken(shard):
+        def overtaken(*arguments, **named):
+            remove(left)
+            return write(*arguments, **named)
+
+        patch.setattr(compaction, "_remove", remove)
+        patch.setattr(compaction, "_write", overtaken)
+        store.compact()
+    assert store.matrix().models == ("a", "b")
+
+
+@pytest.mark.parametrize("rows_before", [0, 1])
+def test_a_shard_that_only_seems_to_be_gone_stays(store, monkeypatch, rows_before):
+    # A network file system can say so (ESTALE) of a file that is there.
+    for models in ("ab", "cd"):
+        add_together(store, models)
+    read, left = compaction.read_batches, [None]
+
+    def gone(shard, **named):
+        for row, (start, batch) in enumerate(read(shard, **{**named, "batch_bytes": 1})):
+            if "positions" in named and row == rows_before and left:
+                left.pop()
+                raise FileNotFoundError(shard)
+            yield start, batch
+
+    monkeypatch.setattr(compaction, "read_batches", gone)
+    assert store.compact() == 2
+    assert store.matrix().models == ("a", "b", "c", "d")
+    assert not left
+
+
+def test_a_removal_is_not_forgotten_while_a_shard_is_away(store, monkeypatch):
+    monkeypatch.setattr(compaction, "REMOVALS_LAST", timedelta(0))
+    store.add(make_result("a"))
+    (shard,), away = store_shards(store), store.folder / "away"
+    shard.rename(away)
+    shard.symlink_to(away)
+    store.remove(["a"])
+    away = away.rename(store.folder / "further")
+    store.add(make_result("b"))
+    store.compact()
+    away.rename(store.folder / "away")
+    assert store.matrix().models == ("b",)
+
+
+@pytest.mark.parametrize(("module", "step"), [(shards, "read_rows"), (scans, "read_batches")])
+def test_readers_get_on_however_often_a_compaction_comes_first(store, monkeypatch, module, step):
+    store.add(make_result("a"))
+    read, left = getattr(module, step), [None] * 50
+
+    def overtaken(*arguments, **named):
         if left:
             left.pop()
             store.add(make_result("a"))
             store.compact()
-        return read(shard)
+        return read(*arguments, **named)
 
-    monkeypatch.setattr(shards, "read_rows", overtaken)
-    assert [row.key.model for row in store.rows()] == ["a"]
+    monkeypatch.setattr(module, step, overtaken)
+    assert store.matrix().models == ("a",)
     assert not left
 
 
 def test_a_shard_that_is_listed_and_never_there_is_an_error(store):
     store.add(make_result("a"))
-    dangling = store_shards(store)[0].with_name("dangling.parquet")
-    dangling.symlink_to("nowhere")
+    store_shards(store)[0].with_name("dangling.parquet").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError, match=r"dangling\.parquet"):
         store.rows()
 
