@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from .events import Log, no_log
 from .ledger import Ledger
 from .ray_cluster import connected, machines_of
 from .ray_dispatch import Dispatch
-from .ray_workers import Assignment, sign_of
+from .ray_workers import Assignment, sign_of, spare_collections
 from .share import Shared
 from .terms import Options, agree
 from .waiting import Waiting
@@ -91,7 +92,7 @@ def score_on_ray(
         run=assignment.run,
         log=log,
     )
-    with own, connected(address), _with_sign(store, assignment.run):
+    with own, connected(address), _with_sign(store, assignment.run), _spared_collections():
         waiting = Waiting(terms, machines_of(terms.device, cpus))
         dispatch = Dispatch(own, assignment, waiting, report, log)
         left = dispatch.run(requests, wait=wait)
@@ -108,3 +109,16 @@ def _with_sign(store: Store, run: str) -> Iterator[None]:
     finally:
         with suppress(OSError):  # which must not hide another error
             sign.unlink(missing_ok=True)
+
+
+@contextmanager
+def _spared_collections() -> Iterator[None]:
+    """Spare this process's collections, too, unless the caller has seen to them."""
+    if gc.get_freeze_count():
+        yield
+        return
+    spare_collections()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 from collections.abc import Mapping
@@ -63,6 +64,7 @@ class ScoringWorker:
         self._name, self._assignment = name, assignment
         self._tokens, self._gpus = tokens, gpus
         self._worker: Worker | None = None
+        self._has_scored = False
         terms = assignment.terms
         self._prefetch = Prefetch(
             trust_remote_code=terms.trust_remote_code, allow_pickle=terms.allow_pickle
@@ -112,6 +114,9 @@ class ScoringWorker:
             self._tokens.give_up_on.remote(self._name)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if not self._has_scored:
+                self._has_scored = True
+                spare_collections()  # modules are there now
 
 
 def sign_of(store: Store, run: str) -> AnyPath:
@@ -128,6 +133,16 @@ def _find_store(folder: str, run: str) -> Store:
             f"{socket.gethostname()} does not"
         )
     return store
+
+
+def spare_collections() -> None:
+    """Have garbage collections pass over all that there is now.
+
+    As long as anything of a run waits for room, Ray has each process collect every ten seconds,
+    which with the modules of transformers takes a second of Python's lock.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class TokenIds:

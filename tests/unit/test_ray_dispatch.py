@@ -1,6 +1,7 @@
 """Whatever becomes of workers, each model of a list is done once; with a stub in place of Ray."""
 
 import asyncio
+import gc
 import random
 import signal
 import time
@@ -48,6 +49,24 @@ def run(store, requests, **options):
 
 def requests_of(*names, **fields):
     return [ModelRequest(model=name, **fields) for name in names]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_collections_pass_over_what_was_there_as_long_as_a_run_lasts(store, monkeypatch, own):
+    gc.unfreeze()
+    if own:
+        gc.freeze()  # by whoever calls
+    before, seen = gc.get_freeze_count(), []
+
+    def attempt(actor, request):
+        seen.append(gc.get_freeze_count())
+        return scored(request)
+
+    StubCluster(attempt).install(monkeypatch)
+    run(store, requests_of("m"))
+    assert seen[0] > 10_000
+    assert gc.get_freeze_count() == before
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -316,7 +335,10 @@ def test_nobody_waits_for_token_ids_that_were_not_made():
         worker = ScoringWorker("worker 1", SimpleNamespace(terms=terms), handle, 0.0)
         request = ModelRequest(model="m")
         worker._worker = SimpleNamespace(attempt=scored)
+        gc.unfreeze()
         assert worker.attempt(request, None).status == "scored"
+        assert gc.get_freeze_count() > 10_000, "its modules are spared by collections"
+        gc.unfreeze()
         for name in calls:
             await tokens.give_up_on(name)
         assert await asyncio.wait_for(other, 1) is None, "it is to make them"
