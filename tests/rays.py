@@ -78,8 +78,10 @@ class StubCluster:
         return SimpleNamespace(options=options)
 
     def wait(self, references, num_returns=1, timeout=None):
-        placed = [each for each in references if self.is_placed(each.actor)]
-        return ([self._rng.choice(placed)] if placed else []), []
+        known = [
+            each for each in references if each.method == "attempt" or self.is_placed(each.actor)
+        ]
+        return ([self._rng.choice(known)] if known else []), []
 
     def is_placed(self, actor):
         return any(each.get("CPU", 0) >= actor.options["num_cpus"] for each in self.machines)
@@ -91,6 +93,8 @@ class StubCluster:
             return self.begin(reference.actor)
         request, _ = reference.arguments
         try:
+            if not self.is_placed(reference.actor):  # any more
+                raise ray.exceptions.ActorDiedError
             return self.attempt(reference.actor, request)
         finally:
             self.running.remove(request)

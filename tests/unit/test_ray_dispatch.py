@@ -29,7 +29,8 @@ TEXTS = TextSet(("a", "b"), ("one text", "and another"))
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """No size is known, and no time passes."""
+    """No size is known, and no time passes, nor with collections of garbage."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.setattr(ray_dispatch, "size_of", lambda request: None)
     monkeypatch.setattr(ray_dispatch, "_WAIT_SECONDS", 0.0)
 
