@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", type=int, default=15)
     parser.add_argument("--texts", type=int, default=30)
-    parser.add_argument("--repetitions", type=int, default=6)
+    parser.add_argument("--repetitions", type=int, default=12)
     parser.add_argument("--out", type=Path, default=RESULTS / "fleet.json")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="llfast-fleet-"))

@@ -155,6 +155,7 @@ class TokenIds:
         self._known: dict[str, asyncio.Future[Any]] = {}
         self._makers: dict[str, str] = {}  # of what is not there yet
         self._made = 0
+        spare_collections()
 
     async def find(self, name: str, worker: str) -> list[Any] | None:
         """In a list, a reference to arrays; None for a worker that is to make them."""
