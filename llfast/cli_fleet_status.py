@@ -67,15 +67,14 @@ def fleet_status_command(
 
 def _looks(store: Any, textset: str | None, *, convention: str, **options: Any) -> Iterator[Any]:
     """The status, again and again; each time, only what is new is read."""
-    from .fleet.ledger import Ledger
-    from .fleet.status import find_textset, fleet_status
+    from .fleet.status import Watch, find_textset, fleet_status
 
-    digest, ledger = None, None
+    digest, watch = None, None
     while True:
         if digest is None:  # as long as nobody has begun
             digest = find_textset(store, textset, convention)
-            ledger = None if digest is None else Ledger(store, digest, convention)
-        yield fleet_status(store, digest, convention=convention, ledger=ledger, **options)
+            watch = None if digest is None else Watch(store, digest, convention)
+        yield fleet_status(store, digest, convention=convention, watch=watch, **options)
 
 
 def _last(looks: Iterator[Any]) -> Any:

@@ -57,6 +57,49 @@ class Status:
         return facts | {"running": list(self.running), "failed": failed}
 
 
+class Watch:
+    """A store's results on one text set under one convention, look after look.
+
+    Each look reads what is new alone.
+
+    Attributes:
+        digest: of the text set.
+        convention: which tokens are scored.
+        ledger: what there is.
+    """
+
+    def __init__(self, store: Store, digest: str, convention: str) -> None:
+        self.digest, self.convention = digest, convention
+        self.ledger = Ledger(store, digest, convention)
+        self._store = store
+        self._tokens: dict[str, list[tuple[datetime, int]]] = {}  # of each result, by shard
+
+    def tokens_since(self, since: float) -> int:
+        """Scored tokens of results that were written after a time, in seconds since 1970."""
+        recent = [
+            name
+            for name in self._store.shards(self.digest)
+            if int(name.partition("-")[0]) >= since * 1e9  # when it was written
+        ]
+        known = self._tokens
+        self._tokens = {name: known[name] if name in known else self._read(name) for name in recent}
+        start = datetime.fromtimestamp(since, UTC)
+        return sum(
+            count for each in self._tokens.values() for created, count in each if created > start
+        )
+
+    def _read(self, name: str) -> list[tuple[datetime, int]]:
+        columns = ["status", "convention", "layer", "created", "token_counts"]
+        path, found = self._store.partition(self.digest) / name, []
+        with contextlib.suppress(FileNotFoundError, StoreError):
+            for _, batch in read_batches(path, columns, batch_bytes=_BATCH_BYTES):
+                for row in batch.to_pylist():
+                    own = (row["status"], row["convention"], row["layer"])
+                    if own == ("complete", self.convention, None):
+                        found.append((row["created"], sum(row["token_counts"] or ())))
+        return found
+
+
 def find_textset(store: Store, digest: str | None, convention: str) -> str | None:
     """The text set of a store's results and failures, or of what workers are at.
 
@@ -84,7 +127,7 @@ def fleet_status(
     requests: Sequence[ModelRequest] | None = None,
     dtype: str = "auto",
     attempts: int = 3,
-    ledger: Ledger | None = None,
+    watch: Watch | None = None,
 ) -> Status:
     """What the store says of a text set under a convention.
 
@@ -95,7 +138,7 @@ def fleet_status(
         requests: their list, if it is to be told how much is left.
         dtype: that they were told to run models in.
         attempts: how often they try a model.
-        ledger: of the text set and convention, from an earlier look; only what is new is read then.
+        watch: of the text set and convention, from an earlier look; only what is new is read then.
     """
     if textset_digest is None:
         return Status(
@@ -107,7 +150,8 @@ def fleet_status(
             tokens_a_second=None,
             seconds_left=None,
         )
-    ledger = ledger or Ledger(store, textset_digest, convention)
+    watch = watch or Watch(store, textset_digest, convention)
+    ledger = watch.ledger
     ledger.refresh()
     done, failed = len({key.model for key in ledger.completed_us()}), ledger.failures()
     now = time.time()
@@ -117,7 +161,7 @@ def fleet_status(
     if len(recent) > 1:  # the first one began before
         seconds = max(recent[-1] - recent[0], 1e-3)
         rate = (len(recent) - 1) * 3600 / seconds
-        tokens = _tokens_since(store, textset_digest, recent[0], convention) / seconds
+        tokens = watch.tokens_since(recent[0]) / seconds
     to_do = None
     if requests is not None:
         done = sum(bool(ledger.has(each, dtype)) for each in requests)
@@ -143,25 +187,6 @@ def fleet_status(
         tokens_a_second=tokens,
         seconds_left=None if rate is None or to_do is None else to_do * 3600 / rate,
     )
-
-
-def _tokens_since(store: Store, digest: str, since: float, convention: str) -> int:
-    """Scored tokens of results that were written after a time; of the shards since then only."""
-    start = datetime.fromtimestamp(since, UTC)
-    columns = ["status", "convention", "layer", "created", "token_counts"]
-    total = 0
-    for name in store.shards(digest):
-        if int(name.partition("-")[0]) < since * 1e9:  # when it was written
-            continue
-        with contextlib.suppress(FileNotFoundError, StoreError):
-            for _, batch in read_batches(
-                store.partition(digest) / name, columns, batch_bytes=_BATCH_BYTES
-            ):
-                for row in batch.to_pylist():
-                    own = (row["status"], row["convention"], row["layer"])
-                    if own == ("complete", convention, None) and row["created"] > start:
-                        total += sum(row["token_counts"] or ())
-    return total
 
 
 def _number(value: Any, otherwise: float) -> float:

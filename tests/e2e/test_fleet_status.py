@@ -5,8 +5,9 @@ import json
 import pytest
 
 from llfast import Store, cli_fleet_status
-from llfast.fleet import fleet_status, score_models, score_share
+from llfast.fleet import fleet_status, score_models, score_share, status
 from llfast.fleet.leases import Leases
+from llfast.fleet.status import Watch
 from llfast.model_list import ModelRequest, read_model_list
 from tests.terminals import on_a_terminal, screen
 
@@ -55,8 +56,8 @@ def test_json_where_no_terminal_is_or_it_is_asked_for(command, filled, models_li
     assert found["models_an_hour"] > 0
     assert found["tokens_a_second"] > 0
     assert found["seconds_left"] == 0
-    status = fleet_status(Store(filled), Store(filled).find_textset())
-    assert (status.to_do, status.seconds_left) == (None, None)
+    plain = fleet_status(Store(filled), Store(filled).find_textset())
+    assert (plain.to_do, plain.seconds_left) == (None, None)
 
     def look(*more, term="xterm"):
         return on_a_terminal(monkeypatch, lambda: command(*words, *more), "stdout", term)
@@ -106,6 +107,30 @@ def test_a_table_lives_until_nothing_is_left(
     assert "\x1b]0" not in shown
     assert "\x1b[2J" not in shown
     assert "\u202e" not in shown
+
+
+def test_another_look_reads_what_is_new_alone(tmp_path, texts, models_list, monkeypatch):
+    store, requests = Store(tmp_path / "store"), read_model_list(models_list)
+    score_models(requests[:2], texts, store, progress=False)
+    watch, read = Watch(store, texts.digest, "paper"), []
+    own = status.read_batches
+
+    def read_batches(path, *arguments, **options):
+        read.append(path.name)
+        return own(path, *arguments, **options)
+
+    monkeypatch.setattr(status, "read_batches", read_batches)
+    first = fleet_status(store, texts.digest, watch=watch)
+    assert len(read) == 1, "the first one began before"
+    score_models(requests, texts, store, progress=False)
+    second = fleet_status(store, texts.digest, watch=watch)
+    assert read == sorted(store.shards(texts.digest))[1:], "each once"
+    afresh = fleet_status(store, texts.digest)
+    assert second.tokens_a_second == pytest.approx(afresh.tokens_a_second)
+    assert (first.done, second.done) == (2, 3)
+    store.compact()
+    merged = fleet_status(store, texts.digest, watch=watch)
+    assert merged.tokens_a_second == pytest.approx(second.tokens_a_second)
 
 
 @pytest.mark.parametrize("name", ["time.sleep", "_parts"])
