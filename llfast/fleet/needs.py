@@ -24,6 +24,10 @@ _UNKNOWN_BYTES = 1.0 * _GIB  # of weights, where nothing says
 _LEAST_PAGES = 3  # of memory: two on their way, and what stays
 _MOST_AT_ONCE = 16  # on a GPU
 _LAYER = re.compile(r"(.*?\.\d+)\.")
+_PACKED = re.compile(
+    r"(?:.*\.)?(?:weight_packed|qweight)"
+)  # several numbers in one, mostly of 4 bits
+_PACKED_DTYPE = "F4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class Size:
     """What is stored of a model.
 
     Attributes:
-        parameters: stored numbers.
+        parameters: stored numbers; of those that are packed, as many as they are in 4 bits.
         page: stored numbers of the largest layer, or tensor that is in none.
         itemsize: bytes of most of them.
     """
@@ -105,7 +109,11 @@ def size_of(request: ModelRequest) -> Size | None:
         return None
     counts: Counter[str] = Counter()
     pages: Counter[str] = Counter()
-    for name, dtype, parameters in found:
+    for name, stored, numbers in found:
+        dtype, parameters = stored, numbers
+        if _PACKED.fullmatch(name) and stored in DTYPE_BITS:
+            dtype = _PACKED_DTYPE
+            parameters = numbers * DTYPE_BITS[stored] // DTYPE_BITS[dtype]
         counts[dtype] += parameters
         layer = _LAYER.match(name)
         pages[layer[1] if layer else name] += parameters

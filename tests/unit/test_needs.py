@@ -3,7 +3,9 @@
 import dataclasses
 
 import pytest
+import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from safetensors.torch import save_file
 
 from llfast.fleet import needs
 from llfast.fleet.needs import Machines, Size, Slot, place, size_of
@@ -60,6 +62,22 @@ def test_size_of_a_repository_takes_headers_alone(monkeypatch):
     adapter = dataclasses.replace(request, adapter_base="org/base")
     assert size_of(adapter) == size_of(request)
     assert asked == [("org/m", "v1"), ("org/base", None), ("org/m", "v1")]
+
+
+def test_packed_numbers_are_counted_one_by_one(tmp_path):
+    """They run in 16 or 32 bits each."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    layer = {f"model.layers.0.{name}.weight_packed": (32, 8) for name in ("q_proj", "k_proj")}
+    tensors = {name: torch.zeros(size, dtype=torch.int32) for name, size in layer.items()}
+    tensors["model.layers.0.q_proj.qweight"] = torch.zeros(8, 32, dtype=torch.int32)  # as others do
+    tensors["model.layers.0.q_proj.weight_scale"] = torch.zeros(32, 2, dtype=torch.bfloat16)
+    tensors["model.embed_tokens.weight"] = torch.zeros(100, 8, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    packed = 3 * 256 * 8
+    size = size_of(ModelRequest(model=str(tmp_path)))
+    assert size == Size(packed + 64 + 800, packed + 64, 0.5)
+    for machines, itemsize in ((CPUS, 4), (GPUS, 2)):
+        assert needs._itemsize(size, "auto", machines) == itemsize
 
 
 def test_a_model_that_is_not_there_has_no_size(tmp_path, monkeypatch):
