@@ -127,7 +127,12 @@ def open_waves(
     files = list(dict.fromkeys(tensor.path for tensor in read))
     with ExitStack() as stack:
         pages = stack.enter_context(Pages(files, models[0].device, statistics))
-        weights = Weights(members, pages, statistics, rows=rows)
+        counts = [int(each.token_counts.sum()) for each in tokens]
+        # Elsewhere memory_budget is for the device's memory alone.
+        is_host = models[0].device.type == "cpu"
+        weights = Weights(
+            members, pages, statistics, rows=rows, table_tokens=None if is_host else max(counts)
+        )
         name = models[0].name if len(models) == 1 else f"{len(models)} models"
         is_alone = len(models) == 1
         room = share_out(weights.plan, memory_bytes, may_keep=may_keep and is_alone, name=name)
@@ -135,7 +140,6 @@ def open_waves(
         check = None
         if not is_alone:
             alone = models[0].room(memory_bytes, may_keep=may_keep)
-            counts = [int(each.token_counts.sum()) for each in tokens]
             check = partial(refuse_if_alone_is_less, weights.plan, room, alone, counts)
         stack.enter_context(weights)
         for member, modules in zip(members, layers, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor
 from llfast.errors import CannotPageError, CheckpointError
 from llfast.safetensors_file import StoredTensor
 
-from .layout import Layout, Page, lay_out, row_bytes
+from .layout import Layout, Page, Part, lay_out, row_bytes
 from .slots import Slot
 from .statistics import LoadingStatistics, PageRead
 
@@ -108,6 +108,7 @@ class Pages:
             self._kept.append(slot)  # on a CPU its tensors hold what they need of it
         elif not keep:
             self._taken[page] = slot
+        slot.take()
         read.stall_seconds = time.perf_counter() - start
         self.statistics.pages.append(read)
         places = self._layout(page).places
@@ -129,15 +130,29 @@ class Pages:
             CheckpointError: as `take`.
         """
         size = row_bytes(tensor)
-        slot = Slot(size * len(rows), torch.device("cpu"))
         extents = np.empty((len(rows), 4), dtype=np.int64)
         extents[:, 0] = self._files[tensor.path]
         extents[:, 1] = tensor.begin + size * rows
         extents[:, 2] = size
         extents[:, 3] = size * np.arange(len(rows))
-        self._read_extents(tensor.name, slot.memory, extents)
-        self.statistics.rows_bytes += size * len(rows)
-        return slot.view(0, tensor.dtype, (len(rows), *tensor.shape[1:]))
+        return self._read_rows(tensor, extents, size * len(rows), (len(rows), *tensor.shape[1:]))
+
+    def table(self, tensor: StoredTensor) -> Tensor:
+        """All rows of it, likewise.
+
+        Raises:
+            CheckpointError: as `take`.
+        """
+        layout = lay_out({"table": Part(tensor)}, self._files)
+        return self._read_rows(tensor, layout.extents, layout.nbytes, tensor.shape)
+
+    def _read_rows(
+        self, tensor: StoredTensor, extents: np.ndarray, nbytes: int, shape: Sequence[int]
+    ) -> Tensor:
+        slot = Slot(nbytes, torch.device("cpu"))
+        self._read_extents(tensor.name, slot.memory(), extents)
+        self.statistics.rows_bytes += int(extents[:, 2].sum())
+        return slot.view(int(extents[0, 3]) if len(extents) else 0, tensor.dtype, shape)
 
     def slot_bytes(self, page: Page) -> int:
         """What a page takes in a slot."""
@@ -166,13 +181,13 @@ class Pages:
     def _read(self, page: Page, slot: Slot) -> tuple[Slot, PageRead]:
         read = PageRead(page.name, page.nbytes)
         try:
-            found = self._read_extents(page.name, slot.memory, self._layout(page).extents)
+            found = self._read_extents(page.name, slot.memory(), self._layout(page).extents)
+            slot.send()
         except BaseException:
             slot.close()
             raise
         read.disk_bytes, read.cached_bytes = found.read_bytes, found.cached_bytes
         read.read_seconds = found.seconds
-        slot.send()
         return slot, read
 
     def _read_extents(self, name: str, memory: Memory, extents: np.ndarray) -> ReadStatistics:

@@ -25,34 +25,46 @@ class Slot:
     """Room for one page.
 
     On a CPU, tensors are views of what is read. On CUDA, what is read lies in pinned memory, and is
-    copied as a whole to a slot of the same size there, on a stream of its own, in the thread that
-    reads; tensors are views of that one.
+    copied as a whole to a slot of the same size there, on a stream of its own; tensors are views of
+    that one. No thread waits for a copy but one that is to read to the same memory again: the
+    device itself copies after the last use of a slot, and computes after the copy.
 
     Attributes:
-        memory: what is read to.
         nbytes: its size.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = max(nbytes, 1)
-        self.memory = Memory(self.nbytes)
+        self._memory = Memory(self.nbytes)
         self._on_device: Tensor | None = None
         if device.type == "cuda":
             self._on_device = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
             self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             # The memory may have been another tensor's, which the device is still at.
             self._last_use: Any = torch.cuda.current_stream(device).record_event()
-            _check(_cudart().cudaHostRegister(self.memory.address, self.nbytes, 0))
+            self._copied: Any = None
+            _check(_cudart().cudaHostRegister(self._memory.address, self.nbytes, 0))
+
+    def memory(self) -> Memory:
+        """What is read to, once what it held has been copied to the device."""
+        if self._on_device is not None and self._copied is not None:
+            self._copied.synchronize()
+        return self._memory
 
     def send(self) -> None:
-        """Copy what was read to the device, and wait for that; not before the last use of it."""
+        """Have what was read copied to the device, after the last use of what is there."""
         if self._on_device is None:
             return
-        host = torch.frombuffer(self.memory, dtype=torch.uint8)
+        host = torch.frombuffer(self._memory, dtype=torch.uint8)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._last_use)
             self._on_device.copy_(host, non_blocking=True)
-        self._copies.synchronize()
+            self._copied = self._copies.record_event()
+
+    def take(self) -> None:
+        """Let nothing that is given to the device from now on begin before the copy has ended."""
+        if self._on_device is not None:
+            torch.cuda.current_stream(self._on_device.device).wait_event(self._copied)
 
     def let_go(self) -> None:
         """Say that what uses the slot's tensors has been given to the device, all of it."""
@@ -63,7 +75,7 @@ class Slot:
         """Give back what CUDA holds; memory itself goes with the last tensor that refers to it."""
         if self._on_device is not None:
             torch.cuda.synchronize(self._on_device.device)
-            _check(_cudart().cudaHostUnregister(self.memory.address))
+            _check(_cudart().cudaHostUnregister(self._memory.address))
             self._on_device = None
 
     def view(self, offset: int, dtype: str, shape: Sequence[int]) -> Tensor:
@@ -83,9 +95,9 @@ class Slot:
         if self._on_device is not None:
             raw = self._on_device[offset : offset + size]
         elif offset % kind.itemsize:
-            raw = torch.frombuffer(self.memory, dtype=torch.uint8, count=size, offset=offset)
+            raw = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=offset)
         else:
-            flat = torch.frombuffer(self.memory, dtype=kind, count=count, offset=offset)
+            flat = torch.frombuffer(self._memory, dtype=kind, count=count, offset=offset)
             return flat.view(tuple(shape))
         if offset % kind.itemsize:
             raw = raw.clone()

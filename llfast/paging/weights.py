@@ -42,6 +42,7 @@ class Weights:
         statistics: LoadingStatistics,
         *,
         rows: int,
+        table_tokens: int | None,
     ) -> None:
         """Prepare; `with` reads what stays in memory.
 
@@ -50,9 +51,10 @@ class Weights:
             pages: of the files of all.
             statistics: filled in.
             rows: how many rows linear layers will mostly be given.
+            table_tokens: of a model, where tables of words may be held; see `Rows`.
         """
         self._members, self._pages, self._statistics = members, pages, statistics
-        self._rows = rows
+        self._rows, self._table_tokens = rows, table_tokens
         self.keep = False
         self.plan = Plan(members, pages.slot_bytes)
         self.next_member: int | None = None
@@ -70,7 +72,7 @@ class Weights:
 
     def __enter__(self) -> Self:
         there: dict[StoredTensor, Tensor] = {}
-        cache = Rows(self._pages, remember=len(self._members) > 1)
+        cache = Rows(self._pages, remember=len(self._members) > 1, tokens=self._table_tokens)
         for number, member in enumerate(self._members):
             skeleton, units = member.skeleton, member.units
             page = self.plan.page(KEPT, range(number + 1))

@@ -7,12 +7,15 @@ import torch
 
 import llfast
 from llfast.paging import units
+from llfast.paging.slots import Slot
+from llfast.paging.suspended import Forward
 from tests.families import make_family
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import TEXTS, make_model, make_tokenizer, save
 
 pytestmark = pytest.mark.gpu
 OPTIONS = {"device": "cuda", "token_budget": 64}
+CYCLES = 10_000_000  # some 5 ms
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -27,6 +30,48 @@ def test_paged_equals_resident(tmp_path, monkeypatch, kind, dtype):
         result, statistics = score_paged(folder, TEXTS, memory_budget=budget, **options)
         check_same(result, expected)
         assert statistics.nbytes > 0
+
+
+def sleep_after(forward):
+    Forward.own_resume(forward)
+    torch.cuda._sleep(CYCLES)
+
+
+def sleep_before(slot):
+    with torch.cuda.stream(slot._copies):
+        torch.cuda._sleep(CYCLES)
+    Slot.own_send(slot)
+
+
+@pytest.mark.parametrize("slow", ["computing", "copying"])
+def test_pages_wait_for_the_device(tmp_path, monkeypatch, slow):
+    """The host runs far ahead of it; pages are neither used too early nor overwritten."""
+    for limit in LIMITS:
+        monkeypatch.setattr(units, limit, 0)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    folder = save(make_model("llama", **sizes), make_tokenizer(adds_bos=True), tmp_path / "m")
+    expected = llfast.score(folder, TEXTS, weights="resident", per_token=True, **OPTIONS)
+    monkeypatch.setattr(Forward, "own_resume", Forward.resume, raising=False)
+    monkeypatch.setattr(Slot, "own_send", Slot.send, raising=False)
+    if slow == "computing":
+        monkeypatch.setattr(Forward, "resume", sleep_after)
+    else:
+        monkeypatch.setattr(Slot, "send", sleep_before)
+    check_same(score_paged(folder, TEXTS, **OPTIONS)[0], expected)
+
+
+def test_a_table_of_words_is_read_once(tmp_path, monkeypatch):
+    """Where there are more tokens than words: its rows come one by one otherwise."""
+    for limit in LIMITS:
+        monkeypatch.setattr(units, limit, 0)
+    model = make_model("llama")
+    folder = save(model, make_tokenizer(adds_bos=True), tmp_path / "m")
+    table = model.get_input_embeddings().weight
+    for texts, is_whole in ((TEXTS * (1 + len(table) // 50), True), (TEXTS[:1], False)):
+        result, statistics = score_paged(folder, texts, **OPTIONS)
+        tokens = int(result.token_counts.sum())
+        assert (tokens >= len(table)) == is_whole
+        assert (statistics.rows_bytes == table.nbytes) == is_whole
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

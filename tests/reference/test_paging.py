@@ -12,7 +12,8 @@ from llfast import batchwise, engines
 from llfast.checkpoint import Checkpoint
 from llfast.errors import LlfastWarning, UnsupportedModelError
 from llfast.paging import model as paged_model
-from llfast.paging import units
+from llfast.paging import units, weights
+from llfast.paging.tables import Rows
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import SIZES, TEXTS, make_model, make_tokenizer, quiet, save
 
@@ -86,6 +87,25 @@ def test_embeddings_by_rows(kind, dtype, folders):
     assert statistics.rows_bytes > 0
     words = 32 * torch.finfo(getattr(torch, dtype)).bits // 8 * 304
     assert statistics.kept_bytes < words, "no table of words is kept"
+
+
+@pytest.mark.usefixtures("everything_pages")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_table_that_is_read_at_once(stored, tied, tmp_path, tokenizer, monkeypatch):
+    """As where memory_budget is not for the host's memory, if there are more tokens than words."""
+    model = make_model("llama", tie_word_embeddings=tied).to(stored)
+    folder = save(model, tokenizer, tmp_path / "m")
+    table = model.get_input_embeddings().weight
+    for given, is_whole in ((len(table), True), (len(table) - 1, False)):
+
+        def rows(pages, *, remember, tokens, given=given):
+            assert tokens is None, "on a CPU"
+            return Rows(pages, remember=remember, tokens=given)
+
+        monkeypatch.setattr(weights, "Rows", rows)
+        statistics = check_waves(folder, dtype="float32")
+        assert (statistics.rows_bytes == table.nbytes) == is_whole
 
 
 @pytest.mark.usefixtures("everything_pages")
