@@ -22,6 +22,7 @@ import torch
 
 MOST_SHARD_BYTES = 5_000_000_000  # as transformers cuts checkpoints by default, or did
 _PIECE = 1 << 22  # numbers that are drawn at once
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +95,21 @@ class Shape:
 
 
 def make_checkpoint(
-    folder: Path, shape: Shape, *, seed: int = 0, most_shard_bytes: int = MOST_SHARD_BYTES
+    folder: Path,
+    shape: Shape,
+    *,
+    seed: int = 0,
+    most_shard_bytes: int = MOST_SHARD_BYTES,
+    device: torch.device = _CPU,
 ) -> int:
     """Write a checkpoint; nothing of it but a few million numbers is ever in memory.
+
+    Args:
+        folder: where.
+        shape: of the model.
+        seed: of the numbers, which are others on another device.
+        most_shard_bytes: of a file.
+        device: where numbers are drawn.
 
     Returns: bytes of its tensors.
     """
@@ -104,7 +117,7 @@ def make_checkpoint(
     tensors = shape.tensors()
     shards = _cut(tensors, most_shard_bytes)
     files: dict[str, str] = {}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         files |= dict.fromkeys(names, file)
@@ -162,10 +175,10 @@ def _weights(
     if "embed_tokens" in name:
         std = shape[-1] ** -0.5  # it is the head, too: logits of order one after a norm
     for start in range(0, count, _PIECE):
-        piece = torch.ones(min(_PIECE, count - start))
+        piece = torch.ones(min(_PIECE, count - start), device=generator.device)
         if len(shape) > 1:
             piece.normal_(std=std, generator=generator)
-        yield memoryview(piece.bfloat16().view(torch.uint8).numpy())
+        yield memoryview(piece.bfloat16().view(torch.uint8).cpu().numpy())
 
 
 def _nbytes(shape: Iterable[int]) -> int:

@@ -1,11 +1,12 @@
-"""All that needs a GPU: the tests of the kernels, then their benchmark.
+"""All that needs a GPU: the tests that do, then the benchmarks of the kernel and of loading.
 
     python3 benchmarks/on_gpu.py --out DIR [--commit "$(git describe --always --dirty)"]
 
-It takes at most eight minutes, needs neither an installed llfast nor its C++ module, and writes
-`tests.json` and `kernel.json` into the folder as it goes: a run that is killed keeps what it had.
-`--device cpu --quick` shows that all of it runs. Peers are measured if liger-kernel and
-cut-cross-entropy can be imported, and run-time types are checked if beartype can be.
+It takes at most eight minutes, needs no installed llfast, builds the C++ module if there is none
+(which takes a compiler, setuptools and pybind11), and writes `tests.json`, `kernel.json` and
+`loading.json` into the folder as it goes: a run that is killed keeps what it had. `--device cpu
+--quick` shows that all of it runs. Peers are measured if liger-kernel and cut-cross-entropy can be
+imported, and run-time types are checked if beartype can be.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_SECONDS = 470.0
+BUILD_SECONDS = 120.0
 TESTS_SECONDS = 150.0
-KERNEL_SECONDS = 330.0
+LOADING_SECONDS = 120.0
 SPARE_SECONDS = 35.0  # to start, compile and finish the last case
 TAIL = 10_000  # characters of what a part printed
+PARTS = ("build", "tests", "kernel", "loading")
 
 
 def run(command: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
@@ -95,16 +98,35 @@ def _counted(results: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
     return counts, failures
 
 
+def run_build(seconds: float) -> dict[str, Any]:
+    """The C++ module, beside its package, unless it can be imported."""
+    found = run([sys.executable, "-c", "import llfast._native"], seconds)
+    if found["code"] != 0:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        found = run(command, seconds, LLFAST_BUILD_JOBS=str(os.cpu_count()))
+    return {"part": "build", **found}
+
+
 def run_kernel(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """`bench_kernel.py`, which writes its own JSON after every case."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_kernel.py")]
-    command += ["--device", options.device, "--out", str(options.out.resolve() / "kernel.json")]
-    command += ["--most-seconds", f"{max(seconds - SPARE_SECONDS, 10):.0f}"]
-    if options.commit:
-        command += ["--commit", options.commit]
+    command = _benchmark("bench_kernel.py", "kernel.json", options, seconds - SPARE_SECONDS)
     if options.quick:
-        command += ["--quick", "--case-seconds", "0.1"]
+        command += ["--case-seconds", "0.1"]
     return {"part": "kernel", **run(command, seconds)}
+
+
+def run_loading(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """`loading_on_gpu.py`, which writes its own JSON after every repetition."""
+    command = _benchmark("loading_on_gpu.py", "loading.json", options, seconds - SPARE_SECONDS)
+    return {"part": "loading", **run(command, seconds)}
+
+
+def _benchmark(script: str, out: str, options: argparse.Namespace, seconds: float) -> list[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--device", options.device]
+    command += ["--out", str(options.out.resolve() / out)]
+    command += ["--most-seconds", f"{max(seconds, 10):.0f}"]
+    command += ["--commit", options.commit] if options.commit else []
+    return command + (["--quick"] if options.quick else [])
 
 
 def write(found: dict[str, Any], path: Path) -> None:
@@ -126,7 +148,7 @@ def summary(parts: Sequence[dict[str, Any]]) -> list[str]:
             lines += [
                 f"  {each['name']}: {each['message'][:160]}" for each in part["failures"][:20]
             ]
-        else:
+        elif part["part"] != "build" or part["code"] != 0:
             lines.append(part["tail"])
     return lines
 
@@ -136,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder for the JSON")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--only", choices=("tests", "kernel"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="small heads")
     parser.add_argument("--commit", help="which is measured, where there is no repository")
     options = parser.parse_args()
@@ -145,14 +167,21 @@ def main() -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + MOST_SECONDS
+    later = LOADING_SECONDS if "loading" in options.only else 0.0
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "build": lambda: run_build(BUILD_SECONDS),
+        "tests": lambda: run_tests(options.device, TESTS_SECONDS),
+        "kernel": lambda: run_kernel(options, end - time.monotonic() - later),
+        "loading": lambda: run_loading(options, end - time.monotonic()),
+    }
     parts = []
-    if options.only != "kernel":
-        parts.append(run_tests(options.device, TESTS_SECONDS))
-        write(parts[-1], options.out / "tests.json")
-        print(f"tests: {parts[-1]['seconds']} s", flush=True)
-    if options.only != "tests":
-        parts.append(run_kernel(options, min(KERNEL_SECONDS, end - time.monotonic())))
-        write(parts[-1], options.out / "kernel_run.json")
+    for name in PARTS:
+        if name in options.only:
+            parts.append(steps[name]())
+            write(
+                parts[-1], options.out / ("tests.json" if name == "tests" else f"{name}_run.json")
+            )
+            print(f"{name}: {parts[-1]['seconds']} s", flush=True)
     print("\n".join(summary(parts)))
     return 0 if all(part["code"] == 0 for part in parts) else 1
 

@@ -85,9 +85,9 @@ def measure(
         ceilings["disk"].append(read_rate(source.checkpoint.weights))
         forget(source.checkpoint.weights)
         ceilings["disk, one reader"].append(sequential_rate(source.checkpoint.weights))
-        ceilings["memory copy"].append(_copy_rate(torch.device("cpu")))
+        ceilings["memory copy"].append(copy_rate(torch.device("cpu")))
         if place.type == "cuda":
-            ceilings["copy to device"].append(_copy_rate(place))
+            ceilings["copy to device"].append(copy_rate(place))
         forget(source.checkpoint.weights)
         runs["cold"].append(run())
         read_into_cache(source.checkpoint.weights)
@@ -165,7 +165,7 @@ def read_into_cache(paths: Sequence[Path]) -> None:
                 pass
 
 
-def _copy_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device) -> float:
     """Bytes a second from memory to memory, or to a device."""
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)

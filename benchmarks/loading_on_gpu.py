@@ -1,0 +1,287 @@
+"""A model that is paged to a GPU with 4 GiB for its weights, beside the same model all on it.
+
+    python benchmarks/loading_on_gpu.py [--folder DIR] [--out FILE]
+
+Claim: with more tokens than T*, a model of 7 billion parameters whose weights are never on the GPU
+all at once is scored at the rate of one that is, for files are read and copied while it computes.
+
+The checkpoint has the shape of Llama-2-7B and random weights; it is written first unless it is
+there. Disk, copies to the device, products, and both ways of scoring take turns within a
+repetition, and log-likelihoods must be the same to the bit. Cold means: dropped from the page
+cache. What overlaps is read off a profile of a run whose files are cached: T* of the page cache is
+less than that of a disk.
+
+The JSON is written after every repetition, so that a run that is killed keeps what it had.
+`--device cpu --quick` shows that all of it runs; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_checkpoint import Shape, draw_texts, make_checkpoint
+from torch.profiler import ProfilerActivity, profile
+
+import llfast
+from llfast.bench import report
+from llfast.bench.loading import copy_rate, forget, read_into_cache, read_rate
+from llfast.bench.products import TORCH_MM, product_rates
+from llfast.bench.shapes import Flops
+from llfast.devices import default_token_budget
+from llfast.models import open_model
+from llfast.paging import LoadingStatistics
+
+RESULTS = Path(__file__).parent / "results"
+LLAMA_2_7B = Shape(
+    layers=32,
+    hidden=4096,
+    intermediate=11008,
+    heads=32,
+    kv_heads=32,
+    head_dim=128,
+    vocabulary=32000,
+    tied=False,
+)
+SMALL = Shape(
+    layers=6, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_dim=64, vocabulary=8192
+)
+BUDGET, SMALL_BUDGET = "4GiB", "32MiB"
+TEXTS, SMALL_TEXTS = (1024, 256), (16, 32)  # how many, and tokens of each
+MOST_OVER_RESIDENT = 1.10
+
+Span = tuple[float, float]
+
+
+class Bench:
+    """A checkpoint, the same model on the device, and texts.
+
+    Attributes:
+        runs: seconds, log-likelihoods and statistics of each way, one a repetition.
+        ceilings: what the machine can do, in bytes or FLOP a second, likewise.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, *, quick: bool) -> None:
+        shape = SMALL if quick else LLAMA_2_7B
+        if not (folder / "config.json").exists():
+            make_checkpoint(folder, shape, device=device)
+        self.source = open_model(str(folder))
+        self.device, self.budget = device, SMALL_BUDGET if quick else BUDGET
+        self.size = SMALL_TEXTS if quick else TEXTS
+        self.ids = draw_texts(*self.size, shape.vocabulary)
+        self.flops = Flops.of(self.source.config)
+        self.runs: dict[str, list[dict[str, Any]]] = {"cold": [], "cached": [], "resident": []}
+        self.ceilings: dict[str, list[float]] = {}
+        self._resident = self.source.load(torch.bfloat16, device)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Of the checkpoint."""
+        files: Sequence[Path] = self.source.checkpoint.weights
+        return files
+
+    def warm_up(self) -> None:
+        """Compile and load what a process does once."""
+        self._paged(self.ids[:2])
+        self._scored(self._resident, self.ids[:2])
+
+    def repeat(self) -> None:
+        """Measure everything once more."""
+        forget(self.files)
+        self._add("disk", read_rate(self.files))
+        forget(self.files)
+        self.runs["cold"].append(self._paged(self.ids))
+        self._add("copy to device", copy_rate(self.device))
+        read_into_cache(self.files)
+        self.runs["cached"].append(self._paged(self.ids))
+        rows = default_token_budget(self.device)
+        products = product_rates(self.flops.linear, rows, torch.bfloat16, self.device, packed=False)
+        self._add(TORCH_MM, products[TORCH_MM])
+        self.runs["resident"].append(self._scored(self._resident, self.ids))
+        cold, cached, resident = (runs[-1].pop("values") for runs in self.runs.values())
+        if not np.array_equal(cold, resident) or not np.array_equal(cached, resident):
+            raise SystemExit("paged and resident log-likelihoods must be the same to the bit")
+
+    def profiled(self) -> dict[str, float]:
+        """How much of the copies to the device is done while kernels run, in seconds."""
+        read_into_cache(self.files)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            self._paged(self.ids)
+        kernels: list[Span] = []
+        copies: list[Span] = []
+        for event in seen.events() or ():
+            if event.device_type != torch.autograd.DeviceType.CUDA:
+                continue
+            span = (event.time_range.start / 1e6, event.time_range.end / 1e6)
+            if "HtoD" in event.name:
+                copies.append(span)
+            elif not event.name.startswith(("Memcpy", "Memset")):
+                kernels.append(span)
+        return overlap(kernels, copies)
+
+    def found(self) -> dict[str, Any]:
+        """All that was measured."""
+        texts, tokens = self.size
+        work = self.flops.body([self.size]) + self.flops.head(texts * (tokens - 1))
+        seconds = {name: [run["seconds"] for run in runs] for name, runs in self.runs.items()}
+        rates = {name: [work / each for each in taken] for name, taken in seconds.items()}
+        products = self.ceilings[TORCH_MM]
+        read = [run["nbytes"] / run["read_seconds"] for run in self.runs["cold"]]
+        return {
+            "benchmark": "loading on a GPU",
+            "commit": report.commit(),
+            "hardware": report.hardware(),
+            "versions": report.versions("llfast", "torch", "triton", "transformers"),
+            "parameters": self.source.checkpoint.parameters,
+            "weight_bytes": self.source.checkpoint.weight_bytes,
+            "memory_budget": self.budget,
+            "texts": self.size,
+            "seconds": {name: report.spread(each) for name, each in seconds.items()},
+            "tokens_a_second": {
+                name: report.spread([texts * tokens / each for each in taken])
+                for name, taken in seconds.items()
+            },
+            "over_resident": {
+                name: report.paired(seconds[name], seconds["resident"])
+                for name in ("cold", "cached")
+            },
+            "utilisation": {name: report.paired(each, products) for name, each in rates.items()},
+            "ceilings": {name: report.spread(each) for name, each in self.ceilings.items()},
+            "read_rate": report.spread(read),
+            "share_of_disk": report.paired(read, self.ceilings["disk"]),
+            "runs": self.runs,
+        }
+
+    def _add(self, name: str, rate: float) -> None:
+        self.ceilings.setdefault(name, []).append(rate)
+
+    def _paged(self, ids: Sequence[np.ndarray]) -> dict[str, Any]:
+        loading = LoadingStatistics()
+        found = self._scored(
+            self.source, ids, weights="paged", memory_budget=self.budget, loading=loading
+        )
+        names = ("nbytes", "read_seconds", "stall_seconds", "waves", "wave_tokens", "peak_bytes")
+        return found | {name: getattr(loading, name) for name in names}
+
+    def _scored(self, model: Any, ids: Sequence[np.ndarray], **options: Any) -> dict[str, Any]:
+        held = _held_bytes(self.device)
+        start = time.perf_counter()
+        result = llfast.score(
+            model, token_ids=ids, device=str(self.device), progress=False, **options
+        )
+        seconds = time.perf_counter() - start
+        grown = _highest_bytes(self.device) - held
+        return {"seconds": seconds, "values": result.values, "device_bytes": grown}
+
+
+def overlap(kernels: Sequence[Span], copies: Sequence[Span]) -> dict[str, float]:
+    """For how long each of two was under way, and both; spans of either may overlap."""
+    alone = {"kernel_seconds": busy(kernels), "copy_seconds": busy(copies)}
+    either = busy([*kernels, *copies])
+    return {**alone, "both_seconds": sum(alone.values()) - either}
+
+
+def busy(spans: Sequence[Span]) -> float:
+    """The length of what spans cover together."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def _held_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _highest_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def measure(
+    bench: Bench, options: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+) -> None:
+    """Repetitions while there is time for them, and the profile."""
+    begin = time.monotonic()
+    bench.warm_up()
+    for number in range(options.repetitions):
+        start = time.monotonic()
+        bench.repeat()
+        save(bench.found())
+        took = time.monotonic() - start
+        left = options.most_seconds - (time.monotonic() - begin)
+        print(f"repetition {number + 1}: {took:.1f} s", file=sys.stderr, flush=True)
+        if left < 2 * took:
+            break
+    if bench.device.type == "cuda":
+        save({**bench.found(), "profile": bench.profiled()})
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is kept")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--most-seconds", type=float, default=300.0, help="later repetitions are left out"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small model; written only to --out")
+    parser.add_argument("--commit", help="which is measured, where there is no repository")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    out = options.out or (None if options.quick else RESULTS / "loading_gpu.json")
+    latest: dict[str, Any] = {}
+
+    def save(found: dict[str, Any]) -> None:
+        found["command"] = "python benchmarks/loading_on_gpu.py"
+        found["commit"] = options.commit or found["commit"]
+        latest.update(found)
+        if out is not None:
+            report.write(found, out)
+
+    with tempfile.TemporaryDirectory(prefix="llfast-loading-") as temporary:
+        folder = options.folder or Path(temporary, "checkpoint")
+        measure(Bench(folder, torch.device(options.device), quick=options.quick), options, save)
+    show(latest)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what was found."""
+    for name, rate in found["ceilings"].items():
+        print(f"{name}: {_range(rate, 1e-9)} G/s")
+    print(f"weights, cold: {_range(found['read_rate'], 1e-9)} GB/s")
+    for name, seconds in found["seconds"].items():
+        print(
+            f"{name}: {_range(seconds)} s, {_range(found['tokens_a_second'][name])} tokens/s, "
+            f"{_range(found['utilisation'][name])} of torch.mm's FLOP/s"
+        )
+    for name, ratio in found["over_resident"].items():
+        word = "met   " if ratio["median"] <= MOST_OVER_RESIDENT else "MISSED"
+        print(f"{word} {name} over resident: {_range(ratio)} (limit {MOST_OVER_RESIDENT})")
+    if "profile" in found:
+        seen = found["profile"]
+        print(
+            f"copies took {seen['copy_seconds']:.2f} s, {seen['both_seconds']:.2f} of them while "
+            f"kernels ran, which took {seen['kernel_seconds']:.2f} s"
+        )
+
+
+def _range(value: dict[str, float], scale: float = 1.0) -> str:
+    middle, least, most = (f"{scale * value[name]:,.4g}" for name in ("median", "min", "max"))
+    return f"{middle} ({least} to {most})"
+
+
+if __name__ == "__main__":
+    main()
