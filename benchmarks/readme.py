@@ -1,4 +1,4 @@
-"""Write the tables of README.md and kernel.md, and the map, from the JSON under benchmarks/results.
+"""Write the tables of README.md and other pages, and the map, from the JSON in benchmarks/results.
 
     python benchmarks/readme.py
 
@@ -21,6 +21,7 @@ from readme_maps import page, real_map
 from readme_moves import trajectories
 from readme_real import real_models, real_predictions, real_relations
 from readme_search import search
+from readme_summary import REPORTS, summary
 from readme_throughput import throughput
 
 from llfast.map_plots import draw_map
@@ -30,7 +31,7 @@ from llfast.relations import lines_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", RESULTS / "kernel.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", RESULTS / "kernel.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -283,18 +284,21 @@ def kernel_resources(found: dict[str, Any]) -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """A report that was committed."""
+    """A report that was committed, or those of the summary."""
+    if name == "summary":
+        return {each: load(each) for each in REPORTS}
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
 
 
 TABLES = {
+    "summary": summary,
     "scoring": scoring,
     "scoring_bfloat16": scoring,
-    **({"throughput": throughput} if (RESULTS / "throughput.json").exists() else {}),
+    "throughput": throughput,
     "loading": loading,
     "relatives": relatives,
-    **({"search": search} if (RESULTS / "search.json").exists() else {}),
+    "search": search,
     "cpu_kernel_avx512_bf16": cpu_kernel,
     "cpu_kernel_avx2": cpu_kernel,
     "intervals": intervals,
@@ -307,7 +311,7 @@ TABLES = {
     "fleet": fleet,
     "map": page,
     "kernel_resources": kernel_resources,
-    # A GPU's table is in the README once its JSON is here.
+    # A GPU's table is in docs/benchmarks.md once its JSON is here.
     **{
         path.stem: kernel
         for path in sorted(RESULTS.glob("kernel_*.json"))

@@ -1,4 +1,4 @@
-"""The README's tables on weights from disk."""
+"""The tables on weights from disk."""
 
 from __future__ import annotations
 

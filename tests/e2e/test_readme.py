@@ -1,4 +1,4 @@
-"""The README's commands run, in its order, and its tables are what the JSON says."""
+"""What the README and docs tell to type runs, and their tables are what the JSON says."""
 
 import os
 import re
@@ -12,19 +12,22 @@ import pytest
 
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 # What other checks run: CI installs in an empty folder and runs `make demo` and `make test` there;
 # the demo itself is run by this test, but with smaller models.
 RUN_ELSEWHERE = ("python3 -m venv", "pip install", "llfast demo", "make ", "python benchmarks/")
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 def commands():
+    """Each once."""
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith(RUN_ELSEWHERE)]
+    found = dict.fromkeys(line for line in lines if line)
+    return [line for line in found if not line.startswith(RUN_ELSEWHERE)]
 
 
 @pytest.fixture
@@ -95,8 +98,11 @@ def test_what_verifying_costs_is_told_once_it_is_measured(monkeypatch):
     assert told([case, {**case, "tokens": 16}]).count("and wait 0.5 s") == 2
 
 
-def test_files_named_are_there():
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert named
-    for name in named:
-        assert (ROOT / name).is_file(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_are_there(page):
+    text = page.read_text()
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / name).is_file(), name
+    if page.name == "README.md":
+        for other in PAGES[1:]:
+            assert f"docs/{other.name}" in text, "every page can be found"

@@ -1,0 +1,106 @@
+"""The README's first table: llfast beside others, one line a thing that it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+REPORTS = ("scoring", "cpu_kernel_avx512_bf16", "loading", "search")  # that it is made of
+_MODELS = 100_000
+_THERE = "into a tensor that is there"
+
+
+def summary(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Of each, what llfast takes, and how many times that others take."""
+    rows = [
+        *_scoring(found["scoring"]),
+        *_head(found["cpu_kernel_avx512_bf16"]),
+        *_loading(found["loading"]),
+        *_search(found["search"]),
+    ]
+    lines = ["| | llfast | beside | time over llfast's |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    chips = {name: _chip(each) for name, each in found.items()}
+    *own, nearest = (chips[name] for name in REPORTS)
+    where = (
+        f"2 threads of {own[0]}; searches on {nearest}"
+        if len({*own}) == 1 and nearest != own[0]
+        else "; ".join(f"{name}: {chip}" for name, chip in chips.items())
+    )
+    return [*lines, "", f"{where}. Medians of interleaved repetitions, least to most in brackets."]
+
+
+def _scoring(found: dict[str, Any]) -> list[list[str]]:
+    model = found["model"]
+    what = f"Scoring, a GPT-2 of {model['parameters'] / 1e6:.0f}M parameters in {model['dtype']}"
+    rate = f"{found['tokens_per_second']['llfast']['median']:,.0f} tokens/s"
+    over = found["llfast_over"]
+    return [
+        [what, rate, "the papers' procedure: a text at a time", _times(over["papers"]["ratio"])],
+        ["", "", "a padded loop of transformers", _times(over["padded loop"]["ratio"])],
+    ]
+
+
+def _head(found: dict[str, Any]) -> list[list[str]]:
+    case = found["many_tokens"][0]
+    what = f"Log-probabilities of {case['T']:,} tokens, {case['V']:,} words, {case['D']} wide"
+    rate = f"{case['llfast_gflops']['median']:,.0f} GFLOP/s, {case['dtype']}"
+    over = {name: _inverse(ratio) for name, ratio in case["llfast_over"].items()}
+    return [
+        [what, rate, f"`torch.mm` alone, {_THERE}", _times(over[f"matmul {_THERE}"])],
+        ["", "", "`F.cross_entropy`", _times(over["cross_entropy"])],
+    ]
+
+
+def _loading(found: dict[str, Any]) -> list[list[str]]:
+    texts, tokens = found["peers"]["texts"]
+    peers = found["peers"]["peers"]
+    own = peers["llfast"]
+    gigabytes = found["model"]["weight_bytes"] / 1e9
+    what = f"{texts} texts of {tokens} tokens by a model of {gigabytes:.1f} GB on disk"
+    took = f"{own['seconds']['median']:.1f} s in {own['peak_mib']['median']:,.0f} MiB"
+    rows = []
+    for name, peer in peers.items():
+        if peer.get("largest_batch"):
+            memory = f"{name}, {peer['peak_mib']['median']:,.0f} MiB"
+            rows.append(["", "", memory, _times(peer["over_llfast"])])
+    few, short = found["read_bound"]["texts"]
+    seconds = found["read_bound"]["seconds"]["llfast"]["median"]
+    over = found["read_bound"]["over_llfast"]
+    rows.append(
+        [
+            f"{few} texts of {short} tokens, a text a batch elsewhere",
+            f"{seconds:.1f} s",
+            " and ".join(over),
+            " and ".join(map(_times, over.values())),
+        ]
+    )
+    rows[0][:2] = [what, took]
+    return rows
+
+
+def _search(found: dict[str, Any]) -> list[list[str]]:
+    case = next(
+        case for case in found["cases"] if case["models"] == _MODELS and case["families"] == "zipf"
+    )
+    providers = case["questions"]["outside"]["providers"]
+    took = f"{providers['llfast certified']['ms']['median']:.1f} ms, exact"
+    what = f"The {found['k']} nearest of {_MODELS:,} models on {case['texts']:,} texts"
+    return [[what, took, "faiss Flat", _times(providers["faiss Flat"]["over_certified"])]]
+
+
+def _chip(found: dict[str, Any]) -> str:
+    return str(found["hardware"]["processor"])
+
+
+def _inverse(ratio: dict[str, float]) -> dict[str, float]:
+    return {
+        "median": 1 / ratio["median"],
+        "min": 1 / ratio["max"],
+        "max": 1 / ratio["min"],
+    }
+
+
+def _times(ratio: dict[str, float]) -> str:
+    digits = 1 if ratio["median"] >= 2.5 else 2
+    middle, least, most = (f"{ratio[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{middle} ({least} to {most})"
