@@ -8,21 +8,23 @@ of 100,000 names is known in under two seconds.
 
 Models are random GPT-2 shapes, scored on the same texts into stores of their own: by
 `score_models`, by one worker's `score_share`, and by `score_on_ray` with one worker that has all
-cores, in turn; what they have stored is compared. The cluster is timed from the end of a model
-more, which its worker is given first. The store of 100,000 rows is compacted; it is on few texts,
-for only keys are read.
+cores, in turn; what they have stored is compared. Each is a new process, timed from the end of its
+first three models, for what a process does once (loading modules, growing its memory) is no part of
+it. The store of 100,000 rows is compacted; it is on few texts, for only keys are read.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ from llfast.fleet import score_models, score_share
 from llfast.fleet.events import JsonLog
 from llfast.fleet.ledger import Ledger
 from llfast.model_list import ModelRequest
+from llfast.outcomes import Outcome
 from llfast.zoo_corpora import installed_corpora
 from llfast.zoo_training import train_tokenizer
 
@@ -42,14 +45,18 @@ RESULTS = Path(__file__).parent / "results"
 MOST_OVERHEAD = 1.05
 MOST_SECONDS = 2.0
 NAMES = 100_000
+WARM = 3  # models before those that are timed
 TEXTS = 8  # of the store of so many names
+
+Report: TypeAlias = Callable[[Outcome], None]
 
 
 def make_models(folder: Path, count: int, texts: int) -> tuple[list[ModelRequest], TextSet]:
     """Checkpoints of 4 million parameters each, and what they are scored on."""
     corpora = installed_corpora()
     tokenizer = train_tokenizer(corpora.training, 2048)
-    config = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=len(tokenizer))
+    sizes = {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": len(tokenizer)}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     requests = []
     disable_progress_bar()
     for number in range(count):
@@ -63,23 +70,18 @@ def make_models(folder: Path, count: int, texts: int) -> tuple[list[ModelRequest
 
 def measure_overhead(folder: Path, models: int, texts: int, repetitions: int) -> dict[str, Any]:
     """A plain loop, a fleet of one and a cluster of one, in turn."""
-    (warm, *requests), sample = make_models(folder, models + 1, texts)
-    seconds: dict[str, list[float]] = {"loop": [], "fleet": [], "ray": []}
+    requests, sample = make_models(folder, models + WARM, texts)
+    score_models(requests, sample, Store(folder / "digests"), progress=False)  # which are kept
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     starts = []
-    score_models([warm], sample, Store(folder / "warm"), progress=False)
     for repetition in range(repetitions):
-        stores = {name: Store(folder / f"{name} {repetition}") for name in seconds}
-        start = time.perf_counter()
-        score_models(requests, sample, stores["loop"], progress=False)
-        seconds["loop"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        log = JsonLog(folder / "events")
-        score_share(requests, sample, stores["fleet"], progress=False, log=log)
-        seconds["fleet"].append(time.perf_counter() - start)
-        started, took = time_cluster([warm, *requests], sample, stores["ray"])
-        seconds["ray"].append(took)
-        starts.append(started)
-        stores["ray"].remove(["m0"])
+        stores = {name: Store(folder / f"{name} {repetition}") for name in WAYS}
+        names = list(WAYS)
+        for name in names[repetition % 3 :] + names[: repetition % 3]:
+            started, took = time_apart(name, requests, sample, stores[name])
+            seconds[name].append(took)
+            if name == "ray":
+                starts.append(started)
         loop, *others = (each.matrix() for each in stores.values())
         for other in others:
             if loop.models != other.models or not np.array_equal(loop.values, other.values):
@@ -94,21 +96,60 @@ def measure_overhead(folder: Path, models: int, texts: int, repetitions: int) ->
     }
 
 
-def time_cluster(
-    requests: Sequence[ModelRequest], sample: TextSet, store: Store
+def time_apart(
+    name: str, requests: Sequence[ModelRequest], sample: TextSet, store: Store
 ) -> tuple[float, float]:
-    """Seconds until the first model is done, cluster and all, and those of all others."""
+    """Seconds of a process of its own, until the first models are done, and those of the others."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_timed, args=(theirs, name, requests, sample, store.folder))
+    begin = time.time()
+    process.start()
+    theirs.close()
+    try:
+        done = ours.recv()
+    except EOFError:
+        raise SystemExit(f"{name} must score all models") from None
+    process.join()
+    return done[WARM - 1] - begin, done[-1] - done[WARM - 1]
+
+
+def _timed(
+    pipe: Connection, name: str, requests: list[ModelRequest], sample: TextSet, folder: Path
+) -> None:
+    """Tell when each model was done."""
+    disable_progress_bar()
+    done: list[float] = []
+    WAYS[name](requests, sample, Store(folder), lambda _: done.append(time.time()))
+    pipe.send(done)
+
+
+def run_loop(
+    requests: Sequence[ModelRequest], sample: TextSet, store: Store, report: Report
+) -> None:
+    """One model after the other."""
+    score_models(requests, sample, store, progress=False, report=report)
+
+
+def run_fleet(
+    requests: Sequence[ModelRequest], sample: TextSet, store: Store, report: Report
+) -> None:
+    """As the only worker of a fleet."""
+    log = JsonLog(Path(f"{store.folder} events"))
+    score_share(requests, sample, store, progress=False, log=log, report=report)
+
+
+def run_ray(
+    requests: Sequence[ModelRequest], sample: TextSet, store: Store, report: Report
+) -> None:
+    """By a cluster of this machine, whose worker has all cores."""
     from llfast.fleet.ray_driver import score_on_ray
 
-    begin, done = time.perf_counter(), []
-
-    def log(event: str, **_: Any) -> None:
-        if event in ("scored", "ended"):
-            done.append(time.perf_counter())
-
     threads = torch.get_num_threads()
-    score_on_ray(requests, sample, store, address="local", cpus=threads, log=log)
-    return done[0] - begin, done[-1] - done[0]
+    score_on_ray(requests, sample, store, address="local", cpus=threads, report=report)
+
+
+WAYS = {"loop": run_loop, "fleet": run_fleet, "ray": run_ray}
 
 
 def measure_listing(folder: Path, repetitions: int) -> dict[str, Any]:
@@ -163,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", type=int, default=15)
     parser.add_argument("--texts", type=int, default=30)
-    parser.add_argument("--repetitions", type=int, default=12)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS / "fleet.json")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="llfast-fleet-"))
