@@ -103,7 +103,14 @@ def fleet_score(
         raise ValueError("cpus must be left out without --ray; workers use the cores they are on")
     rank, world_size = (0, 1) if ray is not None else find_rank(rank, world_size)
     requests = read_model_list(models)
-    signal.signal(signal.SIGTERM, _end)
+    ended: list[int] = []
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        """Schedulers ask first: give models back to others, which then need not wait."""
+        ended.append(number)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     who: dict[str, Any] = {"rank": rank} if ray is None else {"ray": ray}
     options: dict[str, Any] = {
         "convention": convention,
@@ -133,8 +140,13 @@ def fleet_score(
                 print_outcome(outcome)
 
         options["report"] = None if as_json else report
-        with contextlib.redirect_stdout(sys.stderr):  # where what Ray has to say belongs
-            shared = score_on_ray(requests, *opened, address=ray, cpus=cpus, **options)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # where what Ray has to say belongs
+                shared = score_on_ray(requests, *opened, address=ray, cpus=cpus, **options)
+        except KeyboardInterrupt:  # as which Ray raises whatever a signal's handler does
+            if ended:
+                sys.exit(128 + ended[0])
+            raise
     else:
         shared = score_share(requests, *opened, rank=rank, world_size=world_size, **options)
     failed, left = shared.failed, shared.left
@@ -154,8 +166,3 @@ def fleet_score(
         print_note(f"llfast: others are at {len(left)} of {len(requests)} models")
     if failed or left:
         raise typer.Exit(1)
-
-
-def _end(number: int, _frame: FrameType | None) -> None:
-    """Schedulers ask first: give models back to others, which then need not wait."""
-    sys.exit(128 + number)

@@ -12,7 +12,8 @@ from llfast.checkpoint import Checkpoint
 from llfast.dtypes import parse_dtype
 from llfast.memory import parse_bytes
 from llfast.model_list import ModelRequest
-from llfast.safetensors_file import DTYPE_BITS
+from llfast.quantised import QuantisedWeight
+from llfast.safetensors_file import DTYPE_BITS, StoredTensor
 
 _GIB = 1 << 30
 _PROCESS_BYTES = _GIB  # of host memory: Python, torch, transformers, texts
@@ -24,9 +25,8 @@ _UNKNOWN_BYTES = 1.0 * _GIB  # of weights, where nothing says
 _LEAST_PAGES = 3  # of memory: two on their way, and what stays
 _MOST_AT_ONCE = 16  # on a GPU
 _LAYER = re.compile(r"(.*?\.\d+)\.")
-_PACKED = re.compile(
-    r"(?:.*\.)?(?:weight_packed|qweight)"
-)  # several numbers in one, mostly of 4 bits
+# Stored tensors of which each number is several, mostly of 4 bits.
+_PACKED = re.compile(r"(?:.*\.)?(?:weight_packed|qweight)")
 _PACKED_DTYPE = "F4"
 
 
@@ -95,7 +95,7 @@ def size_of(request: ModelRequest) -> Size | None:
             where, revision = request.adapter_base, None
         if Path(where).is_dir():
             tensors = Checkpoint.open(Path(where)).plain
-            found = [(name, each.dtype, each.parameters) for name, each in tensors.items()]
+            found = [(name, _dtype_of(each), each.parameters) for name, each in tensors.items()]
         else:
             from huggingface_hub import get_safetensors_metadata
 
@@ -121,6 +121,11 @@ def size_of(request: ModelRequest) -> Size | None:
         return None
     (most, _), *_ = counts.most_common(1)
     return Size(counts.total(), max(pages.values()), DTYPE_BITS.get(most, 32) / 8)
+
+
+def _dtype_of(weight: StoredTensor | QuantisedWeight) -> str:
+    is_packed = isinstance(weight, QuantisedWeight) and DTYPE_BITS[weight.dtype] > 8
+    return _PACKED_DTYPE if is_packed else weight.dtype
 
 
 def place(

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -190,6 +192,24 @@ def test_what_a_command_says(command, made, killer, tmp_path):
     words = ("fleet", "status", "--store", store, "--models", models, "--dtype", "float32")
     status = command(*words, "--json").json
     assert (status["done"], status["to_do"], status["running"]) == (1, 0, [])
+
+
+def test_a_command_that_is_told_to_end_gives_its_model_back(made, tmp_path):
+    words = ("fleet", "score", "--models", made[1], "--texts", made[0] / "texts.jsonl")
+    words += ("--store", tmp_path / "store", "--ray", "local", "--log", tmp_path / "log")
+    command, log = [sys.executable, "-m", "llfast", *map(str, words)], tmp_path / "log"
+    stop = time.monotonic() + 120
+    with (tmp_path / "err").open("w") as err, subprocess.Popen(command, stderr=err) as process:
+        while not log.exists() or '"scored"' not in log.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < stop
+            time.sleep(0.05)
+        process.terminate()
+        code = process.wait(60)
+    said = (tmp_path / "err").read_text()
+    assert code == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert [each.name for each in (tmp_path / "store" / "_leases").glob("[!.]*")] == []
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llfast.fleet import needs
 from llfast.fleet.needs import Machines, Size, Slot, place, size_of
 from llfast.model_list import ModelRequest
+from tests.compressed import save_compressed
+from tests.tiny import make_model, save
 
 GIB = 1 << 30
 CPUS = Machines(memory=64 * GIB, gpu_bytes=0, cpus=8)
@@ -78,6 +80,22 @@ def test_packed_numbers_are_counted_one_by_one(tmp_path):
     assert size == Size(packed + 64 + 800, packed + 64, 0.5)
     for machines, itemsize in ((CPUS, 4), (GPUS, 2)):
         assert needs._itemsize(size, "auto", machines) == itemsize
+
+
+def test_a_folder_of_packed_numbers(tmp_path):
+    """As llfast itself reads it, by what it stands for."""
+    model = make_model("llama", hidden_size=128, intermediate_size=256).bfloat16()
+    whole = save(model, None, tmp_path / "plain")
+    plain = size_of(ModelRequest(model=str(whole)))
+    folder = save_compressed(whole, tmp_path / "m", "pack-quantized")
+    size = size_of(ModelRequest(model=str(folder)))
+    scales = sum(
+        tensor.numel()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if name.endswith(("weight_scale", "weight_shape"))
+    )
+    assert plain.parameters <= size.parameters <= plain.parameters + scales
+    assert (plain.itemsize, size.itemsize) == (2, 0.5)
 
 
 def test_a_model_that_is_not_there_has_no_size(tmp_path, monkeypatch):
