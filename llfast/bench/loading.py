@@ -78,7 +78,10 @@ def measure(
             loading=loading,
             progress=False,
         )
-        return _summary(loading, time.perf_counter() - start)
+        found = _summary(loading, time.perf_counter() - start)
+        if place.type != "cpu":  # the host does not wait for a device that computes
+            del found["compute_rate"]
+        return found
 
     for _ in range(repetitions):
         forget(source.checkpoint.weights)
@@ -208,6 +211,7 @@ def show(found: Mapping[str, Any]) -> None:
                 *(
                     (f"computing, {name}", run["compute_rate"])
                     for name, run in found["runs"].items()
+                    if "compute_rate" in run
                 ),
             )
         ],

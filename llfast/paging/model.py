@@ -128,10 +128,12 @@ def open_waves(
     with ExitStack() as stack:
         pages = stack.enter_context(Pages(files, models[0].device, statistics))
         counts = [int(each.token_counts.sum()) for each in tokens]
-        # Elsewhere memory_budget is for the device's memory alone.
-        is_host = models[0].device.type == "cpu"
         weights = Weights(
-            members, pages, statistics, rows=rows, table_tokens=None if is_host else max(counts)
+            members,
+            pages,
+            statistics,
+            rows=rows,
+            most_table_rows=_most_table_rows(models, counts),
         )
         name = models[0].name if len(models) == 1 else f"{len(models)} models"
         is_alone = len(models) == 1
@@ -157,3 +159,13 @@ def open_waves(
             for member, own in zip(members, tokens, strict=True)
         ]
         yield Waves(subjects, weights, statistics, room_bytes=room.states_bytes, check=check)
+
+
+def _most_table_rows(models: Sequence[PagedModel], tokens: Sequence[int]) -> int:
+    """Where memory_budget is for a device's memory alone, the host's may hold a table.
+
+    Not of every one of several models. With fewer tokens than rows, these are fewer to read.
+    """
+    if models[0].device.type == "cpu" or len(models) > 1:
+        return 0
+    return tokens[0]

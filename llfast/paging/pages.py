@@ -50,7 +50,7 @@ class Pages:
         self._free: dict[bool, list[Slot]] = {False: [], True: []}  # for pages, and for additions
         self._ahead: tuple[Page, Future[tuple[Slot, PageRead]]] | None = None
         self._taken: dict[Page, Slot] = {}
-        self._kept: list[Slot] = []
+        self._on_device: list[Slot] = []  # all that have something there
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llfast-pages")
 
     def __enter__(self) -> Self:
@@ -64,14 +64,12 @@ class Pages:
     ) -> None:
         self._reader.cancel()
         self._thread.shutdown(wait=True)
-        if self._ahead is not None and self._ahead[1].exception() is None:
-            self._kept.append(self._ahead[1].result()[0])
-        for slot in (*self._slots, *self._kept):
+        for slot in self._on_device:
             slot.close()
         for slots in self._free.values():
             slots.clear()
         self._taken.clear()
-        self._kept.clear()
+        self._on_device.clear()
         self._ahead = None
         del self._reader  # an exception that is held on to would keep its files open
 
@@ -79,7 +77,7 @@ class Pages:
         """Begin to read a page that will be taken next; does nothing if one is being read."""
         if self._ahead is None and page not in self._taken:
             nbytes = self._layout(page).nbytes
-            slot = Slot(nbytes, self._device) if keep else self._slot(page)
+            slot = self._new_slot(nbytes) if keep else self._slot(page)
             self._ahead = (page, self._thread.submit(self._read, page, slot))
 
     def take(self, page: Page, *, keep: bool = False) -> dict[str, Tensor]:
@@ -104,9 +102,7 @@ class Pages:
             slot, read = self._ahead[1].result()
         finally:
             self._ahead = None
-        if keep and self._device.type == "cuda":
-            self._kept.append(slot)  # on a CPU its tensors hold what they need of it
-        elif not keep:
+        if not keep:
             self._taken[page] = slot
         slot.take()
         read.stall_seconds = time.perf_counter() - start
@@ -159,6 +155,11 @@ class Pages:
         return self._layout(page).nbytes
 
     @property
+    def on_device(self) -> list[Tensor]:
+        """What slots have on a device, whether it is in use or not."""
+        return [each.on_device for each in self._on_device if each.on_device is not None]
+
+    @property
     def _slots(self) -> list[Slot]:
         """All but the one that is being read to."""
         return [*self._free[False], *self._free[True], *self._taken.values()]
@@ -173,9 +174,16 @@ class Pages:
         else:
             if free:
                 free.pop().close()  # too small: given back before a larger one is taken
-            slot = Slot(nbytes, self._device)
+            slot = self._new_slot(nbytes)
         in_use = slot.nbytes + sum(each.nbytes for each in self._slots)
         self.statistics.slot_bytes = max(self.statistics.slot_bytes, in_use)
+        return slot
+
+    def _new_slot(self, nbytes: int) -> Slot:
+        slot = Slot(nbytes, self._device)
+        if slot.on_device is not None:  # on a CPU, tensors hold what they need of it
+            self._on_device = [each for each in self._on_device if each.on_device is not None]
+            self._on_device.append(slot)
         return slot
 
     def _read(self, page: Page, slot: Slot) -> tuple[Slot, PageRead]:

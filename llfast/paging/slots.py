@@ -31,14 +31,15 @@ class Slot:
 
     Attributes:
         nbytes: its size.
+        on_device: what is there; None on a CPU, and once it is closed.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = max(nbytes, 1)
         self._memory = Memory(self.nbytes)
-        self._on_device: Tensor | None = None
+        self.on_device: Tensor | None = None
         if device.type == "cuda":
-            self._on_device = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+            self.on_device = _empty_on(device, self.nbytes)
             self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             # The memory may have been another tensor's, which the device is still at.
             self._last_use: Any = torch.cuda.current_stream(device).record_event()
@@ -47,36 +48,37 @@ class Slot:
 
     def memory(self) -> Memory:
         """What is read to, once what it held has been copied to the device."""
-        if self._on_device is not None and self._copied is not None:
+        if self.on_device is not None and self._copied is not None:
             self._copied.synchronize()
         return self._memory
 
     def send(self) -> None:
         """Have what was read copied to the device, after the last use of what is there."""
-        if self._on_device is None:
+        if self.on_device is None:
             return
-        host = torch.frombuffer(self._memory, dtype=torch.uint8)
-        with torch.cuda.stream(self._copies):
+        # The slot was made in inference mode, which is a thread's own; this may be another one.
+        with torch.inference_mode(), torch.cuda.stream(self._copies):
+            host = torch.frombuffer(self._memory, dtype=torch.uint8)
             self._copies.wait_event(self._last_use)
-            self._on_device.copy_(host, non_blocking=True)
+            _copy(self.on_device, host)
             self._copied = self._copies.record_event()
 
     def take(self) -> None:
         """Let nothing that is given to the device from now on begin before the copy has ended."""
-        if self._on_device is not None:
-            torch.cuda.current_stream(self._on_device.device).wait_event(self._copied)
+        if self.on_device is not None:
+            torch.cuda.current_stream(self.on_device.device).wait_event(self._copied)
 
     def let_go(self) -> None:
         """Say that what uses the slot's tensors has been given to the device, all of it."""
-        if self._on_device is not None:
-            self._last_use = torch.cuda.current_stream(self._on_device.device).record_event()
+        if self.on_device is not None:
+            self._last_use = torch.cuda.current_stream(self.on_device.device).record_event()
 
     def close(self) -> None:
         """Give back what CUDA holds; memory itself goes with the last tensor that refers to it."""
-        if self._on_device is not None:
-            torch.cuda.synchronize(self._on_device.device)
+        if self.on_device is not None:
+            torch.cuda.synchronize(self.on_device.device)
             _check(_cudart().cudaHostUnregister(self._memory.address))
-            self._on_device = None
+            self.on_device = None
 
     def view(self, offset: int, dtype: str, shape: Sequence[int]) -> Tensor:
         """A tensor in the slot; a copy where its numbers do not lie on whole addresses.
@@ -88,12 +90,12 @@ class Slot:
         if kind is None:
             raise CannotPageError(f"weights must be of a dtype that torch has, got {dtype}")
         count = math.prod(shape)
-        device = None if self._on_device is None else self._on_device.device
+        device = None if self.on_device is None else self.on_device.device
         if count == 0:
             return torch.empty(tuple(shape), dtype=kind, device=device)
         size = count * kind.itemsize
-        if self._on_device is not None:
-            raw = self._on_device[offset : offset + size]
+        if self.on_device is not None:
+            raw = self.on_device[offset : offset + size]
         elif offset % kind.itemsize:
             raw = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=offset)
         else:
@@ -120,6 +122,14 @@ def move_to(tensor: Tensor | LazyWeight, device: torch.device, dtype: torch.dtyp
         return tensor.to(device, dtype)
     flat = torch.frombuffer(Memory(nbytes), dtype=dtype)
     return flat.view(tensor.shape).copy_(tensor)
+
+
+def _empty_on(device: torch.device, nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _copy(target: Tensor, host: Tensor) -> None:
+    target.copy_(host, non_blocking=True)
 
 
 def _cudart() -> Any:

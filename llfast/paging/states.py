@@ -43,7 +43,7 @@ class StateMeter:
         if width and tokens * width * model.dtype.itemsize * _MOST_HIDDEN_STATES < self._room:
             self._next = float("inf")
         else:
-            self._before = set(_live())
+            self._before = set(_live(model.device))
 
     def measure(self, layers: int, tokens: int, read: Iterable[Tensor]) -> bool:
         """After some layers, of the first wave: learn what a token holds.
@@ -62,7 +62,8 @@ class StateMeter:
         for model in self._models:
             known |= {each.untyped_storage().data_ptr() for each in model.parameters()}
             known |= {each.untyped_storage().data_ptr() for each in model.buffers()}
-        held = sum(size for place, size in _live().items() if place not in self._before | known)
+        live = _live(self._models[0].device)
+        held = sum(size for place, size in live.items() if place not in self._before | known)
         self._statistics.state_bytes = max(self._statistics.state_bytes, held)
         self.bytes_per_token = max(self.bytes_per_token, held / tokens)
         return True
@@ -76,13 +77,13 @@ class StateMeter:
         return self.bytes_per_token * tokens > 1.1 * self._room
 
 
-def _live() -> dict[int, int]:
-    """Bytes of every storage that a tensor refers to, by its address."""
+def _live(device: torch.device) -> dict[int, int]:
+    """Bytes of every storage on a device that a tensor refers to, by its address."""
     found: dict[int, int] = {}
     for each in gc.get_objects():
         # Exactly these: tensors of other kinds may have no storage, and are not a model's states.
         plain = type(each) in (Tensor, nn.Parameter)
-        if plain and each.layout == torch.strided and not each.is_meta:
+        if plain and each.layout == torch.strided and each.device.type == device.type:
             storage = each.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

@@ -15,7 +15,8 @@ class PageRead:
         disk_bytes: taken from the disk, whole blocks.
         cached_bytes: found in the system's page cache.
         read_seconds: from the first request to the last byte.
-        stall_seconds: how long the computation waited for it.
+        stall_seconds: how long the computation waited for it; on CUDA, how long the host did, which
+            runs ahead of the device.
     """
 
     name: str
@@ -32,7 +33,8 @@ class LoadingStatistics:
 
     Attributes:
         pages: every read of a page, in order.
-        rows_bytes: read for single rows of the embedding.
+        rows_bytes: read of the embedding where it does not stay on the device: single rows, or all
+            of them at once.
         shared_bytes: needed, but there already: read for another model that has the same.
         compared_bytes: read to find out what models share; the next time it is known.
         waves: how often the model was gone through.

@@ -32,19 +32,24 @@ def head_tiles(weight: StoredTensor, page_bytes: int) -> list[Page]:
 class Rows:
     """Rows of stored tables, on the host."""
 
-    def __init__(self, pages: Pages, *, remember: bool, tokens: int | None) -> None:
+    def __init__(self, pages: Pages, *, remember: bool) -> None:
         """Read nothing yet.
 
         Args:
             pages: of the files that the tables are in.
             remember: have rows that were read last there for the next model, too.
-            tokens: how many rows a model will ask for, where the host's memory may hold tables; one
-                with fewer rows is read at once then, for single rows come far more slowly. None
-                where they must not be held.
         """
-        self._pages, self._remember, self._tokens = pages, remember, tokens
+        self._pages, self._remember = pages, remember
         self._last: tuple[StoredTensor, bytes, Tensor] | None = None
-        self._tables: dict[StoredTensor, Tensor] = {}
+        self._held: dict[StoredTensor, Tensor] = {}
+
+    def hold(self, table: StoredTensor) -> None:
+        """Read a whole table, for many rows of it are to come, and one by one they come slowly.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        self._held[table] = self._pages.table(table)
 
     def read(self, table: StoredTensor, rows: Int64[np.ndarray, " R"]) -> Tensor:
         """(R, ...), in memory of their own, which nobody may write to.
@@ -52,10 +57,8 @@ class Rows:
         Raises:
             CheckpointError: if they cannot be read.
         """
-        if self._tokens is not None and self._tokens >= table.shape[0]:
-            if table not in self._tables:
-                self._tables[table] = self._pages.table(table)
-            return self._tables[table][torch.from_numpy(rows)]
+        if table in self._held:
+            return self._held[table][torch.from_numpy(rows)]
         if not self._remember:
             return self._pages.rows(table, rows)
         key = rows.tobytes()

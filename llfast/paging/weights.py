@@ -42,7 +42,7 @@ class Weights:
         statistics: LoadingStatistics,
         *,
         rows: int,
-        table_tokens: int | None,
+        most_table_rows: int,
     ) -> None:
         """Prepare; `with` reads what stays in memory.
 
@@ -51,10 +51,10 @@ class Weights:
             pages: of the files of all.
             statistics: filled in.
             rows: how many rows linear layers will mostly be given.
-            table_tokens: of a model, where tables of words may be held; see `Rows`.
+            most_table_rows: a table of words that has no more is read at once, to the host.
         """
         self._members, self._pages, self._statistics = members, pages, statistics
-        self._rows, self._table_tokens = rows, table_tokens
+        self._rows, self._most_table_rows = rows, most_table_rows
         self.keep = False
         self.plan = Plan(members, pages.slot_bytes)
         self.next_member: int | None = None
@@ -72,7 +72,7 @@ class Weights:
 
     def __enter__(self) -> Self:
         there: dict[StoredTensor, Tensor] = {}
-        cache = Rows(self._pages, remember=len(self._members) > 1, tokens=self._table_tokens)
+        cache = Rows(self._pages, remember=len(self._members) > 1)
         for number, member in enumerate(self._members):
             skeleton, units = member.skeleton, member.units
             page = self.plan.page(KEPT, range(number + 1))
@@ -84,8 +84,10 @@ class Weights:
             skeleton.evict(name for name in skeleton.places if name not in units.kept_places)
             self._stack.enter_context(self._linear_layers(member, skeleton.model))
             if units.embedding is not None:
-                # Also where layers are kept: reading the rows of a text is faster than the table.
+                # Also where layers are kept: the rows of some texts come faster than a table.
                 table = member.read(units.embedding.weight)
+                if table.shape[0] <= self._most_table_rows:
+                    cache.hold(table)
                 rows = RowsOnDemand(skeleton, cache, units.embedding, table)
                 self._stack.enter_context(rows)
         self._statistics.kept_bytes = self.plan.kept_places_bytes
@@ -106,8 +108,8 @@ class Weights:
 
     @property
     def held(self) -> Iterable[Tensor]:
-        """What was read of the layer in place, as it was stored."""
-        return self._there.values()
+        """What was read of the layer in place, as it was stored, and slots on a device."""
+        return [*self._there.values(), *self._pages.on_device]
 
     def begin_wave(self, member: int = 0) -> None:
         """Expect the order of the last wave again, beginning with this member."""

@@ -32,14 +32,14 @@ def test_paged_equals_resident(tmp_path, monkeypatch, kind, dtype):
         assert statistics.nbytes > 0
 
 
-def sleep_after(forward):
-    Forward.own_resume(forward)
+def sleep_after(forward, answer=None):
+    Forward.own_resume(forward, answer)
     torch.cuda._sleep(CYCLES)
 
 
 def sleep_before(slot):
     with torch.cuda.stream(slot._copies):
-        torch.cuda._sleep(CYCLES)
+        torch.cuda._sleep(10 * CYCLES)
     Slot.own_send(slot)
 
 

@@ -12,8 +12,7 @@ from llfast import batchwise, engines
 from llfast.checkpoint import Checkpoint
 from llfast.errors import LlfastWarning, UnsupportedModelError
 from llfast.paging import model as paged_model
-from llfast.paging import units, weights
-from llfast.paging.tables import Rows
+from llfast.paging import units
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import SIZES, TEXTS, make_model, make_tokenizer, quiet, save
 
@@ -97,15 +96,12 @@ def test_a_table_that_is_read_at_once(stored, tied, tmp_path, tokenizer, monkeyp
     model = make_model("llama", tie_word_embeddings=tied).to(stored)
     folder = save(model, tokenizer, tmp_path / "m")
     table = model.get_input_embeddings().weight
-    for given, is_whole in ((len(table), True), (len(table) - 1, False)):
-
-        def rows(pages, *, remember, tokens, given=given):
-            assert tokens is None, "on a CPU"
-            return Rows(pages, remember=remember, tokens=given)
-
-        monkeypatch.setattr(weights, "Rows", rows)
+    plain = check_waves(folder, dtype="float32")
+    for rows, is_whole in ((len(table), True), (len(table) - 1, False)):
+        monkeypatch.setattr(paged_model, "_most_table_rows", lambda *_, most=rows: most)
         statistics = check_waves(folder, dtype="float32")
         assert (statistics.rows_bytes == table.nbytes) == is_whole
+        assert statistics.waves == plain.waves, "it takes nothing of the budget"
 
 
 @pytest.mark.usefixtures("everything_pages")
