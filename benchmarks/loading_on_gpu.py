@@ -89,8 +89,9 @@ class Bench:
 
     def warm_up(self) -> None:
         """Compile and load what a process does once."""
-        self._paged(self.ids[:2])
-        self._scored(self._resident, self.ids[:2])
+        few = self.ids[: self.size[0] // 8]
+        self._paged(few)
+        self._scored(self._resident, few)
 
     def repeat(self) -> None:
         """Measure everything once more."""
@@ -133,7 +134,7 @@ class Bench:
         seconds = {name: [run["seconds"] for run in runs] for name, runs in self.runs.items()}
         rates = {name: [work / each for each in taken] for name, taken in seconds.items()}
         products = self.ceilings[TORCH_MM]
-        read = [run["nbytes"] / run["read_seconds"] for run in self.runs["cold"]]
+        read = [run["read_rate"] for run in self.runs["cold"]]
         return {
             "benchmark": "loading on a GPU",
             "commit": report.commit(),
@@ -167,14 +168,27 @@ class Bench:
         found = self._scored(
             self.source, ids, weights="paged", memory_budget=self.budget, loading=loading
         )
-        names = ("nbytes", "read_seconds", "stall_seconds", "waves", "wave_tokens", "peak_bytes")
+        names = (
+            "nbytes",
+            "read_rate",
+            "read_seconds",
+            "stall_seconds",
+            "waves",
+            "wave_tokens",
+            "peak_bytes",
+        )
         return found | {name: getattr(loading, name) for name in names}
 
     def _scored(self, model: Any, ids: Sequence[np.ndarray], **options: Any) -> dict[str, Any]:
         held = _held_bytes(self.device)
         start = time.perf_counter()
         result = llfast.score(
-            model, token_ids=ids, device=str(self.device), progress=False, **options
+            model,
+            token_ids=ids,
+            dtype="bfloat16",
+            device=str(self.device),
+            progress=False,
+            **options,
         )
         seconds = time.perf_counter() - start
         grown = _highest_bytes(self.device) - held
@@ -209,23 +223,26 @@ def _highest_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def measure(
-    bench: Bench, options: argparse.Namespace, save: Callable[[dict[str, Any]], None]
-) -> None:
-    """Repetitions while there is time for them, and the profile."""
+def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """A repetition, the profile, and more repetitions while there is time for them."""
     begin = time.monotonic()
-    bench.warm_up()
-    for number in range(options.repetitions):
-        start = time.monotonic()
-        bench.repeat()
-        save(bench.found())
-        took = time.monotonic() - start
-        left = options.most_seconds - (time.monotonic() - begin)
-        print(f"repetition {number + 1}: {took:.1f} s", file=sys.stderr, flush=True)
-        if left < 2 * took:
-            break
-    if bench.device.type == "cuda":
-        save({**bench.found(), "profile": bench.profiled()})
+    with tempfile.TemporaryDirectory(prefix="llfast-loading-") as temporary:
+        folder = options.folder or Path(temporary, "checkpoint")
+        bench = Bench(folder, torch.device(options.device), quick=options.quick)
+        bench.warm_up()
+        seen: dict[str, Any] = {}
+        took = 0.0
+        for number in range(options.repetitions):
+            start = time.monotonic()
+            if number and start - begin + took > options.most_seconds:
+                break
+            bench.repeat()
+            save({**bench.found(), **seen})
+            took = time.monotonic() - start
+            print(f"{start - begin:.0f} s; a repetition: {took:.1f} s", file=sys.stderr, flush=True)
+            if not number and bench.device.type == "cuda":
+                seen = {"profile": bench.profiled()}
+                save({**bench.found(), **seen})
 
 
 def main() -> None:
@@ -251,9 +268,7 @@ def main() -> None:
         if out is not None:
             report.write(found, out)
 
-    with tempfile.TemporaryDirectory(prefix="llfast-loading-") as temporary:
-        folder = options.folder or Path(temporary, "checkpoint")
-        measure(Bench(folder, torch.device(options.device), quick=options.quick), options, save)
+    measure(options, save)
     show(latest)
 
 

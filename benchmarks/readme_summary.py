@@ -19,14 +19,13 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
     ]
     lines = ["| | llfast | beside | time over llfast's |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in rows]
-    chips = {name: _chip(each) for name, each in found.items()}
-    *own, nearest = (chips[name] for name in REPORTS)
-    where = (
-        f"2 threads of {own[0]}; searches on {nearest}"
-        if len({*own}) == 1 and nearest != own[0]
-        else "; ".join(f"{name}: {chip}" for name, chip in chips.items())
+    *others, nearest = dict.fromkeys(_chip(found[name]) for name in REPORTS)
+    where = f"{', '.join(others)}; searches: {nearest}" if others else nearest
+    told = (
+        f"{where}. Medians of interleaved repetitions, least to most in brackets; versions and "
+        "commands stand with each table in docs/benchmarks.md."
     )
-    return [*lines, "", f"{where}. Medians of interleaved repetitions, least to most in brackets."]
+    return [*lines, "", told]
 
 
 def _scoring(found: dict[str, Any]) -> list[list[str]]:
@@ -89,7 +88,8 @@ def _search(found: dict[str, Any]) -> list[list[str]]:
 
 
 def _chip(found: dict[str, Any]) -> str:
-    return str(found["hardware"]["processor"])
+    chip = found["hardware"]
+    return f"{chip['threads']} threads of {chip['processor']}"
 
 
 def _inverse(ratio: dict[str, float]) -> dict[str, float]:
