@@ -17,6 +17,7 @@ from jaxtyping import Int64
 from llfast.safetensors_file import StoredTensor
 
 _BLOCK = 4096  # of direct reads
+_DEVICE_ALIGNMENT = 256  # as torch has it at least, whose kernels are slower on other addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,23 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the runs of a page go in a slot."""
+    """Where the runs of a page go in a slot.
+
+    On another device runs begin at whole addresses instead, each somewhat before its place here.
+
+    Attributes:
+        nbytes: that a slot needs, wherever it is.
+        extents: of each run its file, its offset there, its size, and where it goes.
+        places: of tensors, by name.
+        runs_on_device: where runs go there.
+        places_on_device: of tensors.
+    """
 
     nbytes: int
-    extents: Int64[np.ndarray, "extents 4"]  # file, offset, size, destination
+    extents: Int64[np.ndarray, "extents 4"]
     places: Mapping[str, int]
+    runs_on_device: Int64[np.ndarray, " extents"]
+    places_on_device: Mapping[str, int]
 
 
 def row_bytes(tensor: StoredTensor) -> int:
@@ -82,6 +95,7 @@ def lay_out(parts: Mapping[str, Part], files: Mapping[Path, int]) -> Layout:
     ordered = sorted(parts.items(), key=lambda item: (files[item[1].tensor.path], item[1].span))
     extents: list[list[int]] = []
     places: dict[str, int] = {}
+    on_device: dict[str, int] = {}
     position = 0
     for name, part in ordered:
         begin, end = part.span
@@ -95,4 +109,6 @@ def lay_out(parts: Mapping[str, Part], files: Mapping[Path, int]) -> Layout:
             extents.append([file, begin, end - begin, position])
             places[name] = position
         position = extents[-1][3] + extents[-1][2]
-    return Layout(position, np.array(extents, dtype=np.int64).reshape(-1, 4), places)
+        on_device[name] = places[name] - extents[-1][3] % _DEVICE_ALIGNMENT
+    runs = np.array(extents, dtype=np.int64).reshape(-1, 4)
+    return Layout(position, runs, places, runs[:, 3] - runs[:, 3] % _DEVICE_ALIGNMENT, on_device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -62,10 +63,14 @@ class Pages:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._reader.cancel()
-        self._thread.shutdown(wait=True)
-        for slot in self._on_device:
-            slot.close()
+        with ExitStack() as stack:  # all of it, whatever goes wrong
+            stack.callback(self._forget)
+            for slot in self._on_device:
+                stack.callback(slot.close)
+            stack.callback(self._thread.shutdown, wait=True)
+            self._reader.cancel()
+
+    def _forget(self) -> None:
         for slots in self._free.values():
             slots.clear()
         self._taken.clear()
@@ -107,9 +112,9 @@ class Pages:
         slot.take()
         read.stall_seconds = time.perf_counter() - start
         self.statistics.pages.append(read)
-        places = self._layout(page).places
+        layout = self._layout(page)
         return {
-            name: slot.view(places[name], part.tensor.dtype, part.shape)
+            name: slot.tensor(layout, name, part.tensor.dtype, part.shape)
             for name, part in page.parts.items()
         }
 
@@ -157,7 +162,8 @@ class Pages:
     @property
     def on_device(self) -> list[Tensor]:
         """What slots have on a device, whether it is in use or not."""
-        return [each.on_device for each in self._on_device if each.on_device is not None]
+        there = (each.on_device for each in self._on_device)  # a thread that reads may close one
+        return [each for each in there if each is not None]
 
     @property
     def _slots(self) -> list[Slot]:
@@ -188,9 +194,10 @@ class Pages:
 
     def _read(self, page: Page, slot: Slot) -> tuple[Slot, PageRead]:
         read = PageRead(page.name, page.nbytes)
+        layout = self._layout(page)
         try:
-            found = self._read_extents(page.name, slot.memory(), self._layout(page).extents)
-            slot.send()
+            found = self._read_extents(page.name, slot.memory(), layout.extents)
+            slot.send(layout)
         except BaseException:
             slot.close()
             raise

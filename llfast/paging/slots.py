@@ -13,12 +13,15 @@ from llfast.dtypes import STORED_DTYPES
 from llfast.errors import CannotPageError
 from llfast.quantised.dequantise import LazyWeight
 
+from .layout import Layout
+
 try:
     from llfast._native import Memory
 except ImportError:  # a package without its C++ module; `Pages` says so
     Memory = None  # type: ignore[assignment, misc]
 
 _OWN_MEMORY_BYTES = 1 << 20
+_ADDRESSES = 16  # on a device: kernels that multiply take others element by element, if at all
 
 
 class Slot:
@@ -44,7 +47,12 @@ class Slot:
             # The memory may have been another tensor's, which the device is still at.
             self._last_use: Any = torch.cuda.current_stream(device).record_event()
             self._copied: Any = None
-            _check(_cudart().cudaHostRegister(self._memory.address, self.nbytes, 0))
+            try:
+                _check(_cudart().cudaHostRegister(self._memory.address, self.nbytes, 0))
+            except RuntimeError as error:
+                raise MemoryError(
+                    f"not enough memory to pin {self.nbytes:,} bytes for a GPU: {error}"
+                ) from error
 
     def memory(self) -> Memory:
         """What is read to, once what it held has been copied to the device."""
@@ -52,15 +60,17 @@ class Slot:
             self._copied.synchronize()
         return self._memory
 
-    def send(self) -> None:
+    def send(self, layout: Layout) -> None:
         """Have what was read copied to the device, after the last use of what is there."""
         if self.on_device is None:
             return
+        runs = zip(layout.extents[:, 2:].tolist(), layout.runs_on_device.tolist(), strict=True)
         # The slot was made in inference mode, which is a thread's own; this may be another one.
         with torch.inference_mode(), torch.cuda.stream(self._copies):
             host = torch.frombuffer(self._memory, dtype=torch.uint8)
             self._copies.wait_event(self._last_use)
-            _copy(self.on_device, host)
+            for (size, place), on_device in runs:
+                _copy(self.on_device[on_device : on_device + size], host[place : place + size])
             self._copied = self._copies.record_event()
 
     def take(self) -> None:
@@ -76,16 +86,24 @@ class Slot:
     def close(self) -> None:
         """Give back what CUDA holds; memory itself goes with the last tensor that refers to it."""
         if self.on_device is not None:
-            torch.cuda.synchronize(self.on_device.device)
-            _check(_cudart().cudaHostUnregister(self._memory.address))
-            self.on_device = None
+            device, self.on_device = self.on_device.device, None
+            try:
+                torch.cuda.synchronize(device)
+            finally:
+                _check(_cudart().cudaHostUnregister(self._memory.address))
 
-    def view(self, offset: int, dtype: str, shape: Sequence[int]) -> Tensor:
-        """A tensor in the slot; a copy where its numbers do not lie on whole addresses.
+    def tensor(self, layout: Layout, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
+        """One of those in the slot; a copy where its numbers do not lie on whole addresses.
 
         Raises:
             CannotPageError: if torch does not have the dtype.
         """
+        is_here = self.on_device is None
+        offset = layout.places[name] if is_here else layout.places_on_device[name]
+        return self.view(offset, dtype, shape)
+
+    def view(self, offset: int, dtype: str, shape: Sequence[int]) -> Tensor:
+        """The same by where it lies."""
         kind = STORED_DTYPES.get(dtype)
         if kind is None:
             raise CannotPageError(f"weights must be of a dtype that torch has, got {dtype}")
@@ -101,7 +119,7 @@ class Slot:
         else:
             flat = torch.frombuffer(self._memory, dtype=kind, count=count, offset=offset)
             return flat.view(tuple(shape))
-        if offset % kind.itemsize:
+        if offset % (kind.itemsize if self.on_device is None else _ADDRESSES):
             raw = raw.clone()
         return raw.view(kind).view(tuple(shape))
 

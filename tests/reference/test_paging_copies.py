@@ -8,11 +8,14 @@ import contextlib
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import llfast
+from llfast.checkpoint import Checkpoint
 from llfast.paging import pages, slots, states, units
+from llfast.paging.layout import Layout
 from llfast.paging.slots import Slot
 from tests.families import make_family
 from tests.paging import LIMITS, check_same, least_budget, score_paged
@@ -139,6 +142,61 @@ def test_copied_pages_give_the_same_bits(kind, device, tmp_path, monkeypatch):
     assert device.registered == {}, "nothing stays pinned"
 
 
+def test_memory_is_read_to_again_once_it_is_copied(device, monkeypatch):
+    """And a slot is written to again once what computes with it has been given to the device."""
+    device.install(monkeypatch)
+    waited = []
+    slot = Slot(4096, SimpleNamespace(type="cuda"))
+    extents = np.array([[0, 0, 3000, 520]])
+    layout = Layout(4096, extents, {"a": 520}, np.array([512]), {"a": 512})
+    host = torch.frombuffer(slot.memory(), dtype=torch.uint8)
+    host[520:3520] = 1
+    slot.send(layout)
+    assert slot.on_device[512] == 255, "nobody has waited yet"
+    slot.memory()
+    assert slot.on_device[512:3512].eq(1).all()
+    assert slot.on_device[:512].eq(255).all()
+    monkeypatch.setattr(device.computing, "record_event", lambda: waited, raising=False)
+    slot.let_go()
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: event.append("waited"))
+    slot.send(layout)
+    assert waited == ["waited"]
+    slot.close()
+    assert device.registered == {}
+
+
+def test_tensors_lie_on_whole_addresses_of_the_device(device, tmp_path, monkeypatch):
+    """Wherever a header of any length has put them in their file."""
+    folder = save(make_model("llama"), make_tokenizer(adds_bos=True), tmp_path / "m")
+    (tensor, *_) = Checkpoint.open(folder).tensors.values()
+    assert tensor.begin % 16, "or nothing would be moved"
+    device.install(monkeypatch)
+    own, found = Slot.tensor, []
+
+    def tensor_of(self, layout, *arguments):
+        tensor = own(self, layout, *arguments)
+        found.append(
+            (tensor.data_ptr() - self.on_device.data_ptr()) % 16 == 0 or not tensor.numel()
+        )
+        return tensor
+
+    monkeypatch.setattr(Slot, "tensor", tensor_of)
+    score_paged(folder, TEXTS, **OPTIONS)
+    assert found
+    assert all(found)
+
+
+def test_memory_that_cannot_be_pinned_is_too_little(device, monkeypatch):
+    device.install(monkeypatch)
+
+    def refuse(_):
+        raise RuntimeError("out of memory (2)")
+
+    monkeypatch.setattr(slots.torch.cuda, "check_error", refuse)
+    with pytest.raises(MemoryError, match="not enough memory to pin 4,096 bytes"):
+        Slot(4096, SimpleNamespace(type="cuda"))
+
+
 def test_relatives_together(device, tmp_path, monkeypatch):
     changes = [(seed, lambda name: "layers.1." in name) for seed in range(3)]
     folders = make_family(tmp_path, "llama", make_tokenizer(adds_bos=True), changes)
@@ -169,6 +227,7 @@ def test_what_was_read_last_is_given_back_after_an_interrupt(device, tmp_path, m
     def take(self, page, **options):
         taken.append(page)
         if len(taken) == 3:
+            assert self._ahead is not None
             raise KeyboardInterrupt
         return own(self, page, **options)
 
