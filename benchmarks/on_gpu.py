@@ -103,7 +103,8 @@ def run_build(seconds: float) -> dict[str, Any]:
     found = run([sys.executable, "-c", "import llfast._native"], seconds)
     if found["code"] != 0:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        found = run(command, seconds, LLFAST_BUILD_JOBS=str(os.cpu_count()))
+        left = seconds - found["seconds"]
+        found = run(command, left, LLFAST_BUILD_JOBS=str(os.cpu_count()))
     return {"part": "build", **found}
 
 

@@ -200,12 +200,15 @@ def test_a_command_that_is_told_to_end_gives_its_model_back(made, tmp_path):
     command, log = [sys.executable, "-m", "llfast", *map(str, words)], tmp_path / "log"
     stop = time.monotonic() + 120
     with (tmp_path / "err").open("w") as err, subprocess.Popen(command, stderr=err) as process:
-        while not log.exists() or '"scored"' not in log.read_text():
-            assert process.poll() is None
-            assert time.monotonic() < stop
-            time.sleep(0.05)
-        process.terminate()
-        code = process.wait(60)
+        try:
+            while not log.exists() or '"scored"' not in log.read_text():
+                assert process.poll() is None
+                assert time.monotonic() < stop
+                time.sleep(0.05)
+            process.terminate()
+            code = process.wait(60)
+        finally:
+            process.kill()
     said = (tmp_path / "err").read_text()
     assert code == 128 + signal.SIGTERM, said
     assert "Traceback" not in said

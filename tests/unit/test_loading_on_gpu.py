@@ -36,8 +36,9 @@ def test_all_of_it_runs(bench, tmp_path, monkeypatch, capsys):
         "resident": 2,
     }
     texts, tokens = found["texts"]
-    seconds, rate = found["seconds"]["cold"], found["tokens_a_second"]["cold"]
-    assert rate["median"] == pytest.approx(texts * tokens / seconds["median"], rel=0.05)
+    rates = [texts * tokens / run["seconds"] for run in found["runs"]["cold"]]
+    assert found["tokens_a_second"]["cold"]["max"] == pytest.approx(max(rates), rel=1e-3)
+    assert found["same_bits"] is True
     for run in (*found["runs"]["cold"], *found["runs"]["cached"]):
         assert run["nbytes"] >= 0.9 * found["weight_bytes"]
     assert "cold over resident" in capsys.readouterr().out
