@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -32,8 +33,11 @@ MOST_SECONDS = 470.0
 BUILD_SECONDS = 120.0
 TESTS_SECONDS = 150.0
 LOADING_SECONDS = 150.0
+INTERRUPTED_SECONDS = 10.0
+WORKERS = 6  # that test side by side
 SPARE_SECONDS = 35.0  # to start, compile and finish the last case
 TAIL = 10_000  # characters of what a part printed
+NEEDED = "greenlet jaxtyping pyarrow pytest rich transformers typer xxhash".split()
 PARTS = ("build", "tests", "kernel", "loading")
 
 
@@ -57,7 +61,10 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> dict[str,
         try:
             code = child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)  # pytest then writes what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=INTERRUPTED_SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -75,6 +82,9 @@ def run_tests(device: str, seconds: float) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "--tb=short"]
         command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
         command += [f"--junitxml={results}"]
+        command += ["-W", "default"]  # other versions of packages may warn of other things
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(WORKERS)]  # compiling takes most of the time
         required = {"LLFAST_REQUIRE_GPU": "1"} if device == "cuda" else {}
         found = run(command, seconds, **required)
         counts, failures = _counted(results) if results.exists() else ({}, [])
@@ -165,6 +175,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("needs a CUDA device; --device cpu --quick shows that it runs", file=sys.stderr)
+        return 1
+    if missing := [each for each in NEEDED if not importlib.util.find_spec(each)]:
+        print(f"needs {', '.join(missing)}", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + MOST_SECONDS

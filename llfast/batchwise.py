@@ -17,6 +17,13 @@ from .head import Head, hidden_states, run_model
 from .traits import is_mixture_of_experts, rope_limits, vocabulary_rows
 
 _OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take where they are needed
+_NO_MEMORY = (  # as torch, CUDA, cuBLAS and Triton say it in errors of no kind of their own
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "[CUDA]: out of memory",
+)
 
 
 class Batchwise:
@@ -101,8 +108,8 @@ def too_long(batch: Batch, name: str, error: IndexError) -> ScoringError:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether torch says so, on whatever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        each in str(error) for each in _NO_MEMORY
     )
 
 

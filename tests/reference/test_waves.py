@@ -161,7 +161,7 @@ def test_what_is_read_never_goes_where_a_layer_lies(folder, expected, monkeypatc
     own = Pages._read
 
     def watch(self, page, slot):
-        place = np.frombuffer(slot.memory, np.uint8)
+        place = np.frombuffer(slot.memory(), np.uint8)
         begin, end = place.ctypes.data, place.ctypes.data + place.size
         for model in (reference() for reference in alive):
             for parameter in () if model is None else model.parameters():
