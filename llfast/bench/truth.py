@@ -31,7 +31,6 @@ class Truth:
     logprobs: Float64[Tensor, " n"]
     in_fp32: Float64[Tensor, " n"]
     largest: float  # magnitude of a logit or log-probability
-    truncated: float  # what tensor cores may cut off of it
 
     @staticmethod
     def of(problem: Problem, most_rows: int) -> Truth:
@@ -41,8 +40,7 @@ class Truth:
         rows = spread.round().long().unique()  # type: ignore[no-untyped-call]
         logprobs, largest = _logprobs(problem, rows, torch.float64)
         in_fp32, _ = _logprobs(problem, rows, torch.float32)
-        largest = max(largest, float(logprobs.abs().max()))
-        return Truth(rows, logprobs, in_fp32, largest, truncations(problem.hidden) * largest)
+        return Truth(rows, logprobs, in_fp32, max(largest, float(logprobs.abs().max())))
 
     @property
     def fp32_error(self) -> float:
@@ -59,7 +57,7 @@ class Truth:
 
     def why_wrong(self, error: float) -> str | None:
         """What is wrong with an error of llfast's, given as the largest; None if nothing is."""
-        floor = FLOOR_ROUNDINGS * self.largest * 2.0**-24 + self.truncated
+        floor = FLOOR_ROUNDINGS * self.largest * 2.0**-24
         limit = LARGEST_ERROR_RATIO * self.fp32_error + floor
         if error <= limit:  # NaN is not
             return None
@@ -67,17 +65,6 @@ class Truth:
             f"llfast's error must be at most {limit:.3g} nats, {LARGEST_ERROR_RATIO:.0f} times "
             f"that of a product in fp32 and {FLOOR_ROUNDINGS} roundings, got {error:.3g}"
         )
-
-
-def truncations(hidden: Tensor) -> float:
-    """How far tensor cores may be off a logit by themselves, relative to the largest one.
-
-    In half precision they cut sums off once every 16 products instead of rounding them, so a
-    product whose sum is split over the width, as cuBLAS may, can be several times nearer.
-    """
-    is_half = hidden.dtype in (torch.bfloat16, torch.float16)
-    steps = -(-hidden.shape[-1] // 16) if is_half and hidden.device.type == "cuda" else 0
-    return steps * 2.0**-24
 
 
 def error_ratio(errors: Mapping[str, Mapping[str, float]]) -> float:

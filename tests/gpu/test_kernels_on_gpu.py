@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 
-from llfast.bench.truth import truncations
 from llfast.kernels import (
     PartialLogprobs,
     cuda,
@@ -90,8 +89,7 @@ def test_every_shape_is_as_near_to_fp64_as_torch(shape, dtype):
     hidden, lm_head, targets = case
     logits = hidden.double() @ lm_head.double().T
     rounded = fp32_products(hidden, lm_head)
-    found = token_statistics(*case)
-    check_statistics(found, logits, rounded, targets, truncations(case[0]))
+    check_statistics(token_statistics(*case), logits, rounded, targets)
 
 
 @pytest.mark.parametrize("shape", [(7, 129, 33), (150, 1100, 64), (1, 3, 1)], ids=str)
@@ -215,7 +213,7 @@ def test_heads_of_more_than_2_to_the_31_numbers():
     truth = torch.stack([last[0, 4], last[1, 2], last.new_zeros(())]) - lse
     for head in (lm_head, torch.nn.functional.pad(lm_head, (0, 1))[:, :-1]):
         found = token_logprobs(hidden, head, targets)
-        torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-4)
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5)
         del head
 
 
