@@ -77,7 +77,8 @@ def measure_overhead(folder: Path, models: int, texts: int, repetitions: int) ->
     for repetition in range(repetitions):
         stores = {name: Store(folder / f"{name} {repetition}") for name in WAYS}
         names = list(WAYS)
-        for name in names[repetition % 3 :] + names[: repetition % 3]:
+        turn = repetition % len(names)
+        for name in names[turn:] + names[:turn]:
             started, took = time_apart(name, requests, sample, stores[name])
             seconds[name].append(took)
             if name == "ray":

@@ -41,7 +41,7 @@ from loading_limits import SEQUENTIAL, WAYS, memory_copy_rate, read_rate
 from loading_others import PEERS, described, measure_peers, measure_read_bound
 from loading_peers import drop
 from loading_verify import measure_verify
-from make_checkpoint import MOST_SHARD_BYTES, Shape, make_checkpoint
+from make_checkpoint import MOST_SHARD_BYTES, SMALL, Shape, make_checkpoint
 
 from llfast.bench import report
 from llfast.bench.loading import read_into_cache
@@ -50,9 +50,6 @@ _PROVIDERS = Path(__file__).with_name("loading_peers.py")
 RESULTS = Path(__file__).parent / "results"
 TINY = Shape(
     layers=4, hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=64, vocabulary=4096
-)
-QUICK_SHAPE = Shape(
-    layers=6, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_dim=64, vocabulary=8192
 )
 LIMIT_MIB = 2048  # beyond the interpreter
 TOLERANCE = 2e-2  # of a log-likelihood in bf16, to peers that make other batches
@@ -332,7 +329,7 @@ def run_all(bench: Bench, sizes: Sizes, *, quick: bool) -> dict[str, Any]:
 
 def shape_of(*, quick: bool) -> Shape:
     """Of the checkpoint."""
-    return QUICK_SHAPE if quick else Shape()
+    return SMALL if quick else Shape()
 
 
 def _verify(bench: Bench, sizes: Sizes) -> list[dict[str, Any]]:

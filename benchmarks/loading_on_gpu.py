@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_checkpoint import Shape, draw_texts, make_checkpoint
+from make_checkpoint import SMALL, Shape, draw_texts, make_checkpoint
 from torch.profiler import ProfilerActivity, profile
 
 import llfast
@@ -50,9 +50,6 @@ LLAMA_2_7B = Shape(
     vocabulary=32000,
     tied=False,
 )
-SMALL = Shape(
-    layers=6, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_dim=64, vocabulary=8192
-)
 BUDGET, SMALL_BUDGET = "4GiB", "32MiB"
 TEXTS, SMALL_TEXTS = (1024, 256), (16, 32)  # how many, and tokens of each
 MOST_OVER_RESIDENT = 1.10
@@ -64,7 +61,7 @@ class Bench:
     """A checkpoint, the same model on the device, and texts.
 
     Attributes:
-        runs: seconds, log-likelihoods and statistics of each way, one a repetition.
+        runs: seconds and statistics of each way, one a repetition.
         ceilings: what the machine can do, in bytes or FLOP a second, likewise.
         same_bits: whether all have returned the same log-likelihoods so far.
     """
@@ -250,17 +247,21 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None])
         bench = Bench(folder, torch.device(options.device), quick=options.quick)
         bench.warm_up()
         seen: dict[str, Any] = {}
+
+        def save_all() -> None:
+            save({**bench.found(), **seen})
+
         took = 0.0
         for number in range(options.repetitions):
             start = time.monotonic()
             if number and start - begin + took > options.most_seconds:
                 break
-            bench.repeat(lambda: save({**bench.found(), **seen}))  # noqa: B023 (called at once)
+            bench.repeat(save_all)
             took = time.monotonic() - start
             print(f"{start - begin:.0f} s; a repetition: {took:.1f} s", file=sys.stderr, flush=True)
             if not number and bench.device.type == "cuda":
-                seen = {"profile": bench.profiled()}
-                save({**bench.found(), **seen})
+                seen["profile"] = bench.profiled()
+                save_all()
 
 
 def main() -> int:

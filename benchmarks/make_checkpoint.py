@@ -94,6 +94,11 @@ class Shape:
         return found
 
 
+SMALL = Shape(
+    layers=6, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_dim=64, vocabulary=8192
+)
+
+
 def make_checkpoint(
     folder: Path,
     shape: Shape,
