@@ -68,7 +68,9 @@ class Bench:
     def batches(self) -> tuple[TokenizedTexts, list[Batch]]:
         """The batches of `score()`."""
         tokens = self.tokens()
-        return tokens, plan_batches(tokens, default_token_budget(self.model.device))
+        return tokens, plan_batches(
+            tokens, default_token_budget(self.model.device, self.model.config)
+        )
 
 
 # ------------------------------------------------------------------------------------- providers
@@ -136,14 +138,14 @@ def linear_layers_of_score(model: Any) -> AbstractContextManager[None]:
     """The path that `score()` lets the model's linear layers take."""
     output = model.get_output_embeddings()
     path = linear_path(model.device, model.dtype, model=model, leave_out=output)
-    rows = default_token_budget(model.device)
+    rows = default_token_budget(model.device, model.config)
     return linear_layers(model, path, rows=rows, leave_out=output)
 
 
 def matmul_flops(bench: Bench) -> float:
     """FLOP/s of torch's matrix product, at the shape of the model's widest layer."""
     width = bench.model.config.n_embd
-    rows = default_token_budget(bench.model.device)
+    rows = default_token_budget(bench.model.device, bench.model.config)
     a = torch.randn(rows, width, dtype=bench.model.dtype)
     b = torch.randn(4 * width, width, dtype=bench.model.dtype)
     functional.linear(a, b)

@@ -98,7 +98,7 @@ class Bench:
         read_into_cache(self.files)
         self._add("copy to device", copy_rate(self.device))
         self._run("cached", self._paged(self.ids))
-        rows = default_token_budget(self.device)
+        rows = default_token_budget(self.device, self.source.config)
         products = product_rates(self.flops.linear, rows, torch.bfloat16, self.device, packed=False)
         self._add(TORCH_MM, products[TORCH_MM])
         self._run("resident", self._scored(self._resident, self.ids))

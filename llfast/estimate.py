@@ -91,7 +91,7 @@ def estimate(
     tokenizer = source.tokenizer()
     limit = model_max_length(source.config, tokenizer, convention)
     tokens = tokenize(texts, tokenizer, convention, limit)
-    budget = default_token_budget(place) if token_budget is None else token_budget
+    budget = default_token_budget(place, source.config) if token_budget is None else token_budget
     batches = plan_batches(tokens, budget)
     padded = sum(math.prod(batch.shape) for batch in batches)
     config = source.config.get_text_config()

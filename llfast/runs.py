@@ -119,7 +119,7 @@ class Run:
         for text, part in zip(texts, parts, strict=True):
             if text not in unscored:
                 continue
-            total = math.fsum(part)
+            total = math.fsum(part.tolist())  # much faster than of numpy's own numbers
             if not math.isfinite(total):
                 dtype = str(self.job.dtype).removeprefix("torch.")
                 hint = "; score it with dtype bfloat16 or float32" if dtype == "float16" else ""
@@ -210,7 +210,7 @@ def prepare(
         )
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
-    budget = default_token_budget(place) if token_budget is None else token_budget
+    budget = default_token_budget(place, source.config) if token_budget is None else token_budget
     memory_bytes = check_budget(weights, memory_budget)
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
     if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:

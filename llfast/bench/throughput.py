@@ -179,7 +179,7 @@ def _subject(source: Any, sample: TextSet, dtype: str, device: str) -> _Subject:
     place, own = resolve_device(device, source), source.tokenizer()
     tokens = tokenize(sample, own, "paper", model_max_length(source.config, own, "paper"))
     limits = [limit for _, limit in rope_limits(source.config)]
-    batches = plan_batches(tokens, default_token_budget(place), limits=limits)
+    batches = plan_batches(tokens, default_token_budget(place, source.config), limits=limits)
     return _Subject(
         name=source.name,
         source=source,

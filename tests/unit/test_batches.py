@@ -1,5 +1,10 @@
+import contextlib
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from llfast import TextSet
 from llfast.batches import (
@@ -10,6 +15,8 @@ from llfast.batches import (
     plan_batches,
     tokenize,
 )
+from llfast.batchwise import one_ahead
+from llfast.devices import default_token_budget
 from tests.tiny import make_tokenizer
 
 
@@ -56,6 +63,31 @@ def test_a_texts_shape_does_not_depend_on_the_others():
 
     alone = shape([[1] * 37], 0)
     assert shape([[1] * 99] * 50 + [[1] * 37] * 3, 51) == alone
+
+
+@pytest.mark.parametrize(("width", "most"), [(768, 1.5), (2048, 1.25), (8192, 1.25)])
+def test_a_gpu_runs_few_tokens_that_are_of_no_text(width, most):
+    """Of 1,000 texts of 1,024 bytes; what is short of a batch is filled up with dummy rows."""
+    lengths = np.random.default_rng(0).normal(275, 60, 1000).clip(16, 1024).astype(int)
+    tokens = given_tokens([[1] * int(n) for n in lengths], None)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=width))
+    batches = plan_batches(tokens, default_token_budget(torch.device("cuda"), config))
+    assert sum(math.prod(batch.shape) for batch in batches) <= most * lengths.sum()
+
+
+def test_one_item_is_taken_ahead_and_none_is_lost():
+    def items():
+        for number in range(3):
+            log.append(f"take {number}")
+            yield number
+        if broken:
+            raise OSError("no more")
+
+    for broken in (False, True):
+        log = []
+        with pytest.raises(OSError, match="no more") if broken else contextlib.nullcontext():
+            log.extend(f"give {number}" for number in one_ahead(items()))
+        assert log == ["take 0", "take 1", "give 0", "take 2", "give 1", "give 2"]
 
 
 @pytest.fixture(params=[False, True], ids=["no-bos", "bos"])
