@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float32
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .batches import Batch, TokenizedTexts, plan_batches
 from .errors import LlfastWarning, ScoringError
-from .forward import BatchInputs
+from .forward import BatchInputs, ToHost
 from .head import Head, hidden_states, run_model
 from .traits import is_mixture_of_experts, rope_limits, vocabulary_rows
+
+Item = TypeVar("Item")
 
 _OWN_LOGITS_BYTES = 256 << 20  # the most that a model's own logits may take where they are needed
 _NO_MEMORY = (  # as torch, CUDA, cuBLAS and Triton say it in errors of no kind of their own
@@ -29,7 +31,9 @@ _NO_MEMORY = (  # as torch, CUDA, cuBLAS and Triton say it in errors of no kind 
 class Batchwise:
     """Runs a model on a plan of batches, and on smaller ones when memory runs out.
 
-    What is made of a batch is for `logprobs` to say, which other classes may do in another way.
+    On a GPU, a batch is launched before the one before it has come back, so that the device never
+    waits for the host. What is made of a batch is for `logprobs` to say, which other classes may do
+    in another way.
     """
 
     def __init__(
@@ -46,49 +50,76 @@ class Batchwise:
             ScoringError: if a text does not fit into the model, or into memory.
         """
         while True:
-            smaller = False
-            for batch in self._plan(token_budget):
-                if not is_open(batch):
-                    continue
-                name = self._ids[batch.texts[0]]
-                try:
-                    logprobs = self.logprobs(batch)
-                except IndexError as error:  # some models have fewer positions than they say
-                    raise too_long(batch, name, error) from error
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if batch.shape[0] == 1:
-                        raise ScoringError(
-                            f"memory must hold one text of {batch.shape[1]} tokens, got too little "
-                            f"for text {name!r}; use a smaller dtype or another device"
-                        ) from error
-                    smaller = True
-                    break
-                yield batch, logprobs, token_budget
-            if not smaller:
+            launched = self._launch(token_budget, is_open)
+            if self._model.device.type != "cpu":
+                launched = one_ahead(launched)
+            try:
+                for batch, coming in launched:
+                    yield batch, coming.wait(), token_budget
+            except _TooMuchAtOnceError:
+                token_budget //= 2
+            else:
                 return
-            token_budget //= 2
             warnings.warn(
                 f"out of memory: token_budget halved to {token_budget}", LlfastWarning, stacklevel=4
             )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
+    def _launch(
+        self, token_budget: int, is_open: Callable[[Batch], bool]
+    ) -> Iterator[tuple[Batch, ToHost]]:
+        for batch in self._plan(token_budget):
+            if not is_open(batch):
+                continue
+            name = self._ids[batch.texts[0]]
+            try:
+                coming = ToHost(self.logprobs(batch))
+            except IndexError as error:  # some models have fewer positions than they say
+                raise too_long(batch, name, error) from error
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if batch.shape[0] > 1:
+                    raise _TooMuchAtOnceError from None
+                raise ScoringError(
+                    f"memory must hold one text of {batch.shape[1]} tokens, got too little for "
+                    f"text {name!r}; use a smaller dtype or another device"
+                ) from error
+            yield batch, coming
+
     def logprobs(self, batch: Batch) -> Float32[Tensor, "*states T"]:
-        """Of all scored tokens of a batch, text after text, on the host."""
+        """Of all scored tokens of a batch, text after text, where the model is."""
         inputs = BatchInputs.of(self._tokens, batch, self._model.device)
         if self._head is None:
-            return _own_logprobs(run_model(self._model, inputs.input_ids), inputs).cpu()
+            return _own_logprobs(run_model(self._model, inputs.input_ids), inputs)
         with hidden_states(self._head) as collected:
             run_model(self._model, inputs.input_ids)
-        return self._head.token_logprobs(inputs.scored(collected[0]), inputs.targets).cpu()
+        return self._head.token_logprobs(inputs.scored(collected[0]), inputs.targets)
 
     def _plan(self, token_budget: int) -> list[Batch]:
         if self._head is None:
             vocabulary = vocabulary_rows(self._model) or 1
             token_budget = min(token_budget, _OWN_LOGITS_BYTES // (4 * vocabulary))
         return plan_for(self._model, self._tokens, token_budget)
+
+
+class _TooMuchAtOnceError(Exception):
+    """Memory does not hold a batch, but may hold a smaller one."""
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Take each item before the one before it is given; whatever is taken is given in the end."""
+    taken: list[Item] = []
+    try:
+        for item in items:
+            taken.append(item)
+            if len(taken) > 1:
+                yield taken.pop(0)
+    except Exception:
+        yield from taken
+        raise
+    yield from taken
 
 
 def plan_for(model: Any, tokens: TokenizedTexts, token_budget: int) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +43,37 @@ class BatchInputs:
         rows = np.repeat(np.arange(len(counts)), counts)
         columns = np.concatenate([np.arange(count) for count in counts])
         return BatchInputs(
-            input_ids=torch.from_numpy(input_ids).to(device),
-            rows=torch.from_numpy(rows).to(device),
-            columns=torch.from_numpy(columns).to(device),
-            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+            input_ids=_to_device(input_ids, device),
+            rows=_to_device(rows, device),
+            columns=_to_device(columns, device),
+            targets=_to_device(np.concatenate(targets).astype(np.int64), device),
         )
 
     def scored(self, states: Float[Tensor, "B S D"]) -> Float[Tensor, "T D"]:
         """The states of scored positions, packed."""
         return states[self.rows, self.columns]
+
+
+class ToHost:
+    """A tensor that may still be made on a device, and is copied to the host as soon as it is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: Any = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """On the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+
+def _to_device(array: Int64[np.ndarray, "*shape"], device: torch.device) -> Int64[Tensor, "*shape"]:
+    """Without waiting: a copy of pageable memory would begin when the device has nothing to do."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

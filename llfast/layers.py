@@ -178,7 +178,7 @@ class _Rows:
             self._flush()
 
     def logprobs(self) -> Float32[Tensor, "states T"]:
-        """Of all states, on the host."""
+        """Of all states, where the model is."""
         self._flush()
         return torch.cat(self._found)
 
@@ -187,4 +187,4 @@ class _Rows:
             count, hidden = len(self._waiting), torch.cat(self._waiting)
             self._waiting.clear()
             found = self._head.token_logprobs(hidden, self._targets.repeat(count))
-            self._found.append(found.view(count, -1).cpu())
+            self._found.append(found.view(count, -1))

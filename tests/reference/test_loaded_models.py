@@ -1,5 +1,6 @@
 """Models that the caller has loaded: given back as they were, and right whatever is around them."""
 
+import contextlib
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 import llfast
 from llfast import CheckpointError, ScoringError, UnsupportedModelError
+from llfast.borrowing import borrowed
 from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood
 
 
@@ -65,6 +67,23 @@ def test_the_callers_autocast_changes_nothing(llama, tokenizer):
         assert torch.is_autocast_enabled("cpu")
     assert found.tolist() == expected.tolist()
     np.testing.assert_allclose(expected, truth(llama, tokenizer), rtol=0, atol=1e-4)
+
+
+def test_attention_never_waits_for_plans_of_cudnn(llama, tokenizer):
+    """Nor does a model that is done first turn it on again under another one."""
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    other, seen = make_model("gpt2"), []
+    assert allowed()
+    with contextlib.ExitStack() as first:
+        first.enter_context(borrowed(llama))
+        with borrowed(other):
+            first.close()
+            seen.append(allowed())
+    llama.model.layers[0].register_forward_hook(lambda *_: seen.append(allowed()))
+    llfast.score((llama, tokenizer), TEXTS)
+    assert len(seen) > 2
+    assert not any(seen)
+    assert allowed()
 
 
 def test_splitting_special_tokens_is_part_of_what_is_remembered(llama):
