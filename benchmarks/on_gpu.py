@@ -1,12 +1,12 @@
-"""All that needs a GPU: the tests that do, then the benchmarks of the kernel and of loading.
+"""All that needs a GPU: the tests that do, then benchmarks of the kernel, loading and scoring.
 
     python3 benchmarks/on_gpu.py --out DIR [--commit "$(git describe --always --dirty)"]
 
 It takes at most eight minutes, needs no installed llfast, builds the C++ module if there is none
-(which takes a compiler, setuptools and pybind11), and writes `tests.json`, `kernel.json` and
-`loading.json` into the folder as it goes: a run that is killed keeps what it had. `--device cpu
---quick` shows that all of it runs. Peers are measured if liger-kernel and cut-cross-entropy can be
-imported, and run-time types are checked if beartype can be.
+(which takes a compiler, setuptools and pybind11), and writes `tests.json`, `kernel.json`,
+`loading.json` and `scoring.json` into the folder as it goes: a run that is killed keeps what it
+had. `--device cpu --quick` shows that all of it runs. Peers are measured if liger-kernel and
+cut-cross-entropy can be imported, and run-time types are checked if beartype can be.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ MOST_SECONDS = 470.0
 BUILD_SECONDS = 120.0
 TESTS_SECONDS = 150.0
 LOADING_SECONDS = 150.0
+SCORING_SECONDS = 100.0
 INTERRUPTED_SECONDS = 10.0
 WORKERS = 6  # that test side by side
 SPARE_SECONDS = 35.0  # to start, compile and finish the last case
 TAIL = 10_000  # characters of what a part printed
 NEEDED = "greenlet jaxtyping pyarrow pytest rich transformers typer xxhash".split()
-PARTS = ("build", "tests", "kernel", "loading")
+PARTS = ("build", "tests", "kernel", "loading", "scoring")
 
 
 def run(command: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
@@ -126,10 +127,10 @@ def run_kernel(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     return {"part": "kernel", **run(command, seconds)}
 
 
-def run_loading(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """`loading_on_gpu.py`, which writes its own JSON after every repetition."""
-    command = _benchmark("loading_on_gpu.py", "loading.json", options, seconds - SPARE_SECONDS)
-    return {"part": "loading", **run(command, seconds)}
+def run_benchmark(part: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """`loading_on_gpu.py` or `scoring_on_gpu.py`, which write JSON after every repetition."""
+    script, left = f"{part}_on_gpu.py", seconds - SPARE_SECONDS
+    return {"part": part, **run(_benchmark(script, f"{part}.json", options, left), seconds)}
 
 
 def _benchmark(script: str, out: str, options: argparse.Namespace, seconds: float) -> list[str]:
@@ -181,12 +182,14 @@ def main() -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + MOST_SECONDS
-    later = LOADING_SECONDS if "loading" in options.only else 0.0
+    scoring = SCORING_SECONDS if "scoring" in options.only else 0.0
+    later = scoring + (LOADING_SECONDS if "loading" in options.only else 0.0)
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "build": lambda: run_build(BUILD_SECONDS),
         "tests": lambda: run_tests(options.device, TESTS_SECONDS),
         "kernel": lambda: run_kernel(options, end - time.monotonic() - later),
-        "loading": lambda: run_loading(options, end - time.monotonic()),
+        "loading": lambda: run_benchmark("loading", options, end - time.monotonic() - scoring),
+        "scoring": lambda: run_benchmark("scoring", options, end - time.monotonic()),
     }
     parts = []
     for name in PARTS:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
 
 import llfast
 from llfast import TextSet
@@ -56,3 +59,23 @@ def test_the_last_layer_is_the_plain_score_to_the_bit(tmp_path, dtype):
     for result, other in zip(results, on_cpu, strict=True):
         limit = {"atol": 2e-3} if dtype == "float32" else {"rtol": 0.05}
         np.testing.assert_allclose(result.values, other.values, **limit)
+
+
+def test_the_host_waits_for_the_device_at_most_once_a_batch(tmp_path):
+    """Transformers looks at the positions of every batch; nothing else may wait."""
+    model, tokenizer = make_model("llama"), make_tokenizer(adds_bos=True)
+    folder = save(model, tokenizer, tmp_path / "llama")
+    texts = [[1, 5, 9, 3]] * 20
+
+    def waits(count):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                llfast.score(folder, token_ids=texts[:count], device="cuda", token_budget=1)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(each.message) for each in seen)
+
+    waits(1)  # compiles
+    assert waits(20) - waits(1) <= 19
