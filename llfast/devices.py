@@ -40,8 +40,12 @@ def default_token_budget(device: torch.device, config: Any) -> int:
 
 
 def resolve_device(name: str, source: ModelSource) -> torch.device:
-    """The device to run on; ValueError if it is not there, or not where a loaded model is."""
-    own = source.model.device if isinstance(source, MemorySource) else None
+    """The device to run on, of a loaded model its own.
+
+    Raises:
+        ValueError: if it is not there, or not the one that a loaded model is on.
+    """
+    own: torch.device | None = source.model.device if isinstance(source, MemorySource) else None
     if name == "auto":
         return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -54,9 +58,12 @@ def resolve_device(name: str, source: ModelSource) -> torch.device:
         raise ValueError(
             f"device must be there, got {name!r} where torch sees no CUDA device; use 'cpu'"
         )
-    if own is not None and device.type != own.type:
+    if own is None:
+        return device
+    # Without a number, any device of this type is meant; a device that has none is the first.
+    if device.type != own.type or device.index not in (None, own.index or 0):
         raise ValueError(f"device must be 'auto' for a loaded model on {own}, got {name!r}")
-    return device
+    return own
 
 
 def device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 import llfast
 from llfast import CheckpointError, ScoringError, UnsupportedModelError
 from llfast.borrowing import borrowed
+from llfast.devices import resolve_device
+from llfast.models import open_model
 from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood
 
 
@@ -133,6 +136,42 @@ def test_models_without_their_weights_are_refused(llama, tokenizer):
 def test_a_dtype_that_is_not_scored_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match=r"float32, bfloat16, float16, got torch\.float64"):
         llfast.score((llama.double(), tokenizer), TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ("cuda:0", "cuda:1"),
+        ("cuda:1", "cuda:0"),
+        ("cuda", "cuda:1"),
+        ("cuda:0", "cpu"),
+        ("cpu", "cuda"),
+        ("cpu", "cuda:0"),
+    ],
+)
+def test_another_device_than_the_models_own_is_refused(own, asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    source = open_model(SimpleNamespace(config=None, device=torch.device(own)), name="stand-in")
+    with pytest.raises(ValueError, match=f"'auto' for a loaded model on {own}, got '{asked}'"):
+        resolve_device(asked, source)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ("cuda:1", "auto"),
+        ("cuda:1", "cuda:1"),
+        ("cuda:1", "cuda"),
+        ("cuda:0", "cuda"),
+        ("cuda", "cuda:0"),
+        ("cpu", "cpu"),
+        ("cpu", "cpu:0"),
+    ],
+)
+def test_a_model_runs_where_it_is(own, asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    source = open_model(SimpleNamespace(config=None, device=torch.device(own)), name="stand-in")
+    assert resolve_device(asked, source) == torch.device(own)
 
 
 def test_a_head_that_lacks_words_is_refused_before_a_text_runs(llama):
