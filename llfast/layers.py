@@ -20,7 +20,7 @@ from .engines import Finished, Job, Ready, open_engine
 from .errors import UnsupportedModelError
 from .forward import BatchInputs
 from .head import Head, hidden_states, run_model
-from .lens import Lens, find_lens
+from .lens import Lens, find_lens, refuse_not_finite
 from .models import open_model
 from .paging import LoadingStatistics
 from .results import LogLikelihoods
@@ -76,7 +76,8 @@ def score_layers(
         CheckpointError: if the model cannot be found or loaded.
         UnsupportedModelError: if there is nothing between its layers and its head that its other
             states could be read through, or if its head is not one of those that are fused.
-        ScoringError: if the numbers are not finite, or memory does not do for one text.
+        ScoringError: if the numbers are not finite, with the first layer at which they are not; or
+            if memory does not do for one text.
         ValueError: for arguments that make no sense.
         TypeError: for metadata that is not JSON.
     Source: logit lens as in Kishino et al., arXiv 2505.15353.
@@ -117,13 +118,14 @@ class _Layers:
     weights = "resident"
 
     def __init__(self, job: Job, ready: Ready) -> None:
-        model, head = ready.model, ready.head
+        model, head, probe = ready.model, ready.head, probe_tokens(ready.model)
         if head is None:
+            refuse_not_finite(model, probe)
             raise UnsupportedModelError(
                 "model must have a head that is fused to be read out at its layers, got a "
                 f"{type(model).__name__} that is scored by its own logits"
             )
-        lens = find_lens(model, head, probe_tokens(model))
+        lens = find_lens(model, head, probe)
         self._token_budget = job.token_budget
         self._batchwise = _ByLayer(model, head, lens, job)
         self.ready = [ready] * (lens.calls + 1)

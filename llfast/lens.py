@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
+from .errors import ScoringError, UnsupportedModelError
 from .head import Head, hidden_states, run_model
 from .traits import listed_modules
 
@@ -54,24 +54,13 @@ class Lens:
         """
         seen = 0
 
-        def show(found: Any) -> None:
+        def show(state: Tensor | None) -> None:
             nonlocal seen
-            state = _state(found)
             assert state is not None, "there was one on the probe"
             see(seen, state)
             seen += 1
 
-        def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if seen == 0:
-                show((given, named))
-
-        def after(_module: nn.Module, _given: tuple[Any, ...], out: Any) -> None:
-            show(out)
-
-        with contextlib.ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
-                stack.enter_context(layer.register_forward_hook(after))
+        with _shown(self.layers, show):
             yield
         if seen != self.calls + 1:
             raise UnsupportedModelError(
@@ -123,6 +112,88 @@ def find_lens(model: Any, head: Head, probe: Int64[Tensor, " S"]) -> Lens:
     lens = Lens(layers=layers, calls=len(passed), read_out=chain)
     _try(model, head, lens, probe)
     return lens
+
+
+def refuse_not_finite(model: Any, probe: Int64[Tensor, " S"]) -> None:
+    """Refuse a model whose own numbers are not finite, by the first place where they are not.
+
+    Args:
+        model: a transformers causal language model.
+        probe: a few valid token ids.
+
+    Raises:
+        ScoringError: if they are not, for a token of the probe.
+        UnsupportedModelError: if they are not, and there is no list of layers.
+    """
+    called: set[nn.Module] = set()
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_hook(lambda each, *_: called.add(each)))
+        # Of the whole softmax: a model may rule words out by -inf.
+        of_head = _odd_number(run_model(model, probe[None]).logsumexp(-1))
+    if of_head is None:
+        return
+    odd: dict[str, float | None] = {}  # by place, in the order of a forward pass
+
+    def see(state: Tensor | None) -> None:
+        odd[f"layer {len(odd)}" if odd else "the embedding (layer 0)"] = _odd_number(state)
+
+    def see_entering(_: nn.Module, given: tuple[Any, ...]) -> None:
+        odd[f"behind layer {len(odd) - 1}"] = _odd_number(_state(given))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_shown(_layers(model, called), see))
+        head = model.get_output_embeddings()
+        if head is not None:
+            stack.enter_context(head.register_forward_pre_hook(see_entering))
+        run_model(model, probe[None])
+    odd[_head_name(model)] = of_head
+    place, number = next((place, number) for place, number in odd.items() if number is not None)
+    dtype = str(model.dtype).removeprefix("torch.")
+    advice = "look for NaN and inf in its weights"
+    if dtype == "float16":
+        advice = "score it with dtype bfloat16 or float32"
+    raise ScoringError(
+        f"model must give finite numbers, got {number} from {place} on, in {dtype}; {advice}"
+    )
+
+
+def _odd_number(state: Tensor | None) -> float | None:
+    """The first that is not finite."""
+    odd = None if state is None else state[~state.isfinite()]
+    return None if odd is None or not len(odd) else odd[0].item()
+
+
+def _head_name(model: Any) -> str:
+    """What to call the head: in many models it is the embedding's weight once more."""
+    weights = [
+        getattr(module, "weight", None)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    if weights[0] is not None and weights[0] is weights[1] and _odd_number(weights[0]) is not None:
+        return "the embedding, which is the head, too,"
+    return "the head"
+
+
+@contextlib.contextmanager
+def _shown(layers: Sequence[nn.Module], show: Callable[[Tensor | None], None]) -> Iterator[None]:
+    """Have a forward pass show what enters the first of its layers, and what comes out of each."""
+    is_first = True
+
+    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            show(_state((given, named)))
+
+    def after(_module: nn.Module, _given: tuple[Any, ...], out: Any) -> None:
+        show(_state(out))
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(layer.register_forward_hook(after))
+        yield
 
 
 def _layers(model: Any, called: set[nn.Module]) -> tuple[nn.Module, ...]:
