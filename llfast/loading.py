@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import threading
 import warnings
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, LlfastWarning, needed
+from .errors import CheckpointError, LlfastWarning, MissingDependencyError
 from .quantised import QuantisedWeight
 from .quantised.dequantise import LazyWeight
 
@@ -101,6 +102,18 @@ def refuse_incomplete(name: str, model: Any, report: Mapping[str, Any]) -> None:
         warnings.warn(message, LlfastWarning, stacklevel=4)
 
 
+def refuse_without_peft() -> None:
+    """Refuse an adapter as soon as it is looked up; peft takes its time to be imported.
+
+    Raises:
+        MissingDependencyError: if peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError(
+            "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"
+        )
+
+
 def merge_adapter(model: Any, adapter: Path) -> Any:
     """The model with a LoRA adapter added to its weights.
 
@@ -108,8 +121,9 @@ def merge_adapter(model: Any, adapter: Path) -> Any:
         CheckpointError: if the adapter is not one of this model.
         MissingDependencyError: without peft.
     """
-    with needed("peft", "merging a LoRA adapter needs peft; run `pip install 'llfast[lora]'`"):
-        import peft
+    refuse_without_peft()
+    import peft
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys: they are refused below

@@ -14,6 +14,7 @@ from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods, ResultKey
 from .runs import SCORING_VERSION
 from .space import ModelSpace
 from .store import Store
+from .storefiles import refuse_unwritable_store
 from .texts import TextSet
 
 
@@ -72,7 +73,7 @@ def store_layers(
 
     Raises:
         LlfastError: as `score_layers`.
-        OSError: if the store cannot be written.
+        OSError: if the store cannot be written. It is made with the first results alone.
     """
     source = open_model(
         model,
@@ -100,7 +101,7 @@ def store_layers(
     counts = {row.metadata.get("layers") for row in stored.values()}
     if counts == {len(stored)}:
         return [store.load(stored[layer]) for layer in range(len(stored))], False
-    store.prepare()
+    refuse_unwritable_store(store.folder)
     results = score_layers(
         source,
         texts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -59,6 +60,25 @@ def write_marker(folder: AnyPath, *, again: bool = False) -> None:
     if again or not (folder / _MARKER).exists():
         with atomic_write(folder / _MARKER) as file:
             file.write(json.dumps({"format": _FORMAT}).encode())
+
+
+def refuse_unwritable_store(folder: AnyPath) -> None:
+    """Refuse, before any work, a store that cannot be written to; a new one is not made yet.
+
+    At s3:// only a write tells, and one makes a store: there, a new one is not looked at.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    if isinstance(folder, RemotePath):
+        if (folder / _MARKER).exists():
+            write_marker(folder, again=True)
+        return
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "The store cannot be written to", str(folder))
 
 
 def find_partial(folder: AnyPath, key: str) -> Path | None:

@@ -17,6 +17,7 @@ from llfast.model_list import ModelRequest
 from llfast.outcomes import Outcome
 from llfast.remote import AnyPath, RemotePath
 from llfast.store import Store
+from llfast.storefiles import refuse_unwritable_store
 from llfast.texts import TextSet
 from llfast.verify import read_manifest
 
@@ -146,13 +147,15 @@ def begin(
     memory_budget: int | str | None,
     verify: bool | str | os.PathLike[str],
 ) -> int | None:
-    """Make a store ready, unless every model would fail for one slip of the pen.
+    """Refuse a run in which every model would fail for one slip of the pen.
+
+    A store that is not there is not made yet: that is for the first model that is run.
 
     Returns: the memory budget in bytes.
 
     Raises:
         ValueError: for a convention, dtype, way of having weights, or budget that there is not.
-        OSError: if a manifest cannot be read, or the store not be written.
+        OSError: if a manifest cannot be read, or the store not be made.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
@@ -164,7 +167,8 @@ def begin(
     if not isinstance(verify, bool):
         read_manifest(Path(verify))
     budget_bytes = check_budget(weights, memory_budget)
-    store.prepare()
+    if not store.folder.is_dir():
+        refuse_unwritable_store(store.folder)
     _remove_leftovers(store.folder)
     return budget_bytes
 

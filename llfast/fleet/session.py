@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from llfast.model_list import ModelRequest
 from llfast.models import ModelSource, open_model
 from llfast.outcomes import Outcome
 from llfast.paging import LoadingStatistics, Relatives
-from llfast.remote import AnyPath, RemotePath
+from llfast.remote import RemotePath
 from llfast.results import LogLikelihoods, ResultKey
 from llfast.runs import SCORING_VERSION, carry_out_together, prepare
 from llfast.scoring import score
 from llfast.store import Store
-from llfast.storefiles import write_marker
+from llfast.storefiles import refuse_unwritable_store
 from llfast.texts import TextSet
 
 from .failures import is_lasting, reason_of
@@ -182,7 +181,7 @@ class Session:
 
     def _together(self, members: Sequence[Opened], group: Relatives) -> dict[ResultKey, Outcome]:
         """The outcomes of relatives; none if anything is wrong with one of them."""
-        _refuse_read_only(self._store.folder)
+        self._make_ready()
         start = time.monotonic()
         loading = LoadingStatistics(compared_bytes=self._compared_bytes)
         self._compared_bytes = 0
@@ -214,7 +213,7 @@ class Session:
         }
 
     def _alone(self, opened: Opened) -> Outcome:
-        _refuse_read_only(self._store.folder)
+        self._make_ready()
         start, loading = time.monotonic(), LoadingStatistics()
         try:
             result = score(
@@ -230,6 +229,11 @@ class Session:
             self._raise_if_of_all(error)
             return self._failed(opened.request, opened.key, error)
         return self._keep(opened, result, time.monotonic() - start, loading)
+
+    def _make_ready(self) -> None:
+        """Have a store that can be written to, before a model has run in vain."""
+        refuse_unwritable_store(self._store.folder)
+        self._store.prepare()
 
     def _keep(
         self,
@@ -308,14 +312,6 @@ def open_request(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-
-
-def _refuse_read_only(folder: AnyPath) -> None:
-    """Before a model has run in vain."""
-    if isinstance(folder, RemotePath):
-        write_marker(folder, again=True)  # only a write tells
-    elif not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, "The store cannot be written to", str(folder))
 
 
 def _is_of_store(error: OSError, store: Store) -> bool:

@@ -95,6 +95,7 @@ def agree(requests: Sequence[ModelRequest], store: Store, options: Options) -> T
         memory_budget=terms.memory_budget,
         verify=terms.verify,
     )
+    store.prepare()  # workers keep their leases in it
     return replace(terms, memory_budget=budget_bytes)
 
 

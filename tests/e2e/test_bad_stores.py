@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import llfast
 from llfast import ModelSpace, Store
@@ -35,6 +37,37 @@ def test_a_folder_that_is_no_store(command, checkpoints, texts_file, tmp_path, c
     run = command(words, *(file if each == folder else each for each in arguments))
     assert str(file) in run.error
     assert content(folder) == {"cat.jpg": b"\xff\xd8"}
+
+
+def test_a_store_that_cannot_be_made(command, checkpoints, texts_file, monkeypatch):
+    monkeypatch.setattr("llfast.fleet.session.open_request", lambda *_: 1 / 0)
+    for store in (texts_file / "store", texts_file / "a" / "store"):
+        run = command("score", checkpoints / "gpt2", "--texts", texts_file, "--store", store)
+        assert f"Not a directory: '{store}'" in run.error
+
+
+def test_a_run_that_fails_before_anything_is_stored_leaves_no_new_store(
+    command, checkpoints, texts_file, tmp_path, monkeypatch
+):
+    adapter, new = tmp_path / "adapter", tmp_path / "new"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ("--texts", texts_file, "--store", new)
+    gpt2, other = checkpoints / "gpt2", checkpoints / "gpt2-finetune"
+    series = ("--checkpoints", gpt2, other, "--steps", "1,2")
+    for words, message in (
+        (("score", gpt2, "--device", "cuda"), "where torch sees no CUDA device"),
+        (("score", gpt2, other, "--together", "--device", "cuda"), "torch sees no CUDA device"),
+        (("trajectory", *series, "--device", "cuda"), "where torch sees no CUDA device"),
+        (("score", adapter, "--adapter-base", gpt2), "needs peft; run `pip install"),
+    ):
+        assert message in command(*words, *arguments).error
+        assert not new.exists()
+    assert command("score", gpt2, *arguments).code == 0
+    assert len(Store(new).rows()) == 1
 
 
 def test_a_half_written_shard_costs_one_model(

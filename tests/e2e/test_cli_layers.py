@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import llfast
-from llfast import Store, nearest
+from llfast import Store, nearest, stored_layers
+from tests.architectures import build
+from tests.tiny import make_tokenizer, save
 
 
 @pytest.fixture
@@ -103,3 +105,30 @@ def test_what_cannot_be_read_out_is_said_in_one_line(layers, command, store, tex
     run = command("layers", "no-such-model", "--texts", texts_file, "--store", store)
     assert "model must be a checkpoint folder or Hub id, got no-such-model" in run.error
     assert content(store) == before
+
+
+def test_a_command_that_fails_leaves_no_new_store(
+    layers, command, checkpoints, nan_checkpoint, texts_file, tmp_path
+):
+    tokenizer = make_tokenizer(adds_bos=False, vocabulary=290)
+    normless = save(build("openai-gpt"), tokenizer, tmp_path / "normless")
+    new = tmp_path / "made" / "new"
+    for model, options, message in (
+        (normless, (), "model must have a final norm between its last layer and its head"),
+        (nan_checkpoint, (), "model must give finite numbers, got nan from layer 1 on"),
+        (checkpoints / "gpt2", ("--token-budget", 9999999), "token_budget must be from 1 to"),
+    ):
+        run = command("layers", model, "--texts", texts_file, "--store", new, *options)
+        assert message in run.error
+        assert not new.parent.exists()
+    assert command("layers", checkpoints / "gpt2", "--texts", texts_file, "--store", new).code == 0
+    assert len(Store(new).rows()) == 3
+
+
+def test_a_store_that_cannot_be_made_is_found_out_before_a_model_runs(
+    command, checkpoints, texts_file, monkeypatch
+):
+    monkeypatch.setattr(stored_layers, "score_layers", lambda *_, **__: 1 / 0)
+    store = texts_file / "store"  # in a file
+    run = command("layers", checkpoints / "gpt2", "--texts", texts_file, "--store", store)
+    assert f"Not a directory: '{store}'" in run.error
