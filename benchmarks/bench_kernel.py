@@ -21,8 +21,8 @@ from typing import Any
 
 from llfast.bench import report
 from llfast.bench.kernel import HEADS, measure, wrong_cases
-from llfast.bench.problems import DTYPES
 from llfast.bench.table import show
+from llfast.dtypes import DTYPES
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from llfast.bench import report
-from llfast.bench.problems import DTYPES, Problem, make_problem
+from llfast.bench.problems import Problem, make_problem
 from llfast.bench.timing import one_line, seconds_a_call
+from llfast.dtypes import DTYPES
 from llfast.kernels import cuda, token_logprobs, tuning
 from llfast.kernels.tuning import Schedules, Tile
 

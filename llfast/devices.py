@@ -45,25 +45,37 @@ def resolve_device(name: str, source: ModelSource) -> torch.device:
     Raises:
         ValueError: if it is not there, or not the one that a loaded model is on.
     """
-    own: torch.device | None = source.model.device if isinstance(source, MemorySource) else None
+    if not isinstance(source, MemorySource):
+        return parse_device(name)
+    own: torch.device = source.model.device
     if name == "auto":
-        return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own
+    device = parse_device(name)
+    # Without a number, any device of this type is meant; a device that has none is the first.
+    if device.type != own.type or device.index not in (None, own.index or 0):
+        raise ValueError(f"device must be 'auto' for a loaded model on {own}, got {name!r}")
+    return own
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of a name: "cpu", "cuda", "cuda:1", or "auto" for CUDA where it is there.
+
+    Raises:
+        ValueError: for another name, or a device that is not there.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device must be there, got {name!r} where torch sees no CUDA device; use 'cpu'"
-        )
-    if own is None:
-        return device
-    # Without a number, any device of this type is meant; a device that has none is the first.
-    if device.type != own.type or device.index not in (None, own.index or 0):
-        raise ValueError(f"device must be 'auto' for a loaded model on {own}, got {name!r}")
-    return own
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}; take one of them")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        seen = ", ".join(f"cuda:{number}" for number in range(count)) or "no CUDA device"
+        raise ValueError(f"device must be there, got {name!r} where torch sees {seen}; use 'cpu'")
+    return device
 
 
 def device_name(device: torch.device) -> str:

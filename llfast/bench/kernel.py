@@ -23,13 +23,15 @@ from typing import Any
 
 import torch
 
+from llfast.devices import parse_device
+from llfast.dtypes import DTYPES
 from llfast.kernels import instruction_set
 
 from . import report
 from .aims import judged
 from .bits import same_bits
 from .cases import NOT_MEASURED, is_lost, measure_case
-from .problems import DTYPES, Problem, make_problem
+from .problems import Problem, make_problem
 from .timing import Copy, one_line
 
 # What a case takes, for deciding if it still fits: its product at this rate, by every provider.
@@ -94,7 +96,7 @@ def measure(
     Raises:
         ValueError: if a name is none of those above.
     """
-    place = _device(device)
+    place = parse_device(device)
     known = QUICK_HEADS if quick else HEADS
     chosen = {name: _one_of(known, name, "heads") for name in heads or known}
     element = _one_of(DTYPES, dtype, "dtype")
@@ -205,21 +207,6 @@ def _estimated_seconds(problem: Problem, case_seconds: float) -> float:
         return 0.0
     product = problem.gflop * 1e9 / _FLOPS[problem.dtype_name]
     return _CALLS * product + case_seconds + _SECONDS_TO_COMPILE
-
-
-def _device(name: str) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if has_cuda else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}; take one of them")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device must be there, got {name!r} where torch sees {torch.cuda.device_count()} "
-            "CUDA devices; use 'cpu'"
-        )
-    return torch.device(name)
 
 
 def _one_of(known: dict[str, Any], name: str, what: str) -> Any:

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGIT_SD = 4.0  # logits then reach about 20
 # Numbers that are made at once: on a CPU such as stay in its cache.
 _PIECES = {"cpu": 1 << 15, "cuda": 1 << 24}

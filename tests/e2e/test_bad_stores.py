@@ -54,7 +54,7 @@ def test_a_run_that_fails_before_anything_is_stored_leaves_no_new_store(
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     arguments = ("--texts", texts_file, "--store", new)
     gpt2, other = checkpoints / "gpt2", checkpoints / "gpt2-finetune"
     series = ("--checkpoints", gpt2, other, "--steps", "1,2")

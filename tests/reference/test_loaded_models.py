@@ -13,7 +13,7 @@ from llfast import CheckpointError, ScoringError, UnsupportedModelError
 from llfast.borrowing import borrowed
 from llfast.devices import resolve_device
 from llfast.models import open_model
-from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood
+from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood, save
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +150,18 @@ def test_a_dtype_that_is_not_scored_is_refused(llama, tokenizer):
     ],
 )
 def test_another_device_than_the_models_own_is_refused(own, asked, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     source = open_model(SimpleNamespace(config=None, device=torch.device(own)), name="stand-in")
     with pytest.raises(ValueError, match=f"'auto' for a loaded model on {own}, got '{asked}'"):
         resolve_device(asked, source)
+
+
+@pytest.mark.parametrize(("count", "seen"), [(0, "no CUDA device"), (1, "cuda:0; use")])
+def test_a_device_that_is_not_there_is_refused(count, seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    folder = save(make_model("llama"), make_tokenizer(adds_bos=True), tmp_path / "llama")
+    with pytest.raises(ValueError, match=f"got 'cuda:1' where torch sees {seen}"):
+        llfast.score(folder, TEXTS, device="cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,7 @@ def test_another_device_than_the_models_own_is_refused(own, asked, monkeypatch):
     ],
 )
 def test_a_model_runs_where_it_is(own, asked, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     source = open_model(SimpleNamespace(config=None, device=torch.device(own)), name="stand-in")
     assert resolve_device(asked, source) == torch.device(own)
 
