@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .cli_options import (
+    AdapterBase,
     AllowPickle,
     AsJson,
     Convention,
@@ -36,6 +37,7 @@ def layers_command(
     device: Device = "auto",
     token_budget: TokenBudget = None,
     tokenizer: TokenizerFolder = None,
+    adapter_base: AdapterBase = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
@@ -58,6 +60,7 @@ def layers_command(
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        adapter_base=adapter_base,
     )
     output, layers = results[-1], compare_layers(results)
     if as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .cli_options import (
+    AdapterBase,
     AllowPickle,
     AsJson,
     Convention,
@@ -63,6 +64,7 @@ def trajectory_command(
     weights: Weights = "auto",
     memory_budget: MemoryBudget = None,
     tokenizer: TokenizerFolder = None,
+    adapter_base: AdapterBase = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
@@ -82,7 +84,9 @@ def trajectory_command(
         raise UsageError(f"--revisions goes with one MODEL, got {len(folders)}")
     if plot is not None:
         refuse_undrawable(plot)
-    requests = [ModelRequest(model=each, tokenizer=tokenizer) for each in folders]
+    requests = [
+        ModelRequest(model=each, tokenizer=tokenizer, adapter_base=adapter_base) for each in folders
+    ]
     if revisions is not None:
         named = [each.strip() for each in revisions.split(",")]
         if not all(named):

@@ -45,6 +45,7 @@ def score_layers(
     metadata: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    adapter_base: str | None = None,
     progress: bool | None = None,
 ) -> list[LogLikelihoods]:
     """The log-likelihood of every text at every hidden state of a causal language model.
@@ -66,6 +67,7 @@ def score_layers(
         metadata: columns to keep with each result.
         trust_remote_code: let the checkpoint bring code of its own.
         allow_pickle: let weights be pickles.
+        adapter_base: the model that a LoRA adapter belongs to.
         progress: show a bar.
 
     Returns:
@@ -89,6 +91,7 @@ def score_layers(
         name=name,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        adapter_base=adapter_base,
     )
     run = prepare(
         source,

@@ -49,6 +49,7 @@ def store_layers(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    adapter_base: str | None = None,
 ) -> tuple[list[LogLikelihoods], bool]:
     """Have a model's layers in a store, all of them in one shard; what is there is not scored.
 
@@ -68,6 +69,7 @@ def store_layers(
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: let the checkpoint bring code of its own.
         allow_pickle: let weights be pickles.
+        adapter_base: the model that a LoRA adapter belongs to.
 
     Returns: a result a layer, and whether they had to be scored.
 
@@ -82,6 +84,7 @@ def store_layers(
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        adapter_base=adapter_base,
     )
     own = source.dtype(dtype, resolve_device(device, source))
     key = ResultKey(

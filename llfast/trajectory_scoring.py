@@ -48,7 +48,7 @@ def trajectory_of(
     """Score the checkpoints of one training, except those that the store has, and follow them.
 
     Args:
-        requests: folders, or revisions of a Hub id.
+        requests: folders, or revisions of a Hub id; of LoRA adapters, each names its base.
         texts: N texts.
         store: where results go, with `run` and `step` in their metadata.
         steps: of each of them, see `find_steps`.
@@ -149,7 +149,8 @@ def _checkpoints(sources: Mapping[str, ModelSource]) -> dict[str, Checkpoint]:
     for name, source in sources.items():
         if isinstance(source, MemorySource) or source.adapter is not None:
             raise UnsupportedModelError(
-                f"{name} must be a whole checkpoint for distances between weights, got an adapter"
+                f"{name} must be a whole checkpoint for distances between weights, got an adapter; "
+                "leave these distances out (--no-weights)"
             )
         found[name] = source.checkpoint
     comparable_weights(list(found.values()))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -81,6 +82,26 @@ def save(model, tokenizer, folder: Path) -> Path:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(folder: Path, *, seed: int = 1) -> Path:
+    """A LoRA adapter of llama, as peft saves it."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        # It asks transformers for something that has got another name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = peft.get_peft_model(make_model("llama"), config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.5)
+    model.save_pretrained(folder)
     return folder
 
 

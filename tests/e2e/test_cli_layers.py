@@ -8,7 +8,7 @@ import pytest
 import llfast
 from llfast import Store, nearest, stored_layers
 from tests.architectures import build
-from tests.tiny import make_tokenizer, save
+from tests.tiny import make_adapter, make_tokenizer, save
 
 
 @pytest.fixture
@@ -61,6 +61,24 @@ def test_what_the_store_has_is_skipped_until_a_part_is_missing(layers, store, co
         assert (found["status"], len(found["layers"])) == ("skipped", 3)
     for option in (("--dtype", "bfloat16"), ("--convention", "always-bos"), ("--name", "other")):
         assert layers("llama", *option, "--json").json["status"] == "scored"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_is_read_out_at_the_layers_of_its_base(layers, checkpoints, texts, tmp_path):
+    adapter, base = make_adapter(tmp_path / "adapter"), str(checkpoints / "llama")
+    run = layers(adapter)
+    assert "got a LoRA adapter; pass the model it was trained on with --adapter-base" in run.error
+    assert layers("llama", "--adapter-base", base).error.endswith("which is none")
+    found = layers(adapter, "--adapter-base", base, "--json").json
+    assert (found["status"], len(found["layers"])) == ("scored", 3)
+    expected = llfast.score_layers(adapter, texts, adapter_base=base)
+    merged = llfast.score(adapter, texts, adapter_base=base)
+    assert found["revision"] == merged.revision == expected[0].revision
+    np.testing.assert_array_equal(expected[-1].values, merged.values)
+    assert (merged.values != llfast.score(base, texts).values).all()
+    numbers = [each["bits_per_byte"] for each in found["layers"]]
+    assert numbers == [each.mean_bits_per_byte for each in expected]
+    assert layers(adapter, "--adapter-base", base, "--json").json["status"] == "skipped"
 
 
 def test_models_are_compared_as_before_where_layers_are_stored(layers, command, store):

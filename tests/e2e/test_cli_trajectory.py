@@ -13,11 +13,12 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
+import llfast
 from llfast import LlfastWarning, Store
 from llfast.model_list import ModelRequest
 from llfast.trajectory import follow
 from llfast.trajectory_scoring import trajectory_of
-from tests.tiny import copy_checkpoint, make_model, make_tokenizer, save
+from tests.tiny import copy_checkpoint, make_adapter, make_model, make_tokenizer, save
 
 COUNT = 6
 
@@ -244,6 +245,26 @@ def test_checkpoints_may_lack_a_tokenizer_and_be_pickles(call, series, tmp_path)
     assert "pass one with --tokenizer" in run.error
     given = ("--allow-pickle", "--no-weights", "--tokenizer", series[0])
     assert call(folders, *given, "--json").json["steps"] == [10, 20]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_are_followed_on_their_base(call, checkpoints, texts, tmp_path):
+    steps, base = (10, 20, 30), str(checkpoints / "llama")
+    folders = [make_adapter(tmp_path / f"step{step}", seed=step) for step in steps]
+    assert "got a LoRA adapter; pass the model it was trained on" in call(folders).error
+    options = ("--adapter-base", base)
+    line = call(folders, *options).error
+    assert "must be a whole checkpoint for distances between weights, got an adapter" in line
+    assert line.endswith("; leave these distances out (--no-weights)")
+    assert call([*folders, base], *options, "--no-weights").error.endswith("which is none")
+    assert not (tmp_path / "store").exists()
+    found = call(folders, *options, "--no-weights", "--json").json
+    assert found["steps"] == list(steps)
+    scores = [llfast.score(each, texts, adapter_base=base) for each in folders]
+    assert found["bits_per_byte"] == [each.mean_bits_per_byte for each in scores]
+    assert len(set(found["bits_per_byte"])) == 3
+    again = call(folders, *options, "--no-weights")
+    assert again.out.count("in the store already") == 3
 
 
 def test_a_checkpoint_that_cannot_be_scored(call, series, nan_checkpoint, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import llfast
 from llfast import CheckpointError, UnsupportedModelError, batchwise, engines, models
 from llfast.models import open_model
-from tests.tiny import copy_checkpoint, make_model, make_tokenizer, save
+from tests.tiny import copy_checkpoint, make_adapter, make_model, make_tokenizer, save
 
 # Of peft's, where it asks transformers for something that has got another name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -243,19 +243,7 @@ def test_a_download_that_is_not_complete_is_refused(hub):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A LoRA adapter of llama, as peft saves it."""
-    config = peft.LoraConfig(
-        r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
-    model = peft.get_peft_model(make_model("llama"), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.5)
-    folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    model.save_pretrained(folder)
-    return folder
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "adapter")
 
 
 def test_an_adapter_is_merged_into_its_base(checkpoints, adapter):
