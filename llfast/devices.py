@@ -10,8 +10,8 @@ from .models import MemorySource, ModelSource
 from .processor import processor_name
 
 # On a GPU, products of the model's width should have some 256 tiles of 128 x 256, which is two for
-# each multiprocessor of an H200. More tokens only mean more dummy rows: with 1,000 texts of 274
-# tokens, 1.18 times the tokens run at 4,096 in a batch, 1.39 at 8,192, 3.07 at 32,768. A narrow
+# each multiprocessor of an H200. More tokens only mean more dummy rows: with 1,000 texts of 275
+# tokens, 1.19 times the tokens run at 4,096 in a batch, 1.40 at 8,192, 2.57 at 32,768. A narrow
 # model gets as many as should take a GPU longer than Python takes to launch its forward pass.
 # `benchmarks/scoring_on_gpu.py` measures these and other budgets.
 _CUDA_PRODUCT = 256 * 128 * 256
