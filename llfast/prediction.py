@@ -140,7 +140,7 @@ def predict_scores(
         matrix: log-likelihoods of K models.
         scores: by benchmark and model; models that are not in the matrix are left out.
         group: the key of the metadata that says which models belong together, and so into one
-            fold; a model without it is alone. None: all are.
+            fold; a model without it, or with null there, is alone. None: all are.
         folds: how many, at most.
         clip_quantile: see `Basis.fit`.
         log: benchmarks of which the logarithm is predicted: perplexities, say, of which a few are
@@ -190,16 +190,17 @@ def _logs(benchmark: str, scores: Mapping[str, float]) -> dict[str, float]:
 def _groups(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, " K"]:
     """Which models have the same value of a key of their metadata; those without it are alone.
 
+    So are those that have null there, as tables write what is missing.
     Numbers, and so folds, do not depend on the order of the models.
     """
-    lacking = sum(key not in metadata for metadata in matrix.metadata)
+    lacking = 0 if key is None else sum(each.get(key) is None for each in matrix.metadata)
     if key is not None and lacking == len(matrix.models):
-        known = sorted({name for metadata in matrix.metadata for name in metadata})
+        known = sorted({k for each in matrix.metadata for k, v in each.items() if v is not None})
         raise SpaceError(
             f"group must be a key of the models' metadata ({', '.join(known) or 'there is none'}), "
             f"got {key!r}; without groups, relatives predict each other"
         )
-    if key is not None and lacking:
+    if lacking:
         warnings.warn(
             f"{lacking} of {len(matrix.models)} models have no {key}, and count as families of "
             "their own",

@@ -162,6 +162,23 @@ def test_without_families_models_are_alone():
     assert not np.array_equal(alone.predicted, by_family.predicted)
 
 
+def test_a_family_that_is_null_is_one_that_is_not_there():
+    matrix = make()
+    scores = as_scores(np.random.default_rng(4).standard_normal(K))
+
+    def of(metadata):
+        return LogLikelihoodMatrix(matrix.models, matrix.values, matrix.text_bytes, metadata)
+
+    with pytest.raises(SpaceError, match=r"metadata \(size\), got 'family'; without groups"):
+        predict_scores(of([{"family": None, "size": 1}] * K), scores)
+    found = []
+    for other in ({}, {"family": None}):
+        half = of([other if row % 2 else {"family": f"f{row % FAMILIES}"} for row in range(K)])
+        with pytest.warns(LlfastWarning, match="30 of 60 models have no family"):
+            found += predict_scores(half, scores)
+    np.testing.assert_array_equal(found[0].predicted, found[1].predicted)
+
+
 def test_correlations_are_those_of_scipy():
     rng = np.random.default_rng(5)
     a = rng.standard_normal(50).round(1)  # with ties
