@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from llfast.batches import CONVENTIONS
 from llfast.dtypes import parse_dtype
@@ -21,7 +20,7 @@ from llfast.storefiles import refuse_unwritable_store
 from llfast.texts import TextSet
 from llfast.verify import read_manifest
 
-from .session import Opened, Session, open_request
+from .session import Opened, Session, open_request, options_of
 
 _LEFTOVER_SECONDS = 3600.0
 
@@ -120,18 +119,33 @@ def estimate_models(
     requests: Sequence[ModelRequest],
     texts: TextSet,
     *,
+    convention: str = "paper",
     dtype: str = "auto",
+    device: str = "auto",
+    token_budget: int | None = None,
+    weights: str = "auto",
+    memory_budget: int | str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    **options: Any,
 ) -> list[Estimate]:
-    """What `score_models` would take; reads no weights and writes nothing."""
+    """What `score_models` would take; reads no weights and writes nothing.
+
+    Raises: as `estimate` says of any of the models, and as `score_models` of the options.
+    """
+    _check(requests, convention, dtype, weights, memory_budget)
+    options = {
+        "convention": convention,
+        "device": device,
+        "token_budget": token_budget,
+        "weights": weights,
+        "memory_budget": memory_budget,
+    }
     return [
         estimate(
             open_request(request, trust_remote_code, allow_pickle),
             texts,
             dtype=request.dtype or dtype,
-            **options,
+            **options_of(request, options),
         )
         for request in requests
     ]
@@ -157,6 +171,23 @@ def begin(
         ValueError: for a convention, dtype, way of having weights, or budget that there is not.
         OSError: if a manifest cannot be read, or the store not be made.
     """
+    budget_bytes = _check(requests, convention, dtype, weights, memory_budget)
+    if not isinstance(verify, bool):
+        read_manifest(Path(verify))
+    if not store.folder.is_dir():
+        refuse_unwritable_store(store.folder)
+    _remove_leftovers(store.folder)
+    return budget_bytes
+
+
+def _check(
+    requests: Sequence[ModelRequest],
+    convention: str,
+    dtype: str,
+    weights: str,
+    memory_budget: int | str | None,
+) -> int | None:
+    """Refuse what would fail for one slip of the pen; the memory budget in bytes."""
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
     for name in (dtype, *(request.dtype or dtype for request in requests)):
@@ -164,13 +195,7 @@ def begin(
             parse_dtype(name)
     for request in requests:
         check_budget(request.weights or weights, request.memory_budget)
-    if not isinstance(verify, bool):
-        read_manifest(Path(verify))
-    budget_bytes = check_budget(weights, memory_budget)
-    if not store.folder.is_dir():
-        refuse_unwritable_store(store.folder)
-    _remove_leftovers(store.folder)
-    return budget_bytes
+    return check_budget(weights, memory_budget)
 
 
 def _remove_leftovers(folder: AnyPath) -> None:

@@ -107,9 +107,8 @@ class Session:
     def open(self, request: ModelRequest) -> Opened | Outcome:
         """Look a model up; an outcome if it is there already, or cannot be opened."""
         key = self._asked_key(request)
-        trust = self._trust_remote_code or request.trust_remote_code
         try:
-            source = open_request(request, trust, self._allow_pickle)
+            source = open_request(request, self._trust_remote_code, self._allow_pickle)
         except MissingDependencyError:
             raise
         except Exception as error:
@@ -133,14 +132,6 @@ class Session:
             SCORING_VERSION,
         )
 
-    def _options_of(self, request: ModelRequest) -> dict[str, Any]:
-        own: dict[str, Any] = {}
-        if request.weights is not None:
-            own["weights"] = request.weights
-        if request.memory_budget is not None or request.weights == "resident":
-            own["memory_budget"] = request.memory_budget
-        return {**self._options, **own}
-
     def groups(self, opened: Mapping[int, Opened]) -> list[Relatives]:
         """The numbers of models, relatives together; what is there twice is in one of them once."""
         alone = [Relatives.alone(number) for number in opened]
@@ -150,7 +141,7 @@ class Session:
         others: list[int] = []
         keys: set[ResultKey] = set()
         for number, each in opened.items():
-            is_ordinary = self._options_of(each.request) == self._options
+            is_ordinary = options_of(each.request, self._options) == self._options
             is_fit = is_ordinary and each.key not in keys and _is_unchanged(each)
             (numbers if is_fit else others).append(number)
             keys.add(each.key)
@@ -223,7 +214,7 @@ class Session:
                 metadata=opened.request.metadata,
                 partial=self._store.partial_path(opened.key),
                 loading=loading,
-                **self._options_of(opened.request),
+                **options_of(opened.request, self._options),
             )
         except Exception as error:
             self._raise_if_of_all(error)
@@ -302,16 +293,32 @@ def _is_unchanged(opened: Opened) -> bool:
 def open_request(
     request: ModelRequest, trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> ModelSource:
-    """Find a model without reading its weights, see `open_model`."""
+    """Find a model without reading its weights, see `open_model`.
+
+    Args:
+        request: the model, which may ask for code of its own to be trusted.
+        trust_remote_code: for all models.
+        allow_pickle: for all.
+    """
     return open_model(
         request.model,
         name=request.name,
         revision=request.revision,
         tokenizer=request.tokenizer,
         adapter_base=request.adapter_base,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code or request.trust_remote_code,
         allow_pickle=allow_pickle,
     )
+
+
+def options_of(request: ModelRequest, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `score` for all models, with the weights and memory budget that one asks for."""
+    own: dict[str, Any] = {}
+    if request.weights is not None:
+        own["weights"] = request.weights
+    if request.memory_budget is not None or request.weights == "resident":
+        own["memory_budget"] = request.memory_budget
+    return {**options, **own}
 
 
 def _is_of_store(error: OSError, store: Store) -> bool:

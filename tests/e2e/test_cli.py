@@ -181,6 +181,54 @@ def test_dry_run_says_which_way_the_run_then_goes(command, checkpoints, texts_fi
     assert "memory_budget must be left out with resident weights" in run.error
 
 
+def test_dry_run_of_a_list_takes_each_model_as_the_run_does(
+    command, checkpoints, texts_file, tmp_path
+):
+    """With the weights, budget and trust of its own that a model has there."""
+    code = shutil.copytree(checkpoints / "llama", tmp_path / "code")
+    config = json.loads((code / "config.json").read_text())
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (code / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (code / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    llama = {"model": str(checkpoints / "llama")}
+    budget = {"weights": "paged", "memory_budget": "64MiB"}
+    models = [
+        {**llama, "name": "plain"},
+        {**llama, "name": "resident", "weights": "resident"},
+        {**llama, "name": "paged", **budget},
+        {"model": str(code), "name": "code", "trust_remote_code": True},
+    ]
+
+    def score(models, *options):
+        path = tmp_path / "models.jsonl"
+        path.write_text("".join(json.dumps(each) + "\n" for each in models))
+        return command("score", "--list", path, "--texts", texts_file, *options)
+
+    for options in ((), ("--memory-budget", "32MiB")):
+        found = score(models, "--dry-run", "--json", *options)
+        assert found.code == 0, found.error
+        store = Store(tmp_path / f"store{len(options)}")
+        assert score(models, "--store", store.folder, *options).code == 0
+        ways = {row.key.model: store.load(row).provenance["weights"] for row in store.rows()}
+        assert {each["model"]: each["weights"] for each in found.json} == ways
+        assert (ways["resident"], ways["paged"]) == ("resident", "paged")
+    for own, message in (
+        ({"weights": "some"}, "weights must be auto, resident, paged, got 'some'"),
+        ({"weights": "resident", "memory_budget": "1GiB"}, "must be left out with resident"),
+        ({"memory_budget": "much"}, "memory_budget must be"),
+    ):
+        for options in (("--dry-run",), ("--store", tmp_path / "none")):
+            run = score([*models, {**llama, "name": "wrong", **own}], *options)
+            assert (run.code, run.out) == (1, "")
+            assert message in run.error
+    refused = score([{**models[3], "trust_remote_code": False}], "--dry-run")
+    assert "brings its own code" in refused.error
+
+
 @pytest.mark.parametrize("weights", ["auto", "paged"])
 def test_what_verifying_took_is_told(command, checkpoints, texts_file, tmp_path, weights):
     path = checkpoints / "llama" / "model.safetensors"
