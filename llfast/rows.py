@@ -241,7 +241,12 @@ def _by_layer(row: StoredRow) -> tuple[str, int]:
 
 def order_of(name: str) -> tuple[bool, str]:
     """Where a shard's name comes among others: a copy of rows comes after what it was made of."""
-    return _OWN_NAME.fullmatch(name) is not None, name
+    return is_own_name(name), name
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a shard's name is one of llfast's own, which begins with when it was written, ns."""
+    return _OWN_NAME.fullmatch(name) is not None
 
 
 def _rank(row: StoredRow) -> tuple[bool, datetime, tuple[bool, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from llfast.errors import StoreError
 from llfast.model_list import ModelRequest
+from llfast.rows import is_own_name
 from llfast.shards import read_batches
 from llfast.store import Store
 from llfast.storefiles import only_textset
@@ -79,7 +80,7 @@ class Watch:
         recent = [
             name
             for name in self._store.shards(self.digest)
-            if int(name.partition("-")[0]) >= since * 1e9  # when it was written
+            if not is_own_name(name) or int(name.partition("-")[0]) >= since * 1e9  # when written
         ]
         known = self._tokens
         self._tokens = {name: known[name] if name in known else self._read(name) for name in recent}

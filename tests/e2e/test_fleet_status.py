@@ -1,6 +1,7 @@
 """`llfast fleet status`: what a store and its leases say, as a table that lives and as JSON."""
 
 import json
+import shutil
 
 import pytest
 
@@ -131,6 +132,20 @@ def test_another_look_reads_what_is_new_alone(tmp_path, texts, models_list, monk
     store.compact()
     merged = fleet_status(store, texts.digest, watch=watch)
     assert merged.tokens_a_second == pytest.approx(second.tokens_a_second)
+
+
+def test_shards_that_others_have_named_count_as_well(command, filled, tmp_path):
+    store = shutil.copytree(filled, tmp_path / "store")
+    words = ("fleet", "status", "--store", store)
+    own = command(*words).json
+    assert own["tokens_a_second"] > 0
+    shards = sorted(store.rglob("*.parquet"))
+    for number, shard in enumerate(shards):
+        shard.rename(shard.with_name(f"part-{number}.parquet"))
+    found = command(*words)
+    assert found.code == 0, found.error
+    for name in ("done", "models_an_hour", "tokens_a_second"):
+        assert found.json[name] == own[name]
 
 
 @pytest.mark.parametrize("name", ["time.sleep", "_parts"])
