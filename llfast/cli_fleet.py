@@ -15,6 +15,7 @@ from .cli_fleet_status import fleet_status_command
 from .cli_options import (
     AllowPickle,
     AsJson,
+    Attempts,
     Convention,
     Device,
     Dtype,
@@ -69,9 +70,7 @@ def fleet_score(
     manifest: Manifest = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
-    attempts: Annotated[
-        int, typer.Option(min=1, help="How often a model is tried whose failure may pass.")
-    ] = 3,
+    attempts: Attempts = 3,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try what has failed before, too.")
     ] = False,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import AsJson, Convention, Dtype, StorePath, TextSetDigest
+from .cli_options import AsJson, Attempts, Convention, Dtype, StorePath, TextSetDigest
 from .output import (
     human_seconds,
     is_live_terminal,
@@ -34,6 +34,7 @@ def fleet_status_command(
     textset: TextSetDigest = None,
     convention: Convention = "paper",
     dtype: Dtype = "auto",
+    attempts: Attempts = 3,
     once: Annotated[
         bool, typer.Option("--once", help="One table, instead of one that goes on.")
     ] = False,
@@ -42,7 +43,7 @@ def fleet_status_command(
     """How far a fleet is: done, running, failed and why, models an hour, time left.
 
     In a terminal the table goes on until nothing of the list is left to do, or Ctrl-C; elsewhere
-    this prints JSON. Convention and dtype are those that its workers were told.
+    this prints JSON. Convention, dtype and attempts are those that its workers were told.
     """
     from .model_list import read_model_list
     from .store import Store
@@ -55,6 +56,7 @@ def fleet_status_command(
         textset,
         convention=convention,
         dtype=dtype,
+        attempts=attempts,
         requests=None if models is None else read_model_list(models),
     )
     if as_json or not (once or is_live_terminal()):

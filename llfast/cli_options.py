@@ -57,6 +57,9 @@ AllowPickle = Annotated[
 Newest = Annotated[
     bool, typer.Option("--newest", help="Of several rows of one model, take the newest.")
 ]
+Attempts = Annotated[
+    int, typer.Option(min=1, help="How often a model is tried whose failure may pass.")
+]
 SearchMode = Annotated[
     str, typer.Option(help="exact, certified, approximate, or auto: by the number of models.")
 ]

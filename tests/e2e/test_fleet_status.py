@@ -148,6 +148,23 @@ def test_shards_that_others_have_named_count_as_well(command, filled, tmp_path):
         assert found.json[name] == own[name]
 
 
+def test_a_table_ends_where_workers_try_no_more(command, tmp_path, texts, monkeypatch):
+    """With fewer attempts than usual, what has failed is left alone sooner."""
+    # What may pass: a folder whose weights are still being written.
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    path = tmp_path / "models.txt"
+    path.write_text(f"{broken}\n")
+    monkeypatch.setattr("llfast.fleet.session.is_lasting", lambda _: False)
+    score_share(read_model_list(path), texts, Store(tmp_path / "store"), attempts=1)
+    words = ("fleet", "status", "--store", tmp_path / "store", "--models", path)
+    assert command(*words, "--json").json["to_do"] == 1
+    assert command(*words, "--attempts", 1, "--json").json["to_do"] == 0
+    monkeypatch.setattr(cli_fleet_status.time, "sleep", lambda _: pytest.fail("it goes on"))
+    shown = on_a_terminal(monkeypatch, lambda: command(*words, "--attempts", 1), "stdout")
+    assert "0 done, 0 to do, 0 running, 1 failed" in shown
+
+
 @pytest.mark.parametrize("name", ["time.sleep", "_parts"])
 def test_ctrl_c_ends_it_without_an_error(command, words, monkeypatch, name):
     """While it waits, and before it has shown anything."""
