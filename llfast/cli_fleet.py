@@ -25,6 +25,7 @@ from .cli_options import (
     TextsPath,
     TokenBudget,
     TrustRemoteCode,
+    UsageError,
     Verify,
     Weights,
 )
@@ -97,9 +98,9 @@ def fleet_score(
     from .texts import TextSet
 
     if ray is not None and (rank, world_size) != (None, None):
-        raise ValueError("rank and world_size must be left out with --ray, which hands out models")
+        raise UsageError("--rank and --world-size go without --ray, which hands out models")
     if ray is None and cpus is not None:
-        raise ValueError("cpus must be left out without --ray; workers use the cores they are on")
+        raise UsageError("--cpus goes with --ray; other workers use the cores they are on")
     rank, world_size = (0, 1) if ray is not None else find_rank(rank, world_size)
     requests = read_model_list(models)
     ended: list[int] = []

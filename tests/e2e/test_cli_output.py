@@ -130,6 +130,11 @@ def test_the_version_is_printed(command):
         ("score m --texts t --token-budget 0", "Invalid value for '--token-budget'"),
         ("texts show t --rows x", "Invalid value for '--rows'"),
         ("bench throughput --texts 0", "Invalid value for '--texts'"),
+        ("fleet score --texts t --store s --models m --cpus 2", "--cpus goes with --ray"),
+        (
+            "fleet score --texts t --store s --models m --ray auto --rank 0",
+            "--rank and --world-size go without --ray",
+        ),
     ],
 )
 def test_misuse_is_one_line_and_status_2(command, arguments, message):

@@ -221,8 +221,6 @@ def test_a_command_that_is_told_to_end_gives_its_model_back(made, tmp_path):
         (("--ray", "auto"), "a Ray cluster must be at 'auto', got none"),
         (("--ray", "127.0.0.1:1"), "a Ray cluster must be at '127.0.0.1:1', got none"),
         (("--ray", "ray://127.0.0.1:1"), "a Ray cluster must be reached from one of its machines"),
-        (("--ray", "auto", "--rank", 0), "rank and world_size must be left out with --ray"),
-        (("--cpus", 2), "cpus must be left out without --ray"),
         (("--ray", "auto", "--dtype", "int3"), "dtype must be"),
     ],
 )
