@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from . import memory
-from .batches import Batch, TokenizedTexts
+from .batches import Batch, TokenizedTexts, plan_batches
 from .batchwise import Batchwise, is_out_of_memory, plan_for, too_long
 from .borrowing import borrowed
 from .errors import CheckpointError, LlfastWarning, ScoringError, UnsupportedModelError
@@ -35,7 +35,7 @@ from .paging import (
     open_waves,
     relatives,
 )
-from .traits import check_fit, probe_tokens
+from .traits import check_fit, probe_tokens, rope_limits
 
 WEIGHTS = ("auto", "resident", "paged")
 # transformers sets torch's default dtype, and more, for all threads while it loads a model.
@@ -210,6 +210,16 @@ def as_pages(job: Job, weights: str) -> PagedModel | None:
                 if not _fits(job):
                     _warn_of_loading(error, fits=False)
         return None
+
+
+def plan_unread(job: Job, paged: PagedModel | None) -> list[Batch]:
+    """The batches that a run plans, before any weight is read; `paged` is what `as_pages` found."""
+    with _ONE_AT_A_TIME:
+        model = job.source.outline() if paged is None else paged.model
+    if model is None:
+        limits = [limit for _, limit in rope_limits(job.source.config)]
+        return plan_batches(job.tokens, max(job.token_budget, 1), limits=limits)
+    return plan_for(model, job.tokens, job.token_budget)
 
 
 def memory_bytes(job: Job) -> int:

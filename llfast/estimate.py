@@ -9,13 +9,13 @@ from statistics import median
 
 import torch
 
-from .batches import model_max_length, plan_batches, tokenize
+from .batches import model_max_length, tokenize
 from .devices import default_token_budget, resolve_device
-from .engines import Job, as_pages, check_budget, memory_bytes
+from .engines import Job, as_pages, check_budget, memory_bytes, plan_unread
 from .errors import CannotPageError
 from .linear import PACKED, linear_layers, linear_path
 from .models import ModelSource
-from .paging import LoadingStatistics
+from .paging import LoadingStatistics, PagedModel
 from .texts import TextSet
 from .traits import check_fit
 
@@ -92,8 +92,20 @@ def estimate(
     limit = model_max_length(source.config, tokenizer, convention)
     tokens = tokenize(texts, tokenizer, convention, limit)
     budget = default_token_budget(place, source.config) if token_budget is None else token_budget
-    batches = plan_batches(tokens, budget)
-    padded = sum(math.prod(batch.shape) for batch in batches)
+    job = Job(
+        source=source,
+        tokens=tokens,
+        ids=texts.ids,
+        dtype=body_dtype,
+        device=place,
+        token_budget=budget,
+        memory_bytes=budget_bytes,
+        statistics=LoadingStatistics(),
+    )
+    paged = as_pages(job, weights)
+    way, paged_bytes = _way(job, paged, weights)
+    sizes = [math.prod(batch.shape) for batch in plan_unread(job, paged)]
+    padded = sum(sizes)
     config = source.config.get_text_config()
     hidden = getattr(config, "hidden_size", 0) or 0
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -107,18 +119,7 @@ def estimate(
     itemsize = body_dtype.itemsize
     body = max(parameters - embedding - looked_up, 0)
     stored = parameters + (body if linear_path(place, body_dtype) == PACKED else 0)
-    largest = max((b.shape[0] * b.shape[1] for b in batches), default=0)
-    job = Job(
-        source=source,
-        tokens=tokens,
-        ids=texts.ids,
-        dtype=body_dtype,
-        device=place,
-        token_budget=budget,
-        memory_bytes=budget_bytes,
-        statistics=LoadingStatistics(),
-    )
-    way, paged_bytes = _way(job, weights)
+    largest = max(sizes, default=0)
     return Estimate(
         model=source.name,
         dtype=str(body_dtype).removeprefix("torch."),
@@ -136,9 +137,8 @@ def estimate(
     )
 
 
-def _way(job: Job, weights: str) -> tuple[str, int]:
+def _way(job: Job, paged: PagedModel | None, weights: str) -> tuple[str, int]:
     """How `open_engine` and a run would have the weights, and what pages then take of memory."""
-    paged = as_pages(job, weights)
     if paged is None:
         return "resident", 0
     check_fit(paged.model, job.tokens, job.ids)

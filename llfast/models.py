@@ -86,6 +86,16 @@ class FolderSource:
             )
         return tokenizer
 
+    def outline(self) -> Any:
+        """The model without numbers, on the meta device; None if it cannot be built so."""
+        with quiet(), torch.device("meta"):
+            try:
+                return transformers.AutoModelForCausalLM.from_config(
+                    self.config, trust_remote_code=self.trust_remote_code
+                )
+            except Exception:  # it is another matter whether it can be loaded
+                return None
+
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
         """Read the weights with transformers, and refuse to run with any of them missing.
 
@@ -135,6 +145,10 @@ class MemorySource:
         if self.given_tokenizer is None:
             raise ValueError("tokenizer must be given with a loaded model, got None")
         return self.given_tokenizer
+
+    def outline(self) -> Any:
+        """The model itself."""
+        return self.model
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ARG002 (protocol)
         """The model itself.

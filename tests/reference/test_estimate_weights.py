@@ -1,11 +1,13 @@
 """What an estimate says of weights and memory is what the run then does, or refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import llfast
-from llfast import LlfastError, LlfastWarning, TextSet, engines, estimate
+from llfast import LlfastError, LlfastWarning, TextSet, batchwise, engines, estimate
 from llfast.models import open_model
 from llfast.paging import model as paged_model
 from llfast.paging import pages, units
@@ -153,6 +155,40 @@ def test_weights_take_what_was_said(folders, monkeypatch, kind, everything_pages
     _, statistics = score_paged(folders[kind], FEW, **DTYPE)
     taken = statistics.slot_bytes + statistics.kept_bytes
     assert 0.5 * found.weights_bytes < taken <= found.weights_bytes
+
+
+@pytest.fixture
+def rope_folder(folders, tmp_path):
+    """A model whose rotary embeddings change at a length that is on no ladder."""
+    folder = copy_checkpoint(folders["llama"], tmp_path / "rope")
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = open_model(folder).tokenizer()
+    longest = max(len(tokenizer(text)["input_ids"]) for text in FEW.texts)
+    assert longest % 16
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    config["rope_parameters"] = rope | {"original_max_position_embeddings": longest}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["auto", "resident"])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "rope"])
+def test_padded_tokens_are_those_that_run(folders, rope_folder, monkeypatch, kind, weights):
+    """A mixture of experts runs a text at a time, and padding crosses no change of embeddings."""
+    folder = rope_folder if kind == "rope" else folders[kind]
+    found = estimate.estimate(open_model(folder), FEW, **DTYPE, weights=weights)
+    ran = []
+
+    def plan_for(*arguments):
+        batches = own(*arguments)
+        ran.extend(batch.shape for batch in batches)
+        return batches
+
+    own = engines.plan_for
+    for place in (engines, batchwise):
+        monkeypatch.setattr(place, "plan_for", plan_for)
+    llfast.score(folder, FEW, **DTYPE, weights=weights)
+    assert found.padded_tokens == sum(rows * length for rows, length in ran)
 
 
 def test_no_weights_are_read(folders, monkeypatch):
