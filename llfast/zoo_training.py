@@ -11,8 +11,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jaxtyping import Int64, UInt16
 from torch.nn import functional
 
 from .files import atomic_write
+from .loading import quiet
 from .zoo_corpora import Document, name_fraction
 
 END_OF_TEXT = "<|endoftext|>"
@@ -260,7 +260,7 @@ def publish_model(path: Path, model: Any, tokenizer: Any, provenance: bytes) -> 
     """Save a model and its tokenizer as an ordinary safetensors checkpoint."""
 
     def save(temporary: Path) -> None:
-        with _without_bars():
+        with quiet():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -276,22 +276,8 @@ def _load_tokenizer(folder: Path) -> Any:
 def _load_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _without_bars():
+    with quiet():
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Transformers shows a bar for every file that it reads or writes."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _new_model(architecture: str, sizes: Sizes, end_of_text: int) -> Any:
