@@ -168,7 +168,7 @@ class Store:
         Args:
             digest: only results on this text set.
         """
-        return self._retry(lambda: self._rows(digest))
+        return self.retry(lambda: self._rows(digest))
 
     def completed(self) -> set[ResultKey]:
         """The keys of all complete rows."""
@@ -217,7 +217,7 @@ class Store:
             ValueError: if the row is a failure.
         """
         refuse_incomplete(row)
-        return self._retry(lambda: self._load(row))
+        return self.retry(lambda: self._load(row))
 
     def scan(
         self, rows: Sequence[StoredRow], *, block_bytes: int = 64 << 20
@@ -283,7 +283,7 @@ class Store:
             raise ValueError(f"duplicates must be error or newest, got {duplicates!r}")
         digest = self.find_textset(digest)
         read = partial(self._matrix, digest, convention, dtype, models, duplicates, layers)
-        return self._retry(read)
+        return self.retry(read)
 
     def find_textset(self, digest: str | None = None) -> str:
         """The one text set whose digest begins so.
@@ -385,8 +385,8 @@ class Store:
         folder.mkdir(exist_ok=True)
         return write_shard(folder, (pa.Table.from_pylist(rows, schema=SCHEMA) for rows in groups))
 
-    def _retry(self, read: Callable[[], _Read]) -> _Read:
-        """Read again if a shard or a row was removed between listing and reading.
+    def retry(self, read: Callable[[], _Read]) -> _Read:
+        """Call `read`, again if a shard or a row was removed between listing and reading.
 
         As long as it is another one each time, others get on: that lasts no longer than they work.
         """

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from llfast.files import atomic_write
 from llfast.remote import RemotePath
 from llfast.results import LogLikelihoodMatrix, ResultKey
 from llfast.rows import StoredRow, changes, matrix_metadata, one_row_a_model
-from llfast.scans import RowGoneError
 from llfast.store import Store
 
 from .contents import choose_mode
@@ -38,7 +37,6 @@ from .writer import SegmentWriter, relabelled
 _CURRENT, _LOCK = "current", "lock"
 _FORMAT = "2"  # raised when segments change their meaning
 _TRIES = 20  # to read what is just being replaced
-_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +107,7 @@ def build(
             yield [indexed(chosen[number]) for number in numbers], basis.place(block)
 
     facts = facts_of(shards, known.removed, len(chosen))
+    folder.mkdir(parents=True, exist_ok=True)  # it may have been removed since
     return write(folder, basis, projection, found(), facts)
 
 
@@ -207,14 +206,6 @@ def facts_of(
     """
     when = [[list(key), each.isoformat()] for key, each in removed.items()]
     return {"shards": dict(shards), "removed": when, "fitted": fitted}
-
-
-def retry(read: Callable[[], _Read]) -> _Read:
-    """Read a store again if a compaction or a removal came between listing and reading."""
-    for _ in range(_TRIES):
-        with contextlib.suppress(FileNotFoundError, RowGoneError):
-            return read()
-    return read()
 
 
 @contextlib.contextmanager

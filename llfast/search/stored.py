@@ -40,7 +40,6 @@ from .building import (
     indexed,
     only_builder,
     relabel,
-    retry,
     serves,
     write,
 )
@@ -119,7 +118,7 @@ class StoredIndex(KLIndex):
                 segment = None if refit else find_or_warn(folder)
                 if segment is None or not serves(segment, mode):
                     basis = None if segment is None else segment.basis
-                    segment = retry(partial(build, store, selection, folder, mode, basis))
+                    segment = store.retry(partial(build, store, selection, folder, mode, basis))
         index = cls(store, selection, folder, segment, mode, device)
         index.refresh()
         is_moved = bool(segment.facts["shards"].keys() - index._shards.keys())  # by a compaction
@@ -282,7 +281,7 @@ class StoredIndex(KLIndex):
         """
         with self._refreshing:
             placed = placed if basis == self.basis.digest else {}
-            return retry(partial(self._refresh_once, placed))
+            return self.store.retry(partial(self._refresh_once, placed))
 
     def _refresh_once(self, placed: Mapping[str, np.ndarray]) -> int:
         shards = self.store.shards(self.selection.textset)

@@ -15,7 +15,7 @@ import pytest
 
 from llfast import KLIndex, SearchError, Store
 from llfast.errors import LlfastWarning
-from llfast.search import listing
+from llfast.search import building, listing
 from llfast.search.segment import Segment
 from tests.indexes import assert_right, index_result, make_store, model_values, name
 from tests.spaces import make_matrix
@@ -271,6 +271,21 @@ def test_what_builders_left_behind_goes_with_the_next_one(store):
     index.merge()
     found = {path.name for path in index.folder.iterdir()}
     assert found == {"lock", "current", index.segment.folder.name}
+
+
+def test_a_folder_that_is_removed_amid_a_build_is_made_again(store, monkeypatch):
+    own, calls = building.choose, []
+
+    def choose(*arguments):
+        if not calls:
+            shutil.rmtree(store.folder / "_index")
+        calls.append(arguments)
+        return own(*arguments)
+
+    monkeypatch.setattr(building, "choose", choose)
+    assert_right(KLIndex.build(store, "certified"), store)
+    assert len(calls) < 3
+    assert segment_of(store).is_dir()
 
 
 def test_the_same_index_written_again_is_there_at_every_moment(store, monkeypatch):
