@@ -60,7 +60,7 @@ def import_matrix(
     if path.suffix not in readers:
         raise ValueError(f"file must be one of {', '.join(readers)}, got {path.name}")
     models, values, ids, families = readers[path.suffix](path)
-    models = _tell_apart(models, families)
+    models = tell_apart(models, families)
     _validate(path, models, values, ids)
     sizes, texts = _text_bytes(text_bytes, values.shape[1])
     if texts is not None and ids is not None and set(ids) == set(texts.ids):
@@ -179,7 +179,8 @@ def _from_columns(path: Path, names: Sequence[str], columns: Sequence[list[Any]]
     return list(models), values, ids, list(families)
 
 
-def _tell_apart(models: Sequence[str], families: Sequence[str]) -> list[str]:
+def tell_apart(models: Sequence[str], families: Sequence[str]) -> list[str]:
+    """Names of models; those that several have are followed by the family, if it is known."""
     counts = Counter(models)
     return [
         f"{model} ({family})" if counts[model] > 1 and family else model

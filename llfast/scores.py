@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import SpaceError
-from .importing import parse_name
+from .importing import parse_name, tell_apart
 
 _MODEL_COLUMNS = ("model", "models", "name")
 
@@ -67,11 +67,7 @@ def known_scores(
 
 def _model_names(path: Path, cells: Sequence[str]) -> list[str]:
     parsed = [parse_name(cell) for cell in cells]
-    plain = [name for name, _ in parsed]
-    names = [
-        f"{name} ({family})" if family and plain.count(name) > 1 else name
-        for name, family in parsed
-    ]
+    names = tell_apart([name for name, _ in parsed], [family for _, family in parsed])
     if repeated := _repeated(names):
         raise SpaceError(f"{path} must name each model once, got {repeated!r} again")
     return names
