@@ -20,13 +20,18 @@ from . import memory
 from .batches import Batch, TokenizedTexts, plan_batches
 from .batchwise import Batchwise, is_out_of_memory, plan_for, too_long
 from .borrowing import borrowed
-from .errors import CheckpointError, LlfastWarning, ScoringError, UnsupportedModelError
+from .errors import (
+    CannotPageError,
+    CheckpointError,
+    LlfastWarning,
+    ScoringError,
+    UnsupportedModelError,
+)
 from .head import Head, find_head
 from .linear import linear_layers, linear_path
 from .loading import one_line
 from .models import FolderSource, ModelSource
 from .paging import (
-    CannotPageError,
     Equals,
     LoadingStatistics,
     PagedModel,

@@ -7,15 +7,12 @@ Several models are gone through as one: `sharing` finds what they have in common
 
 from __future__ import annotations
 
-from llfast.errors import CannotPageError
-
 from .model import PagedModel, open_waves
 from .sharing import Equals, Relatives, relatives
 from .statistics import LoadingStatistics, PageRead
 from .waves import Task
 
 __all__ = [
-    "CannotPageError",
     "Equals",
     "LoadingStatistics",
     "PageRead",
