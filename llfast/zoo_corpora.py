@@ -41,6 +41,10 @@ _SKIPPED_FOLDERS = frozenset(
 )
 _SHORTEST_DOCSTRING = 200  # characters; shorter ones are labels more than prose
 _SHORTEST_DOCUMENT_BYTES = 512
+_EVALUATION_SHARE = 0.25  # of the documents, about
+# Each is cut after the paragraph that reaches this, so that many are scored rather than all of a
+# few, and about as much of one kind as of the other.
+_EVALUATION_DOCUMENT_BYTES: dict[Kind, int] = {"prose": 8192, "code": 3072}
 _TRAINING_DOCUMENT_BYTES = 24_576  # so that no one module outweighs the rest
 # A paragraph shorter than this ("else:", "Example:") may stand in both sides.
 _SHORTEST_UNIQUE_PARAGRAPH = 40
@@ -83,46 +87,22 @@ def name_fraction(name: str, salt: str = "") -> float:
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
-def installed_corpora(
-    *,
-    evaluation_share: float = 0.25,
-    prose_document_bytes: int = 8192,
-    code_document_bytes: int = 3072,
-) -> Corpora:
+def installed_corpora() -> Corpora:
     """The corpora of this Python installation.
 
-    Args:
-        evaluation_share: about this share of the documents goes to the evaluation side. A module's
-            docstrings and its source are always on the same side.
-        prose_document_bytes: cut each evaluation document of prose after the paragraph that reaches
-            this many bytes, so that many documents are scored rather than all of a few.
-        code_document_bytes: the same for code, of which there is more; the defaults leave about as
-            much of one kind as of the other.
+    A module's docstrings and its source are always on the same side.
 
     Raises:
-        ValueError: if the share is not strictly between 0 and 1, or a size is not positive.
         TextSetError: if the installation comes without its topics or sources.
     """
-    if not 0.0 < evaluation_share < 1.0:
-        raise ValueError(
-            f"evaluation_share must lie strictly between 0 and 1, got {evaluation_share}; try 0.25"
-        )
-    for name, size in (
-        ("prose_document_bytes", prose_document_bytes),
-        ("code_document_bytes", code_document_bytes),
-    ):
-        if size <= 0:
-            raise ValueError(f"{name} must be positive, got {size}; try 8192")
     evaluation: list[tuple[str, Kind, str]] = []
     training: list[tuple[str, Kind, str]] = []
     for source, kind, text in _documents():
-        side = evaluation if name_fraction(source) < evaluation_share else training
+        side = evaluation if name_fraction(source) < _EVALUATION_SHARE else training
         side.append((source, kind, text))
     seen: set[str] = set()
     return Corpora(
-        evaluation=_first_occurrences(
-            evaluation, {"prose": prose_document_bytes, "code": code_document_bytes}, seen
-        ),
+        evaluation=_first_occurrences(evaluation, _EVALUATION_DOCUMENT_BYTES, seen),
         training=_first_occurrences(
             training, dict.fromkeys(("prose", "code"), _TRAINING_DOCUMENT_BYTES), seen
         ),

@@ -142,8 +142,6 @@ def test_an_installation_without_sources_is_refused(
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(TextSetError, match=r"must be installed as \.py sources, got 0"):
         installed_corpora()
-    with pytest.raises(ValueError, match="evaluation_share must lie strictly"):
-        installed_corpora(evaluation_share=1.0)
 
 
 def test_tokenizer_gives_every_text_back(corpora: Corpora):
