@@ -39,8 +39,8 @@ def find_nearest(
     """The nearest models of a store to one that is in it, or that can be scored.
 
     Args:
-        model: a name of the store; or the folder or Hub id of a model, which counts as the stored
-            one if its weights are the same, and is scored on `texts` otherwise.
+        model: a name of the store; or the folder of a model, which counts as the stored one if its
+            weights are the same; or a Hub id. What is not stored is scored on `texts`.
         store: the folder of results, or s3://bucket/prefix.
         k: how many relatives.
         radius: instead of `k`, all models within this KL (in `unit`).

@@ -86,8 +86,8 @@ class KLIndex:
 
         The index of a store is read if it is there, and has what came to the store since; it is a
         `StoredIndex`. The basis is that of the models that were there when it was first built (of
-        a sample, if they are more than 256 MiB), and stays so until `refit`. Coordinates are kept
-        in fp32. The other arguments are for stores.
+        a sample, if they are more than 4,096, or than 256 MiB), and stays so until `refit`.
+        Coordinates are kept in fp32. The other arguments are for stores.
 
         Args:
             source: coordinates of a space are referred to, not copied.

@@ -173,9 +173,8 @@ class Models:
         if "adds_bos" in row.metadata:
             self.adds_bos[row.metadata["adds_bos"]] += 1
 
-    def remove(self, name: str) -> bool:
-        """Whether there was such a model."""
+    def remove(self, name: str) -> None:
+        """Have a model gone, if it is there."""
         number = self._by_name.pop(name, None)
         if number is not None:
             self.gone.add(number)
-        return number is not None
