@@ -182,14 +182,19 @@ def main() -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + MOST_SECONDS
-    scoring = SCORING_SECONDS if "scoring" in options.only else 0.0
-    later = scoring + (LOADING_SECONDS if "loading" in options.only else 0.0)
+    later = {"loading": LOADING_SECONDS, "scoring": SCORING_SECONDS}
+
+    def left(*parts: str) -> float:
+        """Seconds for a part before these, but enough to begin with."""
+        kept = sum(later[each] for each in parts if each in options.only)
+        return max(end - time.monotonic() - kept, 2 * SPARE_SECONDS)
+
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "build": lambda: run_build(BUILD_SECONDS),
         "tests": lambda: run_tests(options.device, TESTS_SECONDS),
-        "kernel": lambda: run_kernel(options, end - time.monotonic() - later),
-        "loading": lambda: run_benchmark("loading", options, end - time.monotonic() - scoring),
-        "scoring": lambda: run_benchmark("scoring", options, end - time.monotonic()),
+        "kernel": lambda: run_kernel(options, left("loading", "scoring")),
+        "loading": lambda: run_benchmark("loading", options, left("scoring")),
+        "scoring": lambda: run_benchmark("scoring", options, left()),
     }
     parts = []
     for name in PARTS:

@@ -31,9 +31,9 @@ _NO_MEMORY = (  # as torch, CUDA, cuBLAS and Triton say it in errors of no kind 
 class Batchwise:
     """Runs a model on a plan of batches, and on smaller ones when memory runs out.
 
-    On a GPU, a batch is launched before the one before it has come back, so that the device never
-    waits for the host. What is made of a batch is for `logprobs` to say, which other classes may do
-    in another way.
+    On a GPU, a batch is launched before the one before it has come back, so that the device has
+    something to do while the host sums and lays out. What is made of a batch is for `logprobs` to
+    say, which other classes may do in another way.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Batchwise:
         """
         while True:
             launched = self._launch(token_budget, is_open)
-            if self._model.device.type != "cpu":
+            if runs_ahead(self._model.device):
                 launched = one_ahead(launched)
             try:
                 for batch, coming in launched:
@@ -108,8 +108,13 @@ class _TooMuchAtOnceError(Exception):
     """Memory does not hold a batch, but may hold a smaller one."""
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether what is launched there is done later."""
+    return device.type != "cpu"
+
+
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Take each item before the one before it is given; whatever is taken is given in the end."""
+    """Take each item before the one before it is given; on an error, what was taken is given."""
     taken: list[Item] = []
     try:
         for item in items:

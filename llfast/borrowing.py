@@ -15,8 +15,6 @@ from .loading import quiet
 # Scoring steps in front of a model's head, so two threads must not score one model at once.
 _LOCKS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
-_ATTENTION_LOCK = threading.Lock()
-_BEFORE: list[bool] = []  # whether cuDNN's attention was allowed, once for each that rules it out
 
 
 @contextmanager
@@ -54,17 +52,12 @@ def borrowed(model: Any) -> Iterator[None]:
 def _attention_without_cudnn() -> Iterator[None]:
     """Torch's own attention kernels, which take every shape as it comes.
 
-    On Hopper and newer chips torch would prefer cuDNN's, which makes a plan for every new shape of
-    a batch, for 20 to 450 ms each, as users report; scoring has tens of shapes. The choice is one
-    of the process, so the last who made it takes it back.
+    On sm_90 and sm_100 torch would prefer cuDNN's, which makes a plan for every new shape of a
+    batch, for 20 to 450 ms each, as users report; scoring has tens of shapes.
     """
-    with _ATTENTION_LOCK:
-        _BEFORE.append(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
-        torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
+        torch.backends.cuda.enable_cudnn_sdp(enabled=False)
         yield
     finally:
-        with _ATTENTION_LOCK:
-            if len(_BEFORE) == 1:
-                torch.backends.cuda.enable_cudnn_sdp(_BEFORE[0])
-            _BEFORE.pop()
+        torch.backends.cuda.enable_cudnn_sdp(before)

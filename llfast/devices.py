@@ -11,9 +11,9 @@ from .processor import processor_name
 
 # On a GPU, products of the model's width should have some 256 tiles of 128 x 256, which is two for
 # each multiprocessor of an H200. More tokens only mean more dummy rows: with 1,000 texts of 275
-# tokens, 1.19 times the tokens run at 4,096 in a batch, 1.40 at 8,192, 2.57 at 32,768. A narrow
-# model gets as many as should take a GPU longer than Python takes to launch its forward pass.
-# `benchmarks/scoring_on_gpu.py` measures these and other budgets.
+# tokens (standard deviation 60), 1.19 times the tokens run at 4,096 in a batch, 1.40 at 8,192, 2.57
+# at 32,768. A narrow model gets as many as should take a GPU longer than Python takes to launch its
+# forward pass. `benchmarks/scoring_on_gpu.py` measures these and other budgets.
 _CUDA_PRODUCT = 256 * 128 * 256
 _CUDA_TOKEN_BUDGETS = (4096, 8192)  # the least and the most
 # On a CPU a batch of 256 tokens runs as fast as one of 2,048 (GPT-2's body, one thread), and small
@@ -63,19 +63,17 @@ def parse_device(name: str) -> torch.device:
     Raises:
         ValueError: for another name, or a device that is not there.
     """
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    kind, colon, number = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not number.isdecimal()):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}; take one of them")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        seen = ", ".join(f"cuda:{number}" for number in range(count)) or "no CUDA device"
+    # torch keeps a number in a byte, and takes 256 for 0.
+    if int(number or 0) >= (1 if kind == "cpu" else count):
+        seen = ", ".join(f"cuda:{each}" for each in range(count)) or "no CUDA device"
         raise ValueError(f"device must be there, got {name!r} where torch sees {seen}; use 'cpu'")
-    return device
+    return torch.device(name)
 
 
 def device_name(device: torch.device) -> str:

@@ -59,9 +59,12 @@ class ToHost:
 
     def __init__(self, tensor: Tensor) -> None:
         self._copied: Any = None
-        self._host = tensor
-        if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        if not tensor.is_cuda:
+            self._host = tensor.cpu()
+        else:
+            self._host = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
+            )
             self._host.copy_(tensor, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(tensor.device))

@@ -138,14 +138,14 @@ def refuse_not_finite(model: Any, probe: Int64[Tensor, " S"]) -> None:
     def see(state: Tensor | None) -> None:
         odd[f"layer {len(odd)}" if odd else "the embedding (layer 0)"] = _odd_number(state)
 
-    def see_entering(_: nn.Module, given: tuple[Any, ...]) -> None:
-        odd[f"behind layer {len(odd) - 1}"] = _odd_number(_state(given))
+    def see_entering(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        odd[f"behind layer {len(odd) - 1}"] = _odd_number(_state((given, named)))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_shown(_layers(model, called), see))
         head = model.get_output_embeddings()
         if head is not None:
-            stack.enter_context(head.register_forward_pre_hook(see_entering))
+            stack.enter_context(head.register_forward_pre_hook(see_entering, with_kwargs=True))
         run_model(model, probe[None])
     odd[_head_name(model)] = of_head
     place, number = next((place, number) for place, number in odd.items() if number is not None)

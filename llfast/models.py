@@ -22,14 +22,7 @@ from .checkpoint import Checkpoint, adapter_digest, check_adapter, tokenizer_dig
 from .dtypes import DTYPES, STORED_DTYPES, fast_dtype, parse_dtype
 from .errors import CheckpointError, UnsupportedModelError
 from .files import as_utf8
-from .loading import (
-    load_whole,
-    merge_adapter,
-    one_line,
-    quiet,
-    refuse_incomplete,
-    refuse_without_peft,
-)
+from .loading import load_whole, merge_adapter, one_line, quiet, refuse_incomplete
 
 # What a scoring run reads from the Hub: never code, never pickles, unless asked for.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
@@ -192,7 +185,6 @@ def open_model(
     Raises:
         CheckpointError: if there is no such model, or it is damaged.
         UnsupportedModelError: if it is of a kind that cannot be scored.
-        MissingDependencyError: if it takes a package that is not installed.
     """
     if isinstance(model, FolderSource | MemorySource):
         return model
@@ -222,7 +214,6 @@ def open_model(
         if not (folder / "adapter_config.json").exists():
             raise ValueError(f"adapter_base is for LoRA adapters, got {given}, which is none")
         check_adapter(folder)
-        refuse_without_peft()
         base, base_commit = find_folder(adapter_base, None, trust_remote_code, allow_pickle)
     checkpoint = Checkpoint.open(base, allow_pickle=allow_pickle)
     config = _load_config(base, trust_remote_code)

@@ -65,14 +65,13 @@ def write_marker(folder: AnyPath, *, again: bool = False) -> None:
 def refuse_unwritable_store(folder: AnyPath) -> None:
     """Refuse, before any work, a store that cannot be written to; a new one is not made yet.
 
-    At s3:// only a write tells, and one makes a store: there, a new one is not looked at.
+    At s3:// only a write tells, and it makes the store.
 
     Raises:
         OSError: if it cannot.
     """
     if isinstance(folder, RemotePath):
-        if (folder / _MARKER).exists():
-            write_marker(folder, again=True)
+        write_marker(folder, again=True)
         return
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not there.is_dir():

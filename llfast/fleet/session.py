@@ -16,8 +16,9 @@ from llfast.batchwise import is_out_of_memory
 from llfast.devices import resolve_device
 from llfast.engines import find_relatives
 from llfast.errors import CheckpointError, MissingDependencyError, RemoteError, StoreError
+from llfast.loading import refuse_without_peft
 from llfast.model_list import ModelRequest
-from llfast.models import ModelSource, open_model
+from llfast.models import FolderSource, ModelSource, open_model
 from llfast.outcomes import Outcome
 from llfast.paging import LoadingStatistics, Relatives
 from llfast.remote import RemotePath
@@ -172,7 +173,7 @@ class Session:
 
     def _together(self, members: Sequence[Opened], group: Relatives) -> dict[ResultKey, Outcome]:
         """The outcomes of relatives; none if anything is wrong with one of them."""
-        self._make_ready()
+        self._make_ready(members)
         start = time.monotonic()
         loading = LoadingStatistics(compared_bytes=self._compared_bytes)
         self._compared_bytes = 0
@@ -204,7 +205,7 @@ class Session:
         }
 
     def _alone(self, opened: Opened) -> Outcome:
-        self._make_ready()
+        self._make_ready([opened])
         start, loading = time.monotonic(), LoadingStatistics()
         try:
             result = score(
@@ -221,8 +222,10 @@ class Session:
             return self._failed(opened.request, opened.key, error)
         return self._keep(opened, result, time.monotonic() - start, loading)
 
-    def _make_ready(self) -> None:
+    def _make_ready(self, opened: Sequence[Opened]) -> None:
         """Have a store that can be written to, before a model has run in vain."""
+        if any(isinstance(each.source, FolderSource) and each.source.adapter for each in opened):
+            refuse_without_peft()
         refuse_unwritable_store(self._store.folder)
         self._store.prepare()
 

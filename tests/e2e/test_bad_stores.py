@@ -66,6 +66,8 @@ def test_a_run_that_fails_before_anything_is_stored_leaves_no_new_store(
     ):
         assert message in command(*words, *arguments).error
         assert not new.exists()
+    dry = ("--adapter-base", gpt2, "--dry-run", "--json", "--texts", texts_file)
+    assert command("score", adapter, *dry).code == 0  # nothing is merged
     assert command("score", gpt2, *arguments).code == 0
     assert len(Store(new).rows()) == 1
 

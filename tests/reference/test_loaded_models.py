@@ -1,6 +1,5 @@
 """Models that the caller has loaded: given back as they were, and right whatever is around them."""
 
-import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -11,9 +10,9 @@ import torch
 import llfast
 from llfast import CheckpointError, ScoringError, UnsupportedModelError
 from llfast.borrowing import borrowed
-from llfast.devices import resolve_device
+from llfast.devices import parse_device, resolve_device
 from llfast.models import open_model
-from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood, save
+from tests.tiny import TEXTS, make_model, make_tokenizer, plain_loglikelihood
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +72,12 @@ def test_the_callers_autocast_changes_nothing(llama, tokenizer):
 
 
 def test_attention_never_waits_for_plans_of_cudnn(llama, tokenizer):
-    """Nor does a model that is done first turn it on again under another one."""
-    allowed = torch.backends.cuda.cudnn_sdp_enabled
-    other, seen = make_model("gpt2"), []
+    allowed, seen = torch.backends.cuda.cudnn_sdp_enabled, []
     assert allowed()
-    with contextlib.ExitStack() as first:
-        first.enter_context(borrowed(llama))
-        with borrowed(other):
-            first.close()
-            seen.append(allowed())
     llama.model.layers[0].register_forward_hook(lambda *_: seen.append(allowed()))
-    llfast.score((llama, tokenizer), TEXTS)
+    with borrowed(make_model("gpt2")):
+        llfast.score((llama, tokenizer), TEXTS)
+        seen.append(allowed())
     assert len(seen) > 2
     assert not any(seen)
     assert allowed()
@@ -138,6 +132,11 @@ def test_a_dtype_that_is_not_scored_is_refused(llama, tokenizer):
         llfast.score((llama.double(), tokenizer), TEXTS)
 
 
+def see_devices(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+
 @pytest.mark.parametrize(
     ("own", "asked"),
     [
@@ -150,18 +149,43 @@ def test_a_dtype_that_is_not_scored_is_refused(llama, tokenizer):
     ],
 )
 def test_another_device_than_the_models_own_is_refused(own, asked, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    see_devices(monkeypatch, 2)
     source = open_model(SimpleNamespace(config=None, device=torch.device(own)), name="stand-in")
     with pytest.raises(ValueError, match=f"'auto' for a loaded model on {own}, got '{asked}'"):
         resolve_device(asked, source)
 
 
-@pytest.mark.parametrize(("count", "seen"), [(0, "no CUDA device"), (1, "cuda:0; use")])
-def test_a_device_that_is_not_there_is_refused(count, seen, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    folder = save(make_model("llama"), make_tokenizer(adds_bos=True), tmp_path / "llama")
-    with pytest.raises(ValueError, match=f"got 'cuda:1' where torch sees {seen}"):
-        llfast.score(folder, TEXTS, device="cuda:1")
+@pytest.mark.parametrize(
+    ("count", "asked", "seen"),
+    [
+        (0, "cuda", "no CUDA device"),
+        (0, "cuda:128", "no CUDA device"),
+        (1, "cuda:1", "cuda:0; use"),
+        (2, "cuda:256", "cuda:0, cuda:1; use"),
+        (2, "cuda:99999999999", "cuda:0, cuda:1; use"),
+        (1, "cpu:1", "cuda:0; use"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(count, asked, seen, monkeypatch):
+    see_devices(monkeypatch, count)
+    with pytest.raises(ValueError, match=f"got '{asked}' where torch sees {seen}"):
+        parse_device(asked)
+
+
+def test_a_device_that_cannot_be_used_is_not_there(monkeypatch):
+    """As torch counts it where the driver is too old."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parse_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="got 'cuda' where torch sees no CUDA device"):
+        parse_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["CUDA", " cuda", "cuda:", "cuda:-1", "cuda:x", "mps", ""])
+def test_other_names_are_no_devices(name, monkeypatch):
+    see_devices(monkeypatch, 2)
+    with pytest.raises(ValueError, match=f"device must be auto, cpu or cuda, got '{name}'"):
+        parse_device(name)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +201,7 @@ def test_a_device_that_is_not_there_is_refused(count, seen, tmp_path, monkeypatc
     ],
 )
 def test_a_model_runs_where_it_is(own, asked, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    see_devices(monkeypatch, 2)
     source = open_model(SimpleNamespace(config=None, device=torch.device(own)), name="stand-in")
     assert resolve_device(asked, source) == torch.device(own)
 

@@ -10,6 +10,7 @@ import llfast
 from llfast import CheckpointError, ScoringError, TextSet, UnsupportedModelError, batchwise
 from llfast import head as head_module
 from llfast.errors import LlfastWarning
+from llfast.runs import Run
 from tests.tiny import (
     TEXTS,
     make_model,
@@ -274,6 +275,14 @@ def test_fp16_overflow_says_what_to_do(tokenizer):
         llfast.score((model, tokenizer), TEXTS)
 
 
+@pytest.fixture(params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def ahead(request, monkeypatch):
+    """Whether a batch is launched before the one before it has come back."""
+    monkeypatch.setattr(batchwise, "runs_ahead", lambda _: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("ahead")
 def test_too_little_memory_halves_the_token_budget(llama, tokenizer, monkeypatch):
     run = batchwise.run_model
     shapes = []
@@ -298,6 +307,33 @@ def test_too_little_memory_halves_the_token_budget(llama, tokenizer, monkeypatch
         pytest.raises(ScoringError, match="memory must hold one text of .* tokens"),
     ):
         llfast.score((llama, tokenizer), TEXTS)
+
+
+def test_what_came_back_before_an_error_is_kept(llama, tokenizer, ahead, monkeypatch, tmp_path):
+    run, launched, kept = batchwise.run_model, [], []
+    texts = [f"text {number}" for number in range(5)]
+    options = {"token_budget": 1, "revision": "a", "partial": tmp_path / "partial"}
+    expected = llfast.score((llama, tokenizer), texts, token_budget=1).values
+    keep = Run.keep
+
+    def breaks(model, ids):
+        launched.append(len(kept))  # how many had come back by then
+        if broken and len(launched) == 4:
+            raise RuntimeError("shape mismatch")
+        return run(model, ids)
+
+    monkeypatch.setattr(batchwise, "run_model", breaks)
+    monkeypatch.setattr(Run, "keep", lambda self, found: kept.append(1) or keep(self, found))
+    broken = True
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        llfast.score((llama, tokenizer), texts, **options)
+    assert launched == ([0, 0, 1, 2] if ahead else [0, 1, 2, 3])
+    assert len(kept) == 3
+    broken = False
+    launched.clear()
+    result = llfast.score((llama, tokenizer), texts, **options)
+    assert len(launched) == 2
+    assert result.values.tolist() == expected.tolist()
 
 
 def test_errors_that_are_no_lack_of_memory_come_through(llama, tokenizer, monkeypatch):
