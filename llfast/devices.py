@@ -73,7 +73,7 @@ def parse_device(name: str) -> torch.device:
     if int(number or 0) >= (1 if kind == "cpu" else count):
         seen = ", ".join(f"cuda:{each}" for each in range(count)) or "no CUDA device"
         raise ValueError(f"device must be there, got {name!r} where torch sees {seen}; use 'cpu'")
-    return torch.device(name)
+    return torch.device(kind, int(number)) if colon else torch.device(kind)
 
 
 def device_name(device: torch.device) -> str:

@@ -79,4 +79,6 @@ class ToHost:
 def _to_device(array: Int64[np.ndarray, "*shape"], device: torch.device) -> Int64[Tensor, "*shape"]:
     """Without waiting: a copy of pageable memory would begin when the device has nothing to do."""
     host = torch.from_numpy(array)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)

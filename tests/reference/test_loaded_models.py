@@ -172,6 +172,14 @@ def test_a_device_that_is_not_there_is_refused(count, asked, seen, monkeypatch):
         parse_device(asked)
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"), [("cuda:01", "cuda:1"), ("cuda", "cuda"), ("cpu", "cpu")]
+)
+def test_a_device_by_name(asked, found, monkeypatch):
+    see_devices(monkeypatch, 2)
+    assert parse_device(asked) == torch.device(found)
+
+
 def test_a_device_that_cannot_be_used_is_not_there(monkeypatch):
     """As torch counts it where the driver is too old."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
