@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,10 @@ from .loading import quiet
 # Scoring steps in front of a model's head, so two threads must not score one model at once.
 _LOCKS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
+# Where torch may round fp32 numbers before it multiplies them, to TF32 or bf16.
+_PRODUCTS: tuple[Any, ...] = attrgetter(
+    "cuda.matmul", "cudnn.conv", "mkldnn.matmul", "mkldnn.conv"
+)(torch.backends)
 
 
 @contextmanager
@@ -38,6 +43,7 @@ def borrowed(model: Any) -> Iterator[None]:
                 torch.inference_mode(),
                 torch.autocast(model.device.type, enabled=False),
                 _attention_without_cudnn(),
+                _products_of_whole_fp32(),
                 quiet(),  # some models miss the mask that they do not need
             ):
                 yield
@@ -61,3 +67,20 @@ def _attention_without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def _products_of_whole_fp32() -> Iterator[None]:
+    """fp32 as it is, for a store says of its numbers that they are in fp32.
+
+    A program that trains as well may have allowed less (`torch.set_float32_matmul_precision`), and
+    for convolutions on a GPU torch does.
+    """
+    before = [each.fp32_precision for each in _PRODUCTS]
+    try:
+        for each in _PRODUCTS:
+            each.fp32_precision = "ieee"
+        yield
+    finally:
+        for each, precision in zip(_PRODUCTS, before, strict=True):
+            each.fp32_precision = precision

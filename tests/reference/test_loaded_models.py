@@ -83,6 +83,25 @@ def test_attention_never_waits_for_plans_of_cudnn(llama, tokenizer):
     assert allowed()
 
 
+def test_fp32_is_not_rounded_where_the_caller_allows_it(llama, tokenizer):
+    expected = llfast.score((llama, tokenizer), TEXTS).values
+    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv)
+    seen = set()
+    llama.model.layers[0].register_forward_hook(
+        lambda *_: seen.update(each.fp32_precision for each in kinds)
+    )
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    torch.set_float32_matmul_precision("medium")  # TF32 on a GPU, bf16 on a CPU that has it
+    try:
+        found = llfast.score((llama, tokenizer), TEXTS).values
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    assert seen == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == before[1]
+    assert found.tolist() == expected.tolist()
+
+
 def test_splitting_special_tokens_is_part_of_what_is_remembered(llama):
     tokenizer = make_tokenizer(adds_bos=False)
     texts = ["a </s> b"]
