@@ -9,13 +9,12 @@ from statistics import median
 
 import torch
 
-from .batches import model_max_length, tokenize
-from .devices import default_token_budget, resolve_device
-from .engines import Job, as_pages, check_budget, memory_bytes, plan_unread
+from .engines import Job, as_pages, memory_bytes, plan_unread
 from .errors import CannotPageError
 from .linear import PACKED, linear_layers, linear_path
 from .models import ModelSource
 from .paging import LoadingStatistics, PagedModel
+from .runs import prepare
 from .texts import TextSet
 from .traits import check_fit
 
@@ -83,25 +82,24 @@ def estimate(
         ValueError: for a memory budget that is too small, and for a model in memory, whose weights
             are there already.
     """
-    budget_bytes = check_budget(weights, memory_budget)
     if source.checkpoint is None:
         raise ValueError("model must be a folder or Hub id for an estimate, got a loaded model")
-    place = resolve_device(device, source)
-    body_dtype = source.dtype(dtype, place)
-    tokenizer = source.tokenizer()
-    limit = model_max_length(source.config, tokenizer, convention)
-    tokens = tokenize(texts, tokenizer, convention, limit)
-    budget = default_token_budget(place, source.config) if token_budget is None else token_budget
-    job = Job(
-        source=source,
-        tokens=tokens,
-        ids=texts.ids,
-        dtype=body_dtype,
-        device=place,
-        token_budget=budget,
-        memory_bytes=budget_bytes,
-        statistics=LoadingStatistics(),
-    )
+    job = prepare(
+        source,
+        texts,
+        token_ids=None,
+        convention=convention,
+        dtype=dtype,
+        device=device,
+        token_budget=token_budget,
+        memory_budget=memory_budget,
+        weights=weights,
+        verify=False,
+        per_token=False,
+        metadata=None,
+        partial=None,
+        loading=LoadingStatistics(),
+    ).job
     paged = as_pages(job, weights)
     way, paged_bytes = _way(job, paged, weights)
     sizes = [math.prod(batch.shape) for batch in plan_unread(job, paged)]
@@ -115,23 +113,23 @@ def estimate(
     tied = getattr(config, "tie_word_embeddings", False)
     embedding = hidden * (getattr(config, "vocab_size", 0) or 0)
     looked_up = 0 if tied else embedding
-    flops = _matmul_flops(body_dtype, place)
-    itemsize = body_dtype.itemsize
+    flops = _matmul_flops(job.dtype, job.device)
+    itemsize = job.dtype.itemsize
     body = max(parameters - embedding - looked_up, 0)
-    stored = parameters + (body if linear_path(place, body_dtype) == PACKED else 0)
+    stored = parameters + (body if linear_path(job.device, job.dtype) == PACKED else 0)
     largest = max(sizes, default=0)
     return Estimate(
         model=source.name,
-        dtype=str(body_dtype).removeprefix("torch."),
-        device=str(place),
+        dtype=str(job.dtype).removeprefix("torch."),
+        device=str(job.device),
         parameters=parameters,
         weights=way,
         read_bytes=source.checkpoint.weight_bytes,
         weights_bytes=parameters * itemsize if way == "resident" else paged_bytes,
         memory_bytes=(stored + largest * (6 * hidden + 3 * feed_forward)) * itemsize,
-        tokens=int(tokens.token_counts.sum()),
+        tokens=int(job.tokens.token_counts.sum()),
         padded_tokens=padded,
-        truncated_texts=int(tokens.truncated.sum()),
+        truncated_texts=int(job.tokens.truncated.sum()),
         matmul_flops=flops,
         seconds=2.0 * max(parameters - looked_up, 0) * padded / flops,
     )

@@ -67,3 +67,9 @@ def test_packed_weights_are_counted_where_they_are_used(checkpoints, monkeypatch
         found.append(estimate.estimate(source, texts).memory_bytes)
     embedding = source.config.vocab_size * source.config.n_embd  # and its head, which is tied
     assert found[1] - found[0] == (43_392 - embedding) * 4
+
+
+def test_a_token_budget_that_the_run_refuses_is_refused(checkpoints):
+    source, texts = open_model(checkpoints / "gpt2"), TextSet.from_texts(TEXTS)
+    with pytest.raises(ValueError, match="token_budget must be from 1 to 1,048,576, got 20000000"):
+        estimate.estimate(source, texts, token_budget=20_000_000)
