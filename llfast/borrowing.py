@@ -61,6 +61,7 @@ def _attention_without_cudnn() -> Iterator[None]:
     On sm_90 and sm_100 torch would prefer cuDNN's, which makes a plan for every new shape of a
     batch, for 20 to 450 ms each, as users report; scoring has tens of shapes.
     """
+    # torch gives this one function no types; its setter has them.
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
         torch.backends.cuda.enable_cudnn_sdp(enabled=False)

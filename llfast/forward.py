@@ -58,16 +58,10 @@ class ToHost:
     """A tensor that may still be made on a device, and is copied to the host as soon as it is."""
 
     def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor.to("cpu", non_blocking=tensor.is_cuda)  # into pinned memory then
         self._copied: Any = None
-        if not tensor.is_cuda:
-            self._host = tensor.cpu()
-        else:
-            self._host = torch.empty(
-                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
-            )
-            self._host.copy_(tensor, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(torch.cuda.current_stream(tensor.device))
+        if tensor.is_cuda:
+            self._copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def wait(self) -> Tensor:
         """On the host."""
