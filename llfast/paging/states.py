@@ -43,6 +43,7 @@ class StateMeter:
         if width and tokens * width * model.dtype.itemsize * _MOST_HIDDEN_STATES < self._room:
             self._next = float("inf")
         else:
+            gc.collect()  # a state may come to lie where something lay that nobody needs
             self._before = set(_live(model.device))
 
     def measure(self, layers: int, tokens: int, read: Iterable[Tensor]) -> bool:

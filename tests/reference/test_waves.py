@@ -343,3 +343,23 @@ def test_what_a_wave_holds_is_measured(folder):
     questions = 3 * 24
     tokens = statistics.wave_tokens
     assert 32 * 4 * tokens < statistics.state_bytes < 6 * 32 * 4 * (tokens + questions)
+
+
+def test_states_count_where_garbage_lay():
+    model, statistics = make_model("llama"), LoadingStatistics()
+    meter = StateMeter([model], 1, statistics)
+    gc.collect()
+    gc.disable()  # garbage must outlive the beginning, unless the meter sees to it
+    try:
+        cycle = [torch.empty(10_000)]
+        place = cycle[0].untyped_storage().data_ptr()
+        cycle.append(cycle)
+        del cycle
+        meter.begin(tokens=10**9)
+        gc.collect()
+        states = [torch.empty(10_000) for _ in range(20)]
+        assert place in {each.untyped_storage().data_ptr() for each in states}
+        assert meter.measure(1, 1, [])
+    finally:
+        gc.enable()
+    assert statistics.state_bytes == sum(each.nbytes for each in states)
