@@ -197,6 +197,7 @@ def kill_at_random(store, killer, kills):
             store.add(index_result(5000 + each % 5))
         killed, returned = killer(what, f"{rng.uniform(0, seconds):.6f}", number)
         killed_at_all += killed
+        seconds *= 1.1 if killed else 0.8  # other processes come and go
         if returned:
             promised[name(number)] = what == "add"
         if each % 10 == 0:
@@ -269,7 +270,7 @@ expected = None
 print("ready", flush=True)
 input()
 opened = 0
-while not enough.exists():
+while opened < 3 or not enough.exists():
     index = KLIndex.build(store, "certified")
     # Model 5 has none nearer than those of its family, whoever else comes and goes.
     hits = index.search(name(5), 3)
@@ -291,7 +292,7 @@ store, enough = Store(sys.argv[1]), Path(sys.argv[1] + "-enough")
 print("ready", flush=True)
 input()
 rounds = 0
-while not enough.exists():
+while rounds < 3 or not enough.exists():
     # Of other families than model 5's.
     index = KLIndex.build(store, "certified", refit=rounds % 2 == 0)
     index.add(index_result(101 + 5 * (rounds % 7)))

@@ -286,7 +286,7 @@ def test_descriptors_and_maps_are_given_back(files):
     del reader
     assert held() == before
     with pytest.raises(FileNotFoundError):
-        FileReader([*files, "/nonexistent"])
+        FileReader([*files, files[0].with_name("missing")])
     assert held() == before
 
 

@@ -349,17 +349,16 @@ def test_states_count_where_garbage_lay():
     model, statistics = make_model("llama"), LoadingStatistics()
     meter = StateMeter([model], 1, statistics)
     gc.collect()
+    place = bytearray(40_000)
     gc.disable()  # garbage must outlive the beginning, unless the meter sees to it
     try:
-        cycle = [torch.empty(10_000)]
-        place = cycle[0].untyped_storage().data_ptr()
+        cycle = [torch.frombuffer(place, dtype=torch.float32)]
         cycle.append(cycle)
         del cycle
         meter.begin(tokens=10**9)
         gc.collect()
-        states = [torch.empty(10_000) for _ in range(20)]
-        assert place in {each.untyped_storage().data_ptr() for each in states}
+        state = torch.frombuffer(place, dtype=torch.float32)
         assert meter.measure(1, 1, [])
     finally:
         gc.enable()
-    assert statistics.state_bytes == sum(each.nbytes for each in states)
+    assert statistics.state_bytes == state.nbytes == 40_000
