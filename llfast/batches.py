@@ -8,6 +8,7 @@ matrix products of one shape give a row the same bits wherever in the batch it s
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -24,6 +25,8 @@ CONVENTIONS: tuple[str, ...] = get_args(Convention)
 GIVEN_TOKENS = "token-ids"
 
 _LM_EVAL_MAX_LENGTH = 2048  # lm-evaluation-harness 0.4.13, where neither model nor tokenizer says
+# A tokenizer is told how to truncate, then encodes: in between no other thread may tell it.
+_IN_TURN = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,8 +135,8 @@ def added_bos(tokenizer: Any) -> int | None:
 
     It need not be the one that the tokenizer names as its BOS token.
     """
-    with_special = tokenizer("a", verbose=False)["input_ids"]
-    without = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    with_special = _token_ids(tokenizer, "a")
+    without = _token_ids(tokenizer, "a", add_special_tokens=False)
     return None if with_special[:1] == without[:1] else int(with_special[0])
 
 
@@ -257,13 +260,13 @@ def _encode_cached(
     encoded = [
         np.array(ids, dtype=np.int32)
         for chunk in _batched(texts.texts, 1024)
-        for ids in tokenizer(
+        for ids in _token_ids(
+            tokenizer,
             chunk,
             add_special_tokens=own_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        )
     ]
     if key is not None:
         packed = _pack(encoded, np.zeros(len(encoded), dtype=bool), None)
@@ -278,13 +281,19 @@ def _begins_twice(ids: Int32[np.ndarray, " n"], token: int | None) -> bool:
 
 def _encode_truncated(tokenizer: Any, text: str, length: int) -> Int32[np.ndarray, " n"]:
     """Cut by the tokenizer itself, which keeps the special tokens that it puts at the end."""
-    side = tokenizer.truncation_side
-    tokenizer.truncation_side = "right"
-    try:
-        ids = tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"]
-    finally:
-        tokenizer.truncation_side = side
+    with _IN_TURN:
+        side = tokenizer.truncation_side
+        tokenizer.truncation_side = "right"
+        try:
+            ids = _token_ids(tokenizer, text, truncation=True, max_length=length)
+        finally:
+            tokenizer.truncation_side = side
     return np.array(ids, dtype=np.int32)
+
+
+def _token_ids(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    with _IN_TURN:
+        return tokenizer(text, verbose=False, **options)["input_ids"]
 
 
 def _batched(rows: Sequence[str], size: int) -> Iterator[list[str]]:

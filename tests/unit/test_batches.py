@@ -1,5 +1,6 @@
 import contextlib
 import math
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -170,6 +171,27 @@ def test_truncating_keeps_the_tokenizers_closing_token():
     texts = TextSet.from_texts(["the quick brown fox jumps over a lazy dog"])
     own = words(tokenizer, texts.texts[0])
     assert tokenize(texts, tokenizer, "paper", 5)[0].tolist() == [*own[:4], EOS]
+
+
+def test_threads_do_not_tell_one_anothers_tokenizer_how_to_truncate(monkeypatch):
+    """Models of different lengths may share a tokenizer, which is told before each call."""
+    tokenizer = make_tokenizer(adds_bos=True)
+    texts = TextSet.from_texts(["the quick brown fox jumps over a lazy dog"])
+    expected = tokenize(texts, tokenizer, "paper", 5).ids.tolist()
+    short = TextSet.from_texts(["a"])
+    other = threading.Thread(target=tokenize, args=(short, tokenizer, "paper", None))
+    tell = type(tokenizer).set_truncation_and_padding
+
+    def tell_and_be_interrupted(self, *args, **kwargs):
+        tell(self, *args, **kwargs)
+        if self._tokenizer.truncation is not None and other.ident is None:
+            other.start()
+            other.join(0.2)  # it is through by then if nothing keeps it
+
+    monkeypatch.setattr(type(tokenizer), "set_truncation_and_padding", tell_and_be_interrupted)
+    found = tokenize(texts, tokenizer, "paper", 5).ids.tolist()
+    other.join()
+    assert found == expected
 
 
 def test_cached_tokens_are_the_same_and_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
