@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -133,22 +134,25 @@ def read_texts(path: AnyPath) -> dict[str, Any]:
 def write_texts(
     path: AnyPath, ids: Sequence[str], text_bytes: np.ndarray, groups: Sequence[str] | None
 ) -> None:
-    """Describe texts, if nothing whole does so yet.
+    """Describe texts, if nothing whole does so yet, or nothing that knows their groups.
 
     Raises:
         StoreError: if other texts are described there.
     """
-    try:
+    texts = {
+        "ids": list(ids),
+        "text_bytes": text_bytes.tolist(),
+        "groups": list(groups) if groups is not None else None,
+    }
+    known = None
+    with contextlib.suppress(StoreError):  # not there, or damaged: here they are again
         known = read_texts(path)
-    except StoreError:  # not there, or damaged: here they are again
-        texts = {
-            "ids": list(ids),
-            "text_bytes": text_bytes.tolist(),
-            "groups": list(groups) if groups is not None else None,
-        }
-        with atomic_write(path) as file:
-            file.write(json.dumps(texts).encode())
-        return
-    for name, given in (("ids", list(ids)), ("text_bytes", text_bytes.tolist())):
-        if given != known[name]:
-            raise StoreError(f"{name} must be those in {path}, got others for the same texts")
+    if known is not None:
+        for name in ("ids", "text_bytes"):
+            if texts[name] != known[name]:
+                raise StoreError(f"{name} must be those in {path}, got others for the same texts")
+        # Groups are no part of the digest: whoever was here first need not have known them.
+        if groups is None or known["groups"] is not None:
+            return
+    with atomic_write(path) as file:
+        file.write(json.dumps(texts).encode())

@@ -90,6 +90,16 @@ def test_a_matrix_has_a_row_a_model(store):
         store.matrix(models=["a", "d"])
 
 
+def test_groups_are_kept_by_whoever_knows_them_first(store):
+    """They are no part of a text set's digest, and widen intervals."""
+    store.add(make_result("a"))
+    assert store.matrix().groups is None
+    store.add(make_result("b", groups=tuple("aabbccdd")))
+    assert store.matrix().groups == tuple("aabbccdd")
+    store.add(make_result("c"))
+    assert store.matrix().groups == tuple("aabbccdd")
+
+
 def test_hidden_layers_are_no_models_of_a_matrix(store):
     store.add(make_result("a"))
     store.add(make_result("a", layer=0, loglikelihoods=numbers("hidden")))
