@@ -200,7 +200,10 @@ def named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
 
     Raises:
         StoreError: if there are none of one of them.
+        TypeError: if they are a single name, whose letters would be taken for names.
     """
+    if isinstance(models, str):
+        raise TypeError(f"models must be several names, got {models!r}; give [{models!r}]")
     by_label: defaultdict[str, list[StoredRow]] = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)

@@ -118,8 +118,6 @@ class Store:
         Raises:
             StoreError: if a model is not there; nothing is removed then.
         """
-        if isinstance(models, str):
-            raise TypeError(f"models must be several names, got {models!r}; give [{models!r}]")
         rows = named(self.rows(), models)
         removals: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
@@ -278,6 +276,7 @@ class Store:
 
         Raises:
             StoreError: if there is nothing, or more than one thing, of what is asked for.
+            TypeError: if `models` is a single name.
         """
         if duplicates not in ("error", "newest"):
             raise ValueError(f"duplicates must be error or newest, got {duplicates!r}")

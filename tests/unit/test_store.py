@@ -86,6 +86,8 @@ def test_a_matrix_has_a_row_a_model(store):
     assert matrix.dtypes == ("float32",) * 3
     assert matrix.metadata[0] == {"family": "A", "adds_bos": True}
     assert store.matrix(models=["c", "a", "c"]).models == ("a", "c")
+    with pytest.raises(TypeError, match=r"models must be several names, got 'ab'; give \['ab'\]"):
+        store.matrix(models="ab")
     with pytest.raises(StoreError, match="models must be in the store, got 'd'"):
         store.matrix(models=["a", "d"])
 
