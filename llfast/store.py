@@ -98,9 +98,10 @@ class Store:
         self._write_shard(key.textset_digest, [[row_fields(key, error=reason, metadata=metadata)]])
 
     def add_matrix(self, matrix: LogLikelihoodMatrix) -> None:
-        """Keep a model x text matrix that was made elsewhere."""
-        n = len(matrix.text_bytes)
-        ids = matrix.ids or tuple(str(text) for text in range(n))
+        """Keep a matrix that was made elsewhere; ValueError if it names no text set."""
+        if not matrix.textset_digest:  # or matrices of other texts would be taken for models of it
+            raise ValueError("textset_digest must name the matrix's texts, got ''; give it a name")
+        ids = matrix.ids or tuple(map(str, range(len(matrix.text_bytes))))
         self._write_texts(matrix.textset_digest, ids, matrix.text_bytes, matrix.groups)
         self._write_shard(matrix.textset_digest, matrix_groups(matrix))
 

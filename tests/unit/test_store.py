@@ -92,6 +92,13 @@ def test_a_matrix_has_a_row_a_model(store):
         store.matrix(models=["a", "d"])
 
 
+def test_a_matrix_of_nobody_knows_which_texts_is_refused(store):
+    for model in ("a", "b"):  # of other texts, for all that anybody can tell
+        with pytest.raises(ValueError, match="textset_digest must name the matrix's texts, got ''"):
+            store.add_matrix(LogLikelihoodMatrix([model], numbers(model)[None], [1.0] * 8))
+    assert not store.folder.exists()
+
+
 def test_groups_are_kept_by_whoever_knows_them_first(store):
     """They are no part of a text set's digest, and widen intervals."""
     store.add(make_result("a"))
