@@ -218,7 +218,7 @@ def _is_number(cell: Any) -> bool:
         float(cell)
     except (TypeError, ValueError):
         return False
-    return True
+    return "_" not in str(cell)  # "12_3", which Python takes for 123, is the third part of 12
 
 
 def parse_name(name: str) -> tuple[str, str]:

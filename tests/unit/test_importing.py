@@ -155,6 +155,13 @@ def test_a_column_of_numbers_can_be_ids(tmp_path, header):
     assert matrix.ids == tuple(ids), "to the digit"
 
 
+def test_numbers_joined_by_underscores_are_ids_and_no_numbers(tmp_path):
+    matrix = load(write_text(tmp_path / "m.csv", "chunk,a,b\n12_0,0.5,0.6\n12_1,0.5,0.7\n"))
+    assert (matrix.models, matrix.ids) == (("a", "b"), ("12_0", "12_1"))
+    with pytest.raises(SpaceError, match="must hold numbers, got '1_0' for model 'a', text 'x'"):
+        load(write_text(tmp_path / "m.csv", "id,a\nx,1_0\n"))
+
+
 def test_the_index_that_pandas_puts_last_holds_the_ids(tmp_path):
     table = pa.table({"a": [0.5, 0.6], "b": [0.7, 0.8], "__index_level_0__": [11, 12]})
     pq.write_table(table, tmp_path / "m.parquet")
