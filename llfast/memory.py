@@ -7,6 +7,7 @@ import functools
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 _CGROUPS = (
@@ -32,8 +33,8 @@ def parse_bytes(size: int | str) -> int:
         if found and found[2] in _UNITS:
             with contextlib.suppress(ValueError):
                 number = float(found[1]) * _UNITS[found[2]]
-    elif isinstance(size, int) and not isinstance(size, bool):
-        number = size
+    elif isinstance(size, int | np.integer) and not isinstance(size, bool):
+        number = int(size)
     if not 1 <= number < 2**63:
         raise ValueError(f"memory_budget must be a size like '8GiB', got {size!r}")
     return int(number)

@@ -213,10 +213,10 @@ def prepare(
     budget = default_token_budget(place, source.config) if token_budget is None else token_budget
     memory_bytes = check_budget(weights, memory_budget)
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
-    if not 1 <= budget <= _LARGEST_TOKEN_BUDGET:
+    if not (isinstance(budget, int | np.integer) and 1 <= budget <= _LARGEST_TOKEN_BUDGET):
         raise ValueError(
-            f"token_budget must be from 1 to {_LARGEST_TOKEN_BUDGET:,}, got {budget}; leave it out "
-            "for the default"
+            f"token_budget must be a whole number from 1 to {_LARGEST_TOKEN_BUDGET:,}, got "
+            f"{budget!r}; leave it out for the default"
         )
     if token_ids is not None:
         if convention != "paper":
@@ -241,7 +241,7 @@ def prepare(
         ids=texts.ids,
         dtype=body_dtype,
         device=place,
-        token_budget=budget,
+        token_budget=int(budget),
         memory_bytes=memory_bytes,
         statistics=loading,
     )

@@ -134,7 +134,11 @@ def test_a_command_that_fails_leaves_no_new_store(
     for model, options, message in (
         (normless, (), "model must have a final norm between its last layer and its head"),
         (nan_checkpoint, (), "model must give finite numbers, got nan from layer 1 on"),
-        (checkpoints / "gpt2", ("--token-budget", 9999999), "token_budget must be from 1 to"),
+        (
+            checkpoints / "gpt2",
+            ("--token-budget", 9999999),
+            "token_budget must be a whole number from 1 to",
+        ),
     ):
         run = command("layers", model, "--texts", texts_file, "--store", new, *options)
         assert message in run.error

@@ -1,5 +1,6 @@
 """What scoring would take, for every architecture and for weights that cannot be counted unread."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -71,5 +72,15 @@ def test_packed_weights_are_counted_where_they_are_used(checkpoints, monkeypatch
 
 def test_a_token_budget_that_the_run_refuses_is_refused(checkpoints):
     source, texts = open_model(checkpoints / "gpt2"), TextSet.from_texts(TEXTS)
-    with pytest.raises(ValueError, match="token_budget must be from 1 to 1,048,576, got 20000000"):
-        estimate.estimate(source, texts, token_budget=20_000_000)
+    whole = "token_budget must be a whole number from 1 to 1,048,576, got "
+    for budget in (20_000_000, 512.0, "512"):
+        with pytest.raises(ValueError, match=f"{whole}{budget!r}"):
+            estimate.estimate(source, texts, token_budget=budget)
+
+
+@pytest.mark.usefixtures("rate")
+def test_numpys_whole_numbers_are_budgets(checkpoints):
+    source, texts = open_model(checkpoints / "gpt2"), TextSet.from_texts(TEXTS)
+    expected = estimate.estimate(source, texts, token_budget=256, weights="resident")
+    found = estimate.estimate(source, texts, token_budget=np.int64(256), weights="resident")
+    assert found.padded_tokens == expected.padded_tokens

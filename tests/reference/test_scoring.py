@@ -359,7 +359,9 @@ def test_wrong_arguments_are_refused(llama, tokenizer):
     with pytest.raises(ValueError, match="one a text"):
         llfast.score(llama, TEXTS, token_ids=[[1, 2]])
     for budget in (0, 20_000_000):
-        with pytest.raises(ValueError, match="token_budget must be from 1 to 1,048,576"):
+        with pytest.raises(
+            ValueError, match="token_budget must be a whole number from 1 to 1,048,576"
+        ):
             llfast.score((llama, tokenizer), TEXTS, token_budget=budget)
     with pytest.raises(TypeError, match="not JSON serializable"):
         llfast.score((llama, tokenizer), TEXTS, metadata={"a": object()})

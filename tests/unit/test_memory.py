@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ MEMINFO = "MemTotal:       7000 kB\nMemFree:  5 kB\nMemAvailable:    100 kB\n"
         ("17b", 17),
         ("8GiB", 8 << 30),
         ("8 gib", 8 << 30),
+        (np.int64(8 << 30), 8 << 30),
         (" 8GIB ", 8 << 30),
         ("500 MB", 500_000_000),
         ("500m", 500_000_000),
