@@ -168,7 +168,10 @@ def build_texts(
         OSError: if an input cannot be read.
         TextSetError: if a file named in `inputs` is not UTF-8, or no chunk is long enough.
         ValueError: if the sizes make no sense.
+        TypeError: if `inputs` is a single path.
     """
+    if isinstance(inputs, str | os.PathLike):  # its characters are paths, and / is all there is
+        raise TypeError(f"inputs must be several paths, got {inputs!r}; wrap it in a list")
     skipped: list[str] = []
     texts, documents, chunks = sample_chunks(
         _documents(inputs, skipped), n=n, max_bytes=max_bytes, min_bytes=min_bytes, seed=seed

@@ -169,3 +169,10 @@ def test_names_of_files_need_not_be_utf8(tmp_path):
     assert texts.ids == ("latin/\\udcfc.txt:0",)
     alone, _ = build_texts([tmp_path / "latin" / "\udcfc.txt"])
     assert alone.ids == ("\\udcfc.txt:0",)
+
+
+def test_a_single_path_is_not_taken_for_its_characters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("docs", tmp_path / "docs"):
+        with pytest.raises(TypeError, match=r"inputs must be several paths, got .*docs'\)?; wrap"):
+            build_texts(given)
