@@ -57,7 +57,7 @@ def score_layers(
     Args:
         model: as for `score`, and so are:
         texts: N texts.
-        tokenizer: for a loaded model; or the folder of a tokenizer.
+        tokenizer: a loaded one for a loaded model; for any other, the folder of one.
         convention: which tokens are fed and scored.
         dtype: "auto" or a dtype.
         device: "auto" or a device.

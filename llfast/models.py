@@ -175,7 +175,7 @@ def open_model(
     Args:
         model: a checkpoint folder, a Hub id, a loaded transformers model, or a pair
             (loaded model, tokenizer). What this function has returned is returned as it is.
-        tokenizer: a loaded tokenizer, for a loaded model, or the folder of one.
+        tokenizer: a loaded one for a loaded model; for any other, the folder of one.
         revision: a branch, tag or commit, for a Hub id.
         name: what to call it; a folder's name is its path as given.
         trust_remote_code: let the checkpoint bring code of its own.
@@ -194,6 +194,11 @@ def open_model(
         if not hasattr(model, "config"):
             raise TypeError(
                 f"model must be a folder, a Hub id or a loaded model, got a {type(model).__name__}"
+            )
+        if isinstance(tokenizer, str | os.PathLike):
+            raise TypeError(
+                f"tokenizer must be a loaded one for a loaded model, got {os.fspath(tokenizer)!r}; "
+                "load it with transformers.AutoTokenizer.from_pretrained"
             )
         return MemorySource(
             name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,

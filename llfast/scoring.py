@@ -58,7 +58,7 @@ def score(
         model: a checkpoint folder, a Hub id, a loaded transformers model, a pair (loaded model,
             tokenizer), or what `models.open_model` returns.
         texts: N texts; may be left out if `token_ids` are given (bits per byte are NaN then).
-        tokenizer: for a loaded model; or the folder of a tokenizer.
+        tokenizer: a loaded one for a loaded model; for any other, the folder of one.
         token_ids: N lists or arrays of token ids, scored as they are, tokens 2..n of each. A store
             keeps the newest such result of a model and text set; the ids' sha256 goes with it.
         convention: which tokens are fed and scored, see `batches.tokenize`.

@@ -350,6 +350,8 @@ def test_wrong_arguments_are_refused(llama, tokenizer):
         llfast.score(llama, token_ids=[[1, 999]])
     with pytest.raises(ValueError, match="tokenizer must be given"):
         llfast.score(llama, TEXTS)
+    with pytest.raises(TypeError, match="tokenizer must be a loaded one for .* got 'x'"):
+        llfast.score(llama, TEXTS, tokenizer="x")
     with pytest.raises(ValueError, match="dtype must be 'auto' for a loaded model"):
         llfast.score((llama, tokenizer), TEXTS, dtype="bfloat16")
     with pytest.raises(ValueError, match="dtype must be auto, float32"):
