@@ -189,6 +189,8 @@ def open_model(
     if isinstance(model, FolderSource | MemorySource):
         return model
     if isinstance(model, tuple):
+        if tokenizer is not None:
+            raise ValueError("tokenizer must be given once, got a pair with one and another")
         model, tokenizer = model
     if not isinstance(model, str | os.PathLike):
         if not hasattr(model, "config"):
@@ -199,6 +201,11 @@ def open_model(
             raise TypeError(
                 f"tokenizer must be a loaded one for a loaded model, got {os.fspath(tokenizer)!r}; "
                 "load it with transformers.AutoTokenizer.from_pretrained"
+            )
+        if adapter_base is not None:
+            raise ValueError(
+                "adapter_base is for the folder or Hub id of a LoRA adapter, got a loaded model; "
+                "load the adapter into it"
             )
         return MemorySource(
             name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
