@@ -207,8 +207,9 @@ def open_model(
                 "adapter_base is for the folder or Hub id of a LoRA adapter, got a loaded model; "
                 "load the adapter into it"
             )
+        own_name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return MemorySource(
-            name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            name=as_utf8(name or own_name),
             revision=revision or "",
             config=model.config,
             model=model,
@@ -238,7 +239,7 @@ def open_model(
         revision_parts.append(tokenizer_digest(other) if other.is_dir() else str(other))
     own_tokenizer = (folder / "tokenizer_config.json").exists()  # an adapter may have none
     return FolderSource(
-        name=name or (as_utf8(os.path.normpath(given)) if commit is None else given),
+        name=as_utf8(name or (os.path.normpath(given) if commit is None else given)),
         revision=_revision(revision_parts),
         config=config,
         checkpoint=checkpoint,

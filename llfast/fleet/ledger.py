@@ -200,7 +200,7 @@ def _states(shard: AnyPath) -> list[RowState] | None:
 
 def name_of(request: ModelRequest) -> str:
     """What a model's rows are kept under."""
-    return request.name or as_utf8(os.path.normpath(request.model))
+    return as_utf8(request.name or os.path.normpath(request.model))
 
 
 def asked_of(request: ModelRequest, dtype: str) -> tuple[str | None, ...]:

@@ -129,6 +129,13 @@ def test_a_folder_whose_name_is_not_utf8_stops_no_other(command, checkpoints, te
     assert found[f"{checkpoints}/llama"] is None
 
 
+def test_a_given_name_need_not_be_utf8(command, checkpoints, texts_file, tmp_path):
+    given = (checkpoints / "gpt2", "--name", "m\udcfc", "--texts", texts_file)
+    for _ in range(2):
+        assert command("score", *given, "--store", tmp_path / "store").code == 0
+    assert [row.label for row in Store(tmp_path / "store").rows()] == ["m\\udcfc"]
+
+
 @pytest.mark.parametrize("weights", ["auto", "paged"])
 def test_what_verifying_took_is_told(command, checkpoints, texts_file, tmp_path, weights):
     path = checkpoints / "llama" / "model.safetensors"
