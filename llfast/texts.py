@@ -41,6 +41,9 @@ class TextSet:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        for name in ("ids", "texts", "groups"):  # a list could change, and its digest would not
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else tuple(given))
         if not self.texts:
             raise TextSetError("texts must hold at least one text, got none")
         if len(self.ids) != len(self.texts):

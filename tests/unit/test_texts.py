@@ -176,3 +176,11 @@ def test_a_single_path_is_not_taken_for_its_characters(tmp_path, monkeypatch):
     for given in ("docs", tmp_path / "docs"):
         with pytest.raises(TypeError, match=r"inputs must be several paths, got .*docs'\)?; wrap"):
             build_texts(given)
+
+
+def test_lists_that_change_later_change_no_text_set():
+    ids, words, groups = ["a", "b"], ["one", "two"], ["g", "g"]
+    texts = TextSet(ids, words, groups)
+    words[0] = "three"
+    assert (texts.ids, texts.texts, texts.groups) == (("a", "b"), ("one", "two"), ("g", "g"))
+    assert texts.digest == TextSet.from_texts(texts.texts, texts.ids).digest
