@@ -196,6 +196,8 @@ def find_steps(
     found: dict[int, str] = {}
     for row, (model, columns) in enumerate(zip(models, metadata, strict=True)):
         step = _step(model, columns) if given is None else given[row]
+        if isinstance(step, float) and step.is_integer():  # 3.0, as tables with gaps write it
+            step = int(step)
         is_whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
         if not is_whole or not 0 <= step < 2**63:
             raise SpaceError(

@@ -211,6 +211,12 @@ def test_what_is_given_comes_before_metadata_and_metadata_before_names():
     assert find_steps(names, metadata, [3, 4, 5]) == [3, 4, 5]
 
 
+def test_whole_steps_may_be_written_as_floats():
+    """As `relations` takes them, and as tables write them whose columns have gaps."""
+    found = find_steps(["a", "b"], [{"step": 3.0}, {"step": 4}])
+    assert (found, [type(each) for each in found]) == ([3, 4], [int, int])
+
+
 @pytest.mark.usefixtures("untyped")
 def test_steps_may_be_those_of_numpy():
     assert find_steps(["a", "b"], [{}, {}], np.array([3, 4])) == [3, 4]
