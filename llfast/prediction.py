@@ -229,7 +229,7 @@ def _predict(
         raise SpaceError(
             f"scores of {benchmark!r} must be finite, got {scores[model]} for {model!r}"
         )
-    y, groups = np.array(known), groups[rows]
+    y, groups = np.array(known, dtype=np.float64), groups[rows]
     if len(rows) < _LEAST_MODELS or len(set(groups.tolist())) < 4:
         raise SpaceError(
             f"scores of {benchmark!r} must be of {_LEAST_MODELS} models and 4 groups, got "

@@ -209,6 +209,17 @@ def test_scores_that_do_not_vary_have_no_correlation():
     np.testing.assert_allclose(found.predicted, 0.1)
 
 
+def test_whole_numbers_and_yes_or_no_are_scores():
+    passed = np.arange(K) % 2 == 0
+    (expected,) = predict_scores(make(), as_scores(passed))
+    for kind in (bool, int):
+        scores = {"arc": {f"m{row}": kind(each) for row, each in enumerate(passed)}}
+        (found,) = predict_scores(make(), scores)
+        assert found.scores.dtype == np.float64
+        assert found.predicted.tolist() == expected.predicted.tolist()
+        assert found.pearson == expected.pearson
+
+
 def test_models_without_scores_and_scores_without_models_are_left_out():
     matrix = make()
     rng = np.random.default_rng(7)
