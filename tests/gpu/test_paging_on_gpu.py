@@ -37,10 +37,10 @@ def sleep_after(forward, answer=None):
     torch.cuda._sleep(CYCLES)
 
 
-def sleep_before(slot):
+def sleep_before(slot, layout):
     with torch.cuda.stream(slot._copies):
         torch.cuda._sleep(10 * CYCLES)
-    Slot.own_send(slot)
+    Slot.own_send(slot, layout)
 
 
 @pytest.mark.parametrize("slow", ["computing", "copying"])

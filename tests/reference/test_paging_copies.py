@@ -18,6 +18,7 @@ from llfast.paging import pages, slots, states, units
 from llfast.paging.layout import Layout
 from llfast.paging.slots import Slot
 from tests.families import make_family
+from tests.gpu import test_paging_on_gpu
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import TEXTS, make_model, make_tokenizer, save
 
@@ -184,6 +185,17 @@ def test_tensors_lie_on_whole_addresses_of_the_device(device, tmp_path, monkeypa
     score_paged(folder, TEXTS, **OPTIONS)
     assert found
     assert all(found)
+
+
+@pytest.mark.parametrize("slow", ["computing", "copying"])
+def test_what_slows_a_gpu_down_in_its_tests_can_be_called(slow, device, tmp_path, monkeypatch):
+    """They run where there is one; a change to slots or forwards has to be noticed elsewhere."""
+    device.install(monkeypatch)
+    monkeypatch.setitem(test_paging_on_gpu.OPTIONS, "device", "cpu")
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
+    test_paging_on_gpu.test_pages_wait_for_the_device(tmp_path, monkeypatch, slow)
+    assert slept
 
 
 def test_memory_that_cannot_be_pinned_is_too_little(device, monkeypatch):
