@@ -14,6 +14,7 @@ from .errors import CheckpointError, UnsupportedModelError
 from .quantised import QuantisedWeight, plain_weights, quantisation
 from .safetensors_file import StoredTensor, read_header, refuse_pointer, short, unique_keys
 
+_WEIGHTS = "model.safetensors"
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
@@ -66,7 +67,7 @@ class Checkpoint:
         """
         config = _read_config(folder)
         quantised = quantisation(folder, config)
-        weights, index = _weight_files(folder, "model.safetensors")
+        weights, index = _weight_files(folder, _WEIGHTS)
         if not weights:
             pickles = _pickles(folder, allow_pickle)
             if quantised:
@@ -88,6 +89,7 @@ class Checkpoint:
                 tensors={},
                 plain={},
             )
+        _refuse_others(folder, config, f"{_WEIGHTS}.index.json" if index else _WEIGHTS)
         state = _state(folder, weights)
         tensors = _stored_tensors(weights, index)
         plain = plain_weights(folder, config, tensors)
@@ -215,6 +217,16 @@ def _read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must be a JSON object, got {type(found).__name__}")
     return found
+
+
+def _refuse_others(folder: Path, config: Mapping[str, Any], own: str) -> None:
+    """Refuse a config that has transformers load another file than the one by the usual name."""
+    named = config.get("transformers_weights")
+    if named not in (None, own):
+        raise UnsupportedModelError(
+            f"{folder} must hold its weights as {own}, got {short(named)} for "
+            "transformers_weights in config.json; save the model again"
+        )
 
 
 def _refuse_gguf(folder: Path) -> None:

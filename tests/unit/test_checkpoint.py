@@ -223,6 +223,24 @@ def test_a_tensor_that_the_index_forgets_belongs_to_the_checkpoint(tmp_path):
 # ------------------------------------------------------------------------------ other formats
 
 
+@pytest.mark.parametrize("named", ["other.safetensors", INDEX, "sub/model.safetensors", ["x"]])
+def test_weights_that_the_config_has_elsewhere(tmp_path, named):
+    """transformers would load those; they are not what is looked at, paged and verified."""
+    folder = make(tmp_path / "m", **{"config.json": json.dumps({"transformers_weights": named})})
+    message = refused(folder, UnsupportedModelError)
+    assert "must hold its weights as model.safetensors, got" in message
+    assert "for transformers_weights in config.json; " in message
+
+
+def test_weights_that_the_config_has_where_they_are(tmp_path):
+    for named in ("model.safetensors", None):
+        config = {"config.json": json.dumps({"transformers_weights": named})}
+        assert Checkpoint.open(make(tmp_path / "m", **config)).weights
+    folder = sharded(tmp_path / "n", {"a": ONE}, one=["a"])
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": INDEX}))
+    assert Checkpoint.open(folder).weights
+
+
 def test_other_formats_are_refused_by_name(tmp_path):
     none = {"model.safetensors": None}
     gguf = make(tmp_path / "gguf", **none, **{"m-Q4_K_M.gguf": b"GGUF"})
