@@ -39,6 +39,7 @@ WORKERS = 6  # that test side by side
 SPARE_SECONDS = 35.0  # to start, compile and finish the last case
 TAIL = 10_000  # characters of what a part printed
 NEEDED = "greenlet jaxtyping pyarrow pytest rich transformers typer xxhash".split()
+COUNTED = ("passed", "failed", "skipped", "unfinished")
 PARTS = ("build", "tests", "kernel", "loading", "scoring")
 
 
@@ -93,11 +94,13 @@ def run_tests(device: str, seconds: float) -> dict[str, Any]:
 
 
 def _counted(results: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
-    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    counts = dict.fromkeys(COUNTED, 0)
     failures = []
     for case in ET.parse(results).iter("testcase"):
         trouble = next((each for each in case if each.tag in ("failure", "error", "skipped")), None)
-        if trouble is None:
+        if case.get("name") is None:  # it was running when pytest-xdist was stopped
+            counts["unfinished"] += 1
+        elif trouble is None:
             counts["passed"] += 1
         elif trouble.tag == "skipped":
             counts["skipped"] += 1
@@ -153,9 +156,7 @@ def summary(parts: Sequence[dict[str, Any]]) -> list[str]:
         state = "stopped at its limit" if part["code"] is None else f"status {part['code']}"
         lines.append(f"== {part['part']}: {state}, {part['seconds']} of {part['limit']:.0f} s")
         if part["part"] == "tests":
-            counted = [
-                f"{part[name]} {name}" for name in ("passed", "failed", "skipped") if name in part
-            ]
+            counted = [f"{part[name]} {name}" for name in COUNTED if name in part]
             lines.append(", ".join(counted) or part["tail"][-1500:])
             lines += [
                 f"  {each['name']}: {each['message'][:160]}" for each in part["failures"][:20]
