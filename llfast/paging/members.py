@@ -111,7 +111,8 @@ class Plan:
         for member in self._members:
             places, head = member.skeleton.places, member.units.head
             for unit in member.units.layers:
-                is_moved = in_other_places(unit.sources, member.equals)
+                device = member.skeleton.device
+                is_moved = in_other_places(unit.sources, member.equals, device)
                 number = member.skeleton.copies(unit.places) + is_moved
                 nbytes = sum(places[name].empty.nbytes for name in unit.places)
                 copies.append((number + (member.linear == PACKED)) * nbytes)
@@ -141,7 +142,8 @@ class Plan:
                 sources = member.skeleton.sources.get(name, ())
                 is_there = sources and all(source.name in member.equals for source in sources)
                 is_there = is_there and member.skeleton.is_as_stored([name])
-                if not is_there or in_other_places(sources, member.equals):
+                device = member.skeleton.device
+                if not is_there or in_other_places(sources, member.equals, device):
                     total += member.skeleton.places[name].empty.nbytes
         return total
 

@@ -94,8 +94,11 @@ def relatives(
 def at_place(tensor: Tensor, begin: int) -> Tensor:
     """A tensor as its own file would have it: at an address like its offset there, modulo 64.
 
-    Products of matrices may have other bits where these lie differently.
+    Products of matrices may have other bits where these lie differently. On a GPU tensors stay:
+    there they lie on whole addresses wherever their file has them, for one model as for several.
     """
+    if tensor.device.type != "cpu":
+        return tensor
     there = begin % _ALIGNMENT
     if there % tensor.itemsize:  # its own file would not have it there, but a copy of it
         there = 0
@@ -107,9 +110,11 @@ def at_place(tensor: Tensor, begin: int) -> Tensor:
     return moved.copy_(tensor)
 
 
-def in_other_places(sources: Iterable[StoredTensor], equals: Mapping[str, StoredTensor]) -> bool:
+def in_other_places(
+    sources: Iterable[StoredTensor], equals: Mapping[str, StoredTensor], device: torch.device
+) -> bool:
     """Whether `at_place` copies any of these, if their equals are read in their stead."""
-    return any(
+    return device.type == "cpu" and any(
         (source.begin - equals[source.name].begin) % _ALIGNMENT
         for source in sources
         if source.name in equals

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from llfast import cache
 from llfast.checkpoint import Checkpoint
 from llfast.errors import CheckpointError
 from llfast.paging import LoadingStatistics, comparing, relatives, sharing
-from llfast.paging.sharing import at_place, find_equals
+from llfast.paging.sharing import at_place, find_equals, in_other_places
+from llfast.safetensors_file import StoredTensor
 from tests.families import age
 
 CONFIG = '{"model_type": "llama"}'
@@ -253,6 +255,15 @@ def test_at_place(dtype, begin):
     assert torch.equal(moved, tensor)
     assert moved.dtype == dtype
     assert at_place(moved, begin) is moved
+
+
+def test_on_a_device_tensors_stay_where_they_are():
+    """There they lie on whole addresses, alone as together, which no file's offsets are."""
+    tensor = torch.ones(20, device="meta")
+    assert at_place(tensor, 8) is tensor
+    own, read = (StoredTensor("a", Path(), "F32", (20,), begin, begin + 80) for begin in (8, 64))
+    assert in_other_places([own], {"a": read}, torch.device("cpu"))
+    assert not in_other_places([own], {"a": read}, torch.device("cuda"))
 
 
 def test_at_place_leaves_what_cannot_lie_there():
