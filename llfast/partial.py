@@ -6,7 +6,6 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -126,12 +125,7 @@ class PartialScores:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # What is done is left behind by Ctrl-C and errors, too.
         if kind is not None:
             self.save()
