@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,42 +69,30 @@ class Checkpoint:
         config = _read_config(folder)
         quantised = quantisation(folder, config)
         weights, index = _weight_files(folder, _WEIGHTS)
-        if not weights:
-            pickles = _pickles(folder, allow_pickle)
+        pickled = not weights
+        if pickled:
+            weights = _pickles(folder, allow_pickle)
             if quantised:
                 raise UnsupportedModelError(
                     f"{folder} must hold .safetensors weights, for they are quantised "
-                    f"({quantised}), got pickled ones ({pickles[0].name})"
+                    f"({quantised}), got pickled ones ({weights[0].name})"
                 )
-            state = _state(folder, pickles)
-            return cls(
-                folder=folder,
-                config=config,
-                weights=tuple(pickles),
-                pickled=True,
-                parameters=0,
-                weight_bytes=sum(path.stat().st_size for path in pickles),
-                stored_dtype="",
-                quantised="",
-                state=state,
-                tensors={},
-                plain={},
-            )
-        _refuse_others(folder, config, f"{_WEIGHTS}.index.json" if index else _WEIGHTS)
+        else:
+            _refuse_others(folder, config, f"{_WEIGHTS}.index.json" if index else _WEIGHTS)
         state = _state(folder, weights)
-        tensors = _stored_tensors(weights, index)
-        plain = plain_weights(folder, config, tensors)
-        counts: dict[str, int] = {}
+        tensors = {} if pickled else _stored_tensors(weights, index)
+        plain = {} if pickled else plain_weights(folder, config, tensors)
+        counts: Counter[str] = Counter()
         for tensor in plain.values():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.parameters
+            counts[tensor.dtype] += tensor.parameters
         return cls(
             folder=folder,
             config=config,
             weights=tuple(weights),
-            pickled=False,
-            parameters=sum(counts.values()),
+            pickled=pickled,
+            parameters=counts.total(),
             weight_bytes=sum(path.stat().st_size for path in weights),
-            stored_dtype=max(counts, key=lambda dtype: counts[dtype], default=""),
+            stored_dtype=max(counts, key=counts.__getitem__, default=""),
             quantised=quantised,
             state=state,
             tensors=tensors,
