@@ -1,4 +1,4 @@
-"""Warnings of models that were not scored alike, and of what that does to their distances."""
+"""Models that were not scored alike: what that does to their distances, and warnings of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import itertools
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import numpy as np
+from jaxtyping import Shaped
+
 from .errors import LlfastWarning
+from .intervals import half_variances
 from .results import LogLikelihoods
 
 _CALLER = 3  # the warning is for whoever called the function of ours that asks for it
@@ -73,7 +77,19 @@ def adds_bos_of(result: LogLikelihoods) -> bool | None:
     return found if isinstance(found, bool) else None
 
 
-def dtype_pairs(
+def noise_floor(
+    points: Shaped[np.ndarray, "K N"],
+    names: Sequence[str],
+    revisions: Sequence[str],
+    dtypes: Sequence[str],
+) -> float:
+    """The largest KL between two dtypes of one model, nats a text; 0 if no model is in two."""
+    pairs = _dtype_pairs(names, revisions, dtypes)
+    differences = (points[[a]].astype(np.float64) - points[b] for a, b in pairs)
+    return max((float(half_variances(each)[0]) for each in differences), default=0.0)
+
+
+def _dtype_pairs(
     names: Sequence[str], revisions: Sequence[str], dtypes: Sequence[str]
 ) -> Iterator[tuple[int, int]]:
     """Rows that are one model in two dtypes: they have the same revision and the same layer."""

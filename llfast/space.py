@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from .basis import Basis
 from .errors import SpaceError
 from .intervals import half_variances
-from .mixed import dtype_pairs, warn_of_bos, warn_of_dtypes, warn_of_kind
+from .mixed import noise_floor, warn_of_bos, warn_of_dtypes, warn_of_kind
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .spacefile import read_space, write_space
 
@@ -95,7 +95,8 @@ class ModelSpace:
         basis = Basis(**{name: getattr(self, name) for name in _BASIS})
         object.__setattr__(self, "basis", basis)
         object.__setattr__(self, "_rows", {name: row for row, name in enumerate(self.models)})
-        object.__setattr__(self, "_noise_floor", self._find_noise_floor())
+        floor = noise_floor(self.coordinates, self.models, self.revisions, self.dtypes)
+        object.__setattr__(self, "_noise_floor", floor)
 
     def __len__(self) -> int:
         return len(self.models)
@@ -273,12 +274,6 @@ class ModelSpace:
         return space
 
     # ------------------------------------------------------------------ inside
-
-    def _find_noise_floor(self) -> float:
-        names, revisions = self.models, self.revisions
-        pairs = dtype_pairs(names, revisions, self.dtypes)
-        differences = (self.coordinates[[a]] - self.coordinates[b] for a, b in pairs)
-        return max((float(half_variances(each)[0]) for each in differences), default=0.0)
 
     def _half_variances(self) -> Float64[np.ndarray, "K K"]:
         k, n = self.coordinates.shape

@@ -17,8 +17,7 @@ from jaxtyping import Float32, Float64
 
 from llfast.basis import Basis
 from llfast.files import atomic_write
-from llfast.intervals import half_variances
-from llfast.mixed import dtype_pairs
+from llfast.mixed import noise_floor
 from llfast.spacefile import write_space
 
 from .flat import refuse_large_rows
@@ -89,6 +88,7 @@ class SegmentWriter:
             opened.flush()
             os.fsync(opened.fileno())
         known = [row.metadata["adds_bos"] for row in self._models if "adds_bos" in row.metadata]
+        named = ((row.name, row.revision, row.dtype) for row in self._models)
         projection, basis = self._projection, self._basis
         directions = np.empty((0, len(basis))) if projection is None else projection.directions
         self._sums["models.parquet"] = _write_table(self._folder, self._models)
@@ -108,7 +108,7 @@ class SegmentWriter:
                 "offset": self.offset,
                 "dtypes": sorted({row.dtype for row in self._models}),
                 "adds_bos": {json.dumps(each): known.count(each) for each in (True, False)},
-                "noise_floor": self._noise_floor(points),
+                "noise_floor": noise_floor(points, *zip(*named, strict=True)),
             },
         }
         arrays = {"reference": basis.reference, "text_bytes": basis.text_bytes}
@@ -131,17 +131,6 @@ class SegmentWriter:
                 self._open(name)
                 self._write(name, array)
         return lists
-
-    def _noise_floor(self, points: Float32[np.ndarray, "K N"]) -> float:
-        """The largest KL between two dtypes of one model, nats a text; 0 if there is none."""
-        named = ((row.name, row.revision, row.dtype) for row in self._models)
-        return max(
-            (
-                float(half_variances(points[[a]].astype(np.float64) - points[b])[0])
-                for a, b in dtype_pairs(*zip(*named, strict=True))
-            ),
-            default=0.0,
-        )
 
     def _map(self, name: str, columns: int) -> Float32[np.ndarray, "K C"]:
         """What has been written of a file of fp32."""
