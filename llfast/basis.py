@@ -21,6 +21,10 @@ from .errors import LlfastWarning, SpaceError
 from .intervals import group_codes, kl_estimate
 from .results import UNITS, KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 
+# What a file has of a basis: facts that JSON knows, and arrays.
+BASIS_FACTS = ("clip", "ids", "groups", "textset_digest", "convention")
+BASIS_ARRAYS = ("reference", "text_bytes")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Basis:

@@ -12,33 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from .basis import Basis
+from .basis import BASIS_ARRAYS, BASIS_FACTS, Basis
 from .errors import SpaceError
 from .intervals import half_variances
 from .mixed import noise_floor, warn_of_bos, warn_of_dtypes, warn_of_kind
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
 from .spacefile import read_space, write_space
 
-_ARRAYS = ("coordinates", "reference", "text_bytes")
-_FIELDS = (
-    "models",
-    "clip",
-    "ids",
-    "groups",
-    "textset_digest",
-    "convention",
-    "dtypes",
-    "revisions",
-)
-_BASIS = (
-    "clip",
-    "reference",
-    "text_bytes",
-    "ids",
-    "groups",
-    "textset_digest",
-    "convention",
-)
+_BASIS = (*BASIS_FACTS, *BASIS_ARRAYS)
+_FACTS = ("models", *BASIS_FACTS, "dtypes", "revisions")
+_ARRAYS = ("coordinates", *BASIS_ARRAYS)
 _BLOCK_VALUES = 1 << 17  # differences worked on at once: 1 MiB, which stays in a core's cache
 
 
@@ -247,7 +230,7 @@ class ModelSpace:
             OSError: if it cannot be written.
             TypeError: if metadata holds something that JSON cannot.
         """
-        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields = {name: getattr(self, name) for name in _FACTS}
         fields["metadata"] = [dict(row) for row in self.metadata]
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         write_space(path, {**fields, "digest": self.digest}, arrays)

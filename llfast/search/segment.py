@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from llfast.basis import Basis
+from llfast.basis import BASIS_ARRAYS, BASIS_FACTS, Basis
 from llfast.errors import SearchError, SpaceError
 from llfast.spacefile import read_space
 
@@ -34,8 +34,7 @@ from .models import IndexedModel, Models
 from .projection import Projection, Reduced
 from .searched import Rows
 
-BASIS = ("clip", "ids", "groups", "textset_digest", "convention")
-_ARRAYS = ("reference", "text_bytes", "directions")
+_ARRAYS = (*BASIS_ARRAYS, "directions")
 _Bytes = TypeVar("_Bytes", bytes, memoryview)
 SCHEMA = pa.schema(
     [
@@ -75,11 +74,7 @@ class Segment:
         except SpaceError as error:
             raise SearchError(f"{folder} must be a whole index, got: {error}") from None
         try:
-            self.basis = Basis(
-                reference=fields["reference"],
-                text_bytes=fields["text_bytes"],
-                **{name: fields[name] for name in BASIS},
-            )
+            self.basis = Basis(**{name: fields[name] for name in (*BASIS_FACTS, *BASIS_ARRAYS)})
             self.facts: Mapping[str, Any] = fields["facts"]
             self._files: Mapping[str, Any] = fields["files"]
             count, first = int(fields["count"]), int(fields["first"])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 from jaxtyping import Float32, Float64
 
-from llfast.basis import Basis
+from llfast.basis import BASIS_ARRAYS, BASIS_FACTS, Basis
 from llfast.files import atomic_write
 from llfast.mixed import noise_floor
 from llfast.spacefile import write_space
@@ -26,7 +26,7 @@ from .lists import Lists
 from .models import IndexedModel
 from .projection import Projection, Reduced
 from .searched import Rows
-from .segment import BASIS, SCHEMA, Segment, digest_of
+from .segment import SCHEMA, Segment, digest_of
 
 
 class SegmentWriter:
@@ -92,7 +92,7 @@ class SegmentWriter:
         projection, basis = self._projection, self._basis
         directions = np.empty((0, len(basis))) if projection is None else projection.directions
         self._sums["models.parquet"] = _write_table(self._folder, self._models)
-        fields = {name: getattr(basis, name) for name in BASIS} | {
+        fields = {name: getattr(basis, name) for name in BASIS_FACTS} | {
             "count": len(self._models),
             "first": 0 if projection is None else projection.first,
             "lists": {
@@ -111,7 +111,7 @@ class SegmentWriter:
                 "noise_floor": noise_floor(points, *zip(*named, strict=True)),
             },
         }
-        arrays = {"reference": basis.reference, "text_bytes": basis.text_bytes}
+        arrays = {name: getattr(basis, name) for name in BASIS_ARRAYS}
         write_space(self._folder / "index.npz", fields, arrays | {"directions": directions})
         return digest_of(self._folder / "index.npz")
 
