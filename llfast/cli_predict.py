@@ -48,7 +48,7 @@ def predict_command(
         log=log or (),
     )
     if as_json:
-        print_json([each.summary() for each in found])
+        print_json(found)
         return
     print_table(
         ["benchmark", "models", "r", "rank r", "r of mean log-likelihood", "rank r of it"],

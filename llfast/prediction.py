@@ -76,21 +76,6 @@ class Prediction:
     baseline_pearson: Correlation
     baseline_spearman: Correlation
 
-    def summary(self) -> dict[str, Any]:
-        """What programs are told of it."""
-        return {
-            "benchmark": self.benchmark,
-            "models": list(self.models),
-            "scores": self.scores.tolist(),
-            "predicted": self.predicted.tolist(),
-            "baseline": self.baseline.tolist(),
-            "penalties": list(self.penalties),
-            "pearson": self.pearson,
-            "spearman": self.spearman,
-            "baseline_pearson": self.baseline_pearson,
-            "baseline_spearman": self.baseline_spearman,
-        }
-
 
 def predict_from_store(
     store: str | os.PathLike[str],
