@@ -104,15 +104,7 @@ class LogLikelihoods:
     @property
     def key(self) -> ResultKey:
         """Under which a store keeps the result."""
-        return ResultKey(
-            self.model,
-            self.revision,
-            self.textset_digest,
-            self.convention,
-            self.dtype,
-            self.layer,
-            self.scoring_version,
-        )
+        return ResultKey(*(getattr(self, name) for name in ResultKey._fields))
 
     @property
     def values(self) -> Float64[np.ndarray, " N"]:
