@@ -62,7 +62,11 @@ def find_nearest(
         StoreError: if the store does not have what is asked for.
     """
     check_mode(mode)
-    source = _open(store, mode, textset=textset, convention=convention, dtype=dtype, newest=newest)
+    opened = Store(store)
+    selection = Selection(
+        textset=opened.find_textset(textset), convention=convention, dtype=dtype, newest=newest
+    )
+    source = _open(opened, selection, mode)
     names: Sequence[str]
     find_revision: Callable[[str], str | None]
     if isinstance(source, StoredIndex):
@@ -141,7 +145,8 @@ def find_kl(
         SearchError: if one of them is not in the store.
         StoreError: if the store does not have what is asked for.
     """
-    matrix = _matrix(store, textset, convention, dtype, newest)
+    duplicates = "newest" if newest else "error"
+    matrix = Store(store).matrix(textset, convention, dtype, duplicates=duplicates)
     names = []
     for model in (a, b):
         name = _stored_name(model, matrix.models, _revisions(matrix).get)
@@ -151,35 +156,15 @@ def find_kl(
     return names[0], names[1], ModelSpace.fit(matrix).kl(names[0], names[1], unit=unit)
 
 
-def _matrix(
-    store: str | os.PathLike[str],
-    textset: str | None,
-    convention: str | None,
-    dtype: str | None,
-    newest: bool,
-) -> LogLikelihoodMatrix:
-    duplicates = "newest" if newest else "error"
-    return Store(store).matrix(textset, convention, dtype, duplicates=duplicates)
-
-
-def _open(
-    store: str | os.PathLike[str],
-    mode: str,
-    *,
-    textset: str | None,
-    convention: str | None,
-    dtype: str | None,
-    newest: bool,
-) -> StoredIndex | LogLikelihoodMatrix:
+def _open(store: Store, selection: Selection, mode: str) -> StoredIndex | LogLikelihoodMatrix:
     """The index of a store if there is one or its models are many; else what it holds."""
-    opened = Store(store)
-    digest = opened.find_textset(textset)
-    selection = Selection(textset=digest, convention=convention, dtype=dtype, newest=newest)
-    count = sum(row.key.layer is None for row in opened.rows(digest))
-    n = len(opened.texts(digest)["ids"])
-    if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(opened, selection):
-        return StoredIndex.open(opened, selection, mode=mode)
-    return _matrix(store, textset, convention, dtype, newest)
+    digest = selection.textset
+    count = sum(row.key.layer is None for row in store.rows(digest))
+    n = len(store.texts(digest)["ids"])
+    if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(store, selection):
+        return StoredIndex.open(store, selection, mode=mode)
+    duplicates = "newest" if selection.newest else "error"
+    return store.matrix(digest, selection.convention, selection.dtype, duplicates=duplicates)
 
 
 def _revisions(matrix: LogLikelihoodMatrix) -> dict[str, str]:

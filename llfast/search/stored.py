@@ -128,10 +128,10 @@ class StoredIndex(KLIndex):
         return index
 
     @staticmethod
-    def is_built(store: Store, selection: Selection, *, folder: Path | None = None) -> bool:
-        """Whether there is an index of these rows, whole or not."""
+    def is_built(store: Store, selection: Selection) -> bool:
+        """Whether a store has an index of these rows in its own place, whole or not."""
         with contextlib.suppress(FileNotFoundError):  # of a machine without a cache
-            return current(folder_of(store, selection, folder)) is not None
+            return current(folder_of(store, selection, None)) is not None
         return False
 
     @property
