@@ -13,7 +13,7 @@ from .engines import Job, as_pages, memory_bytes, plan_unread
 from .errors import CannotPageError
 from .linear import PACKED, linear_layers, linear_path
 from .models import ModelSource
-from .paging import LoadingStatistics, PagedModel
+from .paging import PagedModel
 from .runs import prepare
 from .texts import TextSet
 from .traits import check_fit
@@ -87,18 +87,12 @@ def estimate(
     job = prepare(
         source,
         texts,
-        token_ids=None,
         convention=convention,
         dtype=dtype,
         device=device,
         token_budget=token_budget,
-        memory_budget=memory_budget,
         weights=weights,
-        verify=False,
-        per_token=False,
-        metadata=None,
-        partial=None,
-        loading=LoadingStatistics(),
+        memory_budget=memory_budget,
     ).job
     paged = as_pages(job, weights)
     way, paged_bytes = _way(job, paged, weights)

@@ -22,7 +22,6 @@ from .forward import BatchInputs
 from .head import Head, hidden_states, run_model
 from .lens import Lens, find_lens, refuse_not_finite
 from .models import open_model
-from .paging import LoadingStatistics
 from .results import LogLikelihoods
 from .runs import carry_out_with, prepare
 from .texts import TextSet
@@ -96,18 +95,12 @@ def score_layers(
     run = prepare(
         source,
         texts,
-        token_ids=None,
         convention=convention,
         dtype=dtype,
         device=device,
         token_budget=token_budget,
-        memory_budget=None,
         weights="resident",
-        verify=False,
-        per_token=False,
         metadata=metadata,
-        partial=None,
-        loading=LoadingStatistics(),
     )
     with open_engine([run.job], "resident") as engine:
         layers = _Layers(run.job, engine.ready[0])

@@ -183,18 +183,18 @@ def prepare(
     source: ModelSource,
     texts: TextSet | Iterable[str] | None,
     *,
-    token_ids: Sequence[Any] | None,
     convention: str,
     dtype: str,
     device: str,
     token_budget: int | None,
-    memory_budget: int | str | None,
     weights: str,
-    verify: bool | str | PathLike[str],
-    per_token: bool,
-    metadata: Mapping[str, Any] | None,
-    partial: str | PathLike[str] | None,
-    loading: LoadingStatistics,
+    memory_budget: int | str | None = None,
+    token_ids: Sequence[Any] | None = None,
+    verify: bool | str | PathLike[str] = False,
+    per_token: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    partial: str | PathLike[str] | None = None,
+    loading: LoadingStatistics | None = None,
 ) -> Run:
     """Check all that `score` was given, and tokenise.
 
@@ -208,6 +208,7 @@ def prepare(
             "partial must go with weights that have a name, got a loaded model without a revision; "
             "pass revision, or the checkpoint's folder"
         )
+    loading = LoadingStatistics() if loading is None else loading
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
     budget = default_token_budget(place, source.config) if token_budget is None else token_budget

@@ -118,7 +118,7 @@ def score(
         per_token=per_token,
         metadata=metadata,
         partial=partial,
-        loading=LoadingStatistics() if loading is None else loading,
+        loading=loading,
     )
     return carry_out(run, weights, progress)
 

@@ -184,9 +184,7 @@ class Session:
                 prepare(
                     each.source,
                     self._texts,
-                    token_ids=None,
                     dtype=each.key.dtype,
-                    per_token=False,
                     metadata=each.request.metadata,
                     partial=self._store.partial_path(each.key),
                     loading=loading,
