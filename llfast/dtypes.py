@@ -49,6 +49,11 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name by which a dtype is asked for and stored: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def fast_dtype(
     stored: torch.dtype, device: torch.device, *, processor: Processor | None = None
 ) -> torch.dtype:

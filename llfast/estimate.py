@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+from .dtypes import dtype_name
 from .engines import Job, as_pages, memory_bytes, plan_unread
 from .errors import CannotPageError
 from .linear import PACKED, linear_layers, linear_path
@@ -114,7 +115,7 @@ def estimate(
     largest = max(sizes, default=0)
     return Estimate(
         model=source.name,
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=dtype_name(job.dtype),
         device=str(job.device),
         parameters=parameters,
         weights=way,

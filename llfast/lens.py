@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from .dtypes import dtype_name
 from .errors import ScoringError, UnsupportedModelError
 from .head import Head, hidden_states, run_model
 from .traits import listed_modules
@@ -149,7 +150,7 @@ def refuse_not_finite(model: Any, probe: Int64[Tensor, " S"]) -> None:
         run_model(model, probe[None])
     odd[_head_name(model)] = of_head
     place, number = next((place, number) for place, number in odd.items() if number is not None)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     advice = "look for NaN and inf in its weights"
     if dtype == "float16":
         advice = "score it with dtype bfloat16 or float32"

@@ -27,6 +27,7 @@ from .batches import (
     tokenize,
 )
 from .devices import default_token_budget, device_name, resolve_device
+from .dtypes import dtype_name
 from .engines import Engine, Finished, Job, Ready, check_budget, open_engine
 from .errors import CannotPageError, CheckpointError, LlfastError, LlfastWarning, ScoringError
 from .kernels import instruction_set
@@ -35,7 +36,7 @@ from .models import ModelSource
 from .paging import Equals, LoadingStatistics
 from .partial import PartialScores
 from .progress import progress_bar
-from .results import LogLikelihoods
+from .results import LogLikelihoods, ResultKey
 from .texts import TextSet
 from .traits import is_mixture_of_experts
 from .verify import Verification
@@ -121,7 +122,7 @@ class Run:
                 continue
             total = math.fsum(part.tolist())  # much faster than of numpy's own numbers
             if not math.isfinite(total):
-                dtype = str(self.job.dtype).removeprefix("torch.")
+                dtype = dtype_name(self.job.dtype)
                 hint = "; score it with dtype bfloat16 or float32" if dtype == "float16" else ""
                 layer = "" if self.layer is None else f" at layer {self.layer}"
                 raise ScoringError(
@@ -163,7 +164,7 @@ class Run:
             revision=source.revision,
             textset_digest=self.texts.digest,
             convention=self.convention,
-            dtype=str(self.job.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.job.dtype),
             layer=self.layer,
             scoring_version=SCORING_VERSION,
             ids=self.texts.ids,
@@ -256,6 +257,26 @@ def prepare(
         metadata=dict(metadata or {}),
         partial=partial,
         verification=_verification(source, verify, loading),
+    )
+
+
+def result_key(
+    source: ModelSource, texts: TextSet, *, convention: str, dtype: str, device: str
+) -> ResultKey:
+    """What the result of a run will be stored under.
+
+    Raises:
+        ValueError: for a dtype or device that there is not.
+    """
+    own = source.dtype(dtype, resolve_device(device, source))
+    return ResultKey(
+        source.name,
+        source.revision,
+        texts.digest,
+        convention,
+        dtype_name(own),
+        None,
+        SCORING_VERSION,
     )
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .devices import resolve_device
 from .layers import score_layers
 from .models import open_model
-from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods, ResultKey
-from .runs import SCORING_VERSION
+from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
+from .runs import result_key
 from .space import ModelSpace
 from .store import Store
 from .storefiles import refuse_unwritable_store
@@ -86,16 +85,7 @@ def store_layers(
         allow_pickle=allow_pickle,
         adapter_base=adapter_base,
     )
-    own = source.dtype(dtype, resolve_device(device, source))
-    key = ResultKey(
-        source.name,
-        source.revision,
-        texts.digest,
-        convention,
-        str(own).removeprefix("torch."),
-        None,
-        SCORING_VERSION,
-    )
+    key = result_key(source, texts, convention=convention, dtype=dtype, device=device)
     stored = {
         row.key.layer: row
         for row in store.rows(texts.digest)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .devices import resolve_device
 from .errors import ScoringError, SpaceError, UnsupportedModelError
 from .files import as_utf8
 from .fleet import open_request, score_models
@@ -19,7 +18,7 @@ from .model_list import ModelRequest
 from .models import MemorySource, ModelSource
 from .outcomes import Outcome
 from .results import LogLikelihoodMatrix, ResultKey
-from .runs import SCORING_VERSION
+from .runs import result_key
 from .store import Store
 from .texts import TextSet
 from .trajectory import Trajectory, check_options, find_steps, follow, split_step
@@ -112,15 +111,7 @@ def trajectory_of(
             f"first of {failed[0].request.name or failed[0].request.model}: {failed[0].error}"
         )
     keys = [
-        ResultKey(
-            source.name,
-            source.revision,
-            texts.digest,
-            convention,
-            _dtype_name(source, each.dtype or dtype, device),
-            None,
-            SCORING_VERSION,
-        )
+        result_key(source, texts, convention=convention, dtype=each.dtype or dtype, device=device)
         for each, source in zip(requests, sources.values(), strict=True)
     ]
     _note(store, {key: each.metadata for key, each in zip(keys, numbered, strict=True)})
@@ -155,10 +146,6 @@ def _checkpoints(sources: Mapping[str, ModelSource]) -> dict[str, Checkpoint]:
         found[name] = source.checkpoint
     comparable_weights(list(found.values()))
     return found
-
-
-def _dtype_name(source: ModelSource, asked: str, device: str) -> str:
-    return str(source.dtype(asked, resolve_device(device, source))).removeprefix("torch.")
 
 
 def _matrix(store: Store, keys: Sequence[ResultKey]) -> LogLikelihoodMatrix:

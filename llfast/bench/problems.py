@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
+from llfast.dtypes import dtype_name
+
 LOGIT_SD = 4.0  # logits then reach about 20
 # Numbers that are made at once: on a CPU such as stay in its cache.
 _PIECES = {"cpu": 1 << 15, "cuda": 1 << 24}
@@ -43,7 +45,7 @@ class Problem:
     @property
     def dtype_name(self) -> str:
         """Of hidden states and weights: "bfloat16" and the like."""
-        return str(self.hidden.dtype).removeprefix("torch.")
+        return dtype_name(self.hidden.dtype)
 
     @property
     def gflop(self) -> float:

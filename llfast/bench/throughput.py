@@ -23,7 +23,7 @@ import torch
 
 from llfast.batches import model_max_length, plan_batches, tokenize
 from llfast.devices import default_token_budget, resolve_device
-from llfast.dtypes import parse_dtype
+from llfast.dtypes import dtype_name, parse_dtype
 from llfast.kernels import instruction_set
 from llfast.linear import PACKED, linear_path
 from llfast.models import open_model
@@ -201,7 +201,7 @@ def _score(subject: _Subject, sample: TextSet, store: Store) -> _Run:
         result = score(
             open_model(subject.source.checkpoint.folder, name=subject.name),
             sample,
-            dtype=str(subject.dtype).removeprefix("torch."),
+            dtype=dtype_name(subject.dtype),
             device=str(subject.device),
             loading=loading,
             progress=False,
@@ -263,7 +263,7 @@ def _summary(subject: _Subject) -> dict[str, Any]:
         "type": subject.source.config.model_type,
         "parameters": checkpoint.parameters,
         "weight_bytes": checkpoint.weight_bytes,
-        "dtype": str(subject.dtype).removeprefix("torch."),
+        "dtype": dtype_name(subject.dtype),
         "weights": runs[-1].weights,
         "tokens": subject.tokens,
         "padded_tokens": subject.padded_tokens,

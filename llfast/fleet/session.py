@@ -14,6 +14,7 @@ import torch
 
 from llfast.batchwise import is_out_of_memory
 from llfast.devices import resolve_device
+from llfast.dtypes import dtype_name
 from llfast.engines import find_relatives
 from llfast.errors import CheckpointError, MissingDependencyError, RemoteError, StoreError
 from llfast.loading import refuse_without_peft
@@ -116,8 +117,7 @@ class Session:
             return self._failed(request, key, error)
         place = resolve_device(self._device, source)  # what is wrong with it is wrong for all
         own = source.dtype(key.dtype, place)
-        name = str(own).removeprefix("torch.")
-        key = key._replace(model=source.name, revision=source.revision, dtype=name)
+        key = key._replace(model=source.name, revision=source.revision, dtype=dtype_name(own))
         opened = Opened(request=request, source=source, key=key, dtype=own, device=place)
         return self._skipped(opened) if key in self._completed else opened
 
