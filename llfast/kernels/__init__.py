@@ -12,12 +12,11 @@ from torch import Tensor
 
 from .dispatch import kernels_of
 from .partial_logprobs import PartialLogprobs
-from .sums import PartialSums, TokenStatistics
+from .sums import TokenStatistics
 from .torch_op import as_statistics
 
 __all__ = [
     "PartialLogprobs",
-    "PartialSums",
     "TokenStatistics",
     "instruction_set",
     "token_logprobs",

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from .model import PagedModel, open_waves
 from .sharing import Equals, Relatives, relatives
-from .statistics import LoadingStatistics, PageRead
+from .statistics import LoadingStatistics
 from .waves import Task
 
 __all__ = [
     "Equals",
     "LoadingStatistics",
-    "PageRead",
     "PagedModel",
     "Relatives",
     "Task",

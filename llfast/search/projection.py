@@ -58,7 +58,7 @@ class Projection:
 
     @classmethod
     def fit(
-        cls, sample: Float64[np.ndarray, "S N"], stages: tuple[int, int] = STAGES, *, seed: int = 0
+        cls, sample: Float64[np.ndarray, "S N"], stages: tuple[int, int] = STAGES
     ) -> Projection:
         """The directions along which a sample of points spreads most.
 
@@ -68,14 +68,13 @@ class Projection:
         Args:
             sample: (S, N) points.
             stages: how many directions each of the two stages has, at most.
-            seed: of the random start.
         """
         import torch
 
         most = min(sample.shape)
         first, both = (min(each, most) for each in stages)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             points = torch.from_numpy(np.array(sample, dtype=np.float32))
             _, _, found = torch.svd_lowrank(points, q=min(both + 16, most), niter=2)
         # Orthonormal to fp64's precision, which the bound takes for granted.

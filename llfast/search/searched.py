@@ -72,10 +72,7 @@ class Rows:
         if self.flat is not None:
             check = self.check
             before = None if check is None else lambda begin, end: check(range(begin, end))
-            squares: Float32[np.ndarray, " K"] = squares_to(query, self.flat, before_block=before)[
-                0
-            ]
-            return squares
+            return squares_to(query, self.flat, before_block=before).ravel()
         found = np.empty(len(self), dtype=np.float32)
         for at in range(0, len(self), MOST_ROWS):
             block = slice(at, at + MOST_ROWS)

@@ -20,7 +20,7 @@ from llfast.files import atomic_write
 from llfast.mixed import noise_floor
 from llfast.spacefile import write_space
 
-from .flat import refuse_large_rows
+from .flat import norms_of, refuse_large_rows
 from .listing import fit_lists
 from .lists import Lists
 from .models import IndexedModel
@@ -61,7 +61,7 @@ class SegmentWriter:
         refuse_large_rows(points, [row.name for row in models])
         rounded = np.ascontiguousarray(points, dtype="<f4")
         exact = rounded.astype(np.float64)
-        self.largest = max(self.largest, float(np.sqrt(np.einsum("ij,ij->i", exact, exact)).max()))
+        self.largest = max(self.largest, float(norms_of(exact).max()))
         self.offset = max(self.offset, float(np.abs(exact.mean(axis=1)).max()))
         sums = np.array([xxhash.xxh3_64_intdigest(row) for row in rounded], dtype="<u8")
         self._write("checks.u64", sums)
