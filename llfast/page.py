@@ -1,8 +1,8 @@
 """A map as one HTML file that needs nothing else: no network, no other file.
 
-Plotly draws it: it is kept up, puts 10,000 points on WebGL, and its Python package brings the
-JavaScript along. Names and metadata are data, never HTML: the page reads
-them as JSON and shows them as text, and its policy lets no script run but those written here.
+Plotly draws it: it is maintained, puts 10,000 points on WebGL, and its Python package brings the
+JavaScript along. Names and metadata are data, never HTML: the page reads them as JSON and shows
+them as text, and its policy lets no script run but those written here.
 """
 
 from __future__ import annotations

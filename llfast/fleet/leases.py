@@ -70,9 +70,7 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # it will go by itself; and an error must not hide others
+        with contextlib.suppress(OSError):  # it will go by itself, and must not hide other errors
             self._leases.release(self._subject, self._path)
 
 
