@@ -64,7 +64,7 @@ class SharedArrays(Protocol):
 
 
 def share_with(shared: SharedArrays | None) -> None:
-    """Have what is not in the folder from other machines, in this process."""
+    """Get what is not in the folder from other machines, in this process."""
     global _shared  # noqa: PLW0603 (of the process, as the folder is)
     _shared = shared
 

@@ -78,7 +78,7 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def any_letters() -> Iterator[None]:
-    """Have letters that the font lacks, as of emoji, drawn as boxes without a word."""
+    """Draw letters that the font lacks, such as emoji, as boxes, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield

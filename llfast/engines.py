@@ -137,7 +137,7 @@ def check_budget(weights: str, memory_budget: int | str | None) -> int | None:
 def open_engine(
     jobs: Sequence[Job], weights: str, equals: Sequence[Equals] = ({},)
 ) -> Iterator[Engine]:
-    """The way asked for.
+    """Open models in the way asked for.
 
     "auto" reads a model as it pages one, so that it computes while it reads, and keeps what it has
     read if that fits into memory. What cannot be paged is loaded whole.

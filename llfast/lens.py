@@ -46,7 +46,7 @@ class Lens:
 
     @contextlib.contextmanager
     def watch(self, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Have a forward pass show its states, each as soon as it is there, with its number.
+        """Let a forward pass show its states, each as soon as it is there, with its number.
 
         Later layers may write over a state, so it is to be used at once.
 
@@ -178,7 +178,7 @@ def _head_name(model: Any) -> str:
 
 @contextlib.contextmanager
 def _shown(layers: Sequence[nn.Module], show: Callable[[Tensor | None], None]) -> Iterator[None]:
-    """Have a forward pass show what enters the first of its layers, and what comes out of each."""
+    """Let a forward pass show what enters the first of its layers, and what comes out of each."""
     is_first = True
 
     def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -111,9 +111,9 @@ def build_index(
     newest: bool = False,
     refit: bool = False,
 ) -> dict[str, Any]:
-    """Have an index of a store with all that is there now, see `KLIndex.build`.
+    """Bring the index of a store up to date, see `KLIndex.build`.
 
-    Returns: what there is to tell of it.
+    Returns: facts about it.
     """
     check_mode(mode)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What became of models that were to be scored."""
+"""What became of the models that were to be scored."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _SHOWN = 1000  # characters of a cell, or of a column's name
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelMap:
-    """Models in a plane, and what there is to tell of them.
+    """Models in a plane, and what is shown of each.
 
     Attributes:
         models: (K,) their names.

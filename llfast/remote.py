@@ -110,7 +110,7 @@ class RemotePath:
         return s3.read(self._place)
 
     def write_bytes(self, data: bytes) -> None:
-        """Have it there, in place of what is."""
+        """Write it, in place of what is there."""
         s3.write(self._place, data)
 
     def create(self, data: bytes) -> bool:
@@ -118,7 +118,7 @@ class RemotePath:
         return s3.create(self._place, data)
 
     def unlink(self, missing_ok: bool = True) -> None:
-        """Have it gone, whether it was there or not: S3 does not say."""
+        """Remove it; S3 does not say whether it was there."""
         assert missing_ok
         s3.remove(self._place)
 

@@ -133,7 +133,7 @@ class Run:
         return len(unscored), int(tokens.token_counts[unscored].sum())
 
     def save(self, *, at_once: bool) -> None:
-        """Have what is finished on disk, now or soon; not if the weights are known to be wrong."""
+        """Write what is finished to disk, now or soon; not if the weights are known to be wrong."""
         if self.verification is not None:
             self.verification.check()
         self.scores.save() if at_once else self.scores.save_now_and_then()
@@ -326,7 +326,7 @@ def _carry_out(
 def carry_out_with(
     engine: Engine, runs: Sequence[Run], progress: bool | None
 ) -> list[LogLikelihoods]:
-    """Have an engine do a run for each of its members.
+    """Let an engine do a run for each of its members.
 
     Raises:
         LlfastError: for whatever is wrong with a model or its numbers.

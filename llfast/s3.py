@@ -107,12 +107,12 @@ def read(place: S3Object, start: int = 0, end: int | None = None) -> bytes:
 
 
 def write(place: S3Object, data: bytes) -> None:
-    """Have an object, in place of any that is there; raises RemoteError."""
+    """Write an object, in place of any that is there; raises RemoteError."""
     _write("put_object", place, Body=data)
 
 
 def create(place: S3Object, data: bytes) -> bool:
-    """Have an object unless there is one, and whether there was none; raises RemoteError.
+    """Write an object unless there is one; whether it was written. Raises RemoteError.
 
     A server that knows no conditional writes replaces what is there.
     """
@@ -121,7 +121,7 @@ def create(place: S3Object, data: bytes) -> bool:
     except RemoteError as error:
         if error.errno != errno.ENOSYS:
             raise
-        write(place, data)  # some say so
+        write(place, data)  # a server that says that it does not know them
     except FileExistsError:
         # An answer may have been lost, and the request been sent again.
         try:
@@ -132,7 +132,7 @@ def create(place: S3Object, data: bytes) -> bool:
 
 
 def remove(place: S3Object) -> None:
-    """Have no object; raises RemoteError."""
+    """Remove an object, if it is there; raises RemoteError."""
     _request("removed", "delete_object", place)
 
 
@@ -216,7 +216,7 @@ class Upload(io.RawIOBase):
         return count
 
     def commit(self) -> None:
-        """Have the object; raises RemoteError, and there is none then."""
+        """Make the object; raises RemoteError, and there is none then."""
         if self._upload is None:
             write(self._place, bytes(self._waiting))
             return
@@ -230,7 +230,7 @@ class Upload(io.RawIOBase):
         )
 
     def abort(self) -> None:
-        """Forget what has been sent; what cannot be forgotten now, nobody sees."""
+        """Discard what was sent; what cannot be discarded now is seen by nobody."""
         if self._upload is not None:
             with contextlib.suppress(OSError):
                 _write("abort_multipart_upload", self._place, UploadId=self._upload)
@@ -243,7 +243,7 @@ class Upload(io.RawIOBase):
         sent = _write(
             "upload_part", self._place, UploadId=self._upload, PartNumber=number, Body=part
         )
-        # Of the checksums that a server has counted it wants to be told again.
+        # A server that has computed checksums wants them back.
         kept = {name: value for name, value in sent.items() if name.startswith("Checksum")}
         kept.pop("ChecksumType", None)
         self._parts.append({"PartNumber": number, "ETag": sent["ETag"], **kept})
@@ -277,7 +277,7 @@ def _explained(done: str, place: S3Object, ask: Callable[[], _Result]) -> _Resul
             raise FileExistsError(errno.EEXIST, "There is such an object", str(place)) from None
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (said.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        reason = re.sub(r'\?[^"]*"$', '"', reason)  # of an address, what says least
+        reason = re.sub(r'\?[^"]*"$', '"', reason)  # an address without its query
         hint = _HINTS.get(type(error).__name__)
         told = RemoteError(
             without_secrets(f"{place} cannot be {done}: {reason}{f'; {hint}' if hint else ''}")

@@ -50,7 +50,7 @@ def store_layers(
     allow_pickle: bool = False,
     adapter_base: str | None = None,
 ) -> tuple[list[LogLikelihoods], bool]:
-    """Have a model's layers in a store, all of them in one shard; what is there is not scored.
+    """Put a model's layers into a store, all in one shard; what is there already is not scored.
 
     Each says in its metadata how many there are (`layers`), so that a store that lacks some of
     them, if only the last, is not taken for one that has all.

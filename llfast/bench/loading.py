@@ -131,14 +131,14 @@ def read_rate(paths: Sequence[Path]) -> float:
 
 
 def sequential_rate(paths: Sequence[Path]) -> float:
-    """The same by one thread, which waits for each 8 MiB; past the cache where that can be."""
+    """The same by one thread, which waits for each 8 MiB; past the cache where possible."""
     start = time.perf_counter()
     total = 0
     with mmap.mmap(-1, _BLOCK_BYTES) as block:  # O_DIRECT wants whole pages
         for path in paths:
             try:
                 file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            except OSError:  # of a file system that has no such thing
+            except OSError:  # on a file system without direct reads
                 file = os.open(path, os.O_RDONLY)
             try:
                 while count := os.readv(file, [block]):
@@ -160,7 +160,7 @@ def forget(paths: Sequence[Path]) -> None:
 
 
 def read_into_cache(paths: Sequence[Path]) -> None:
-    """Have files in the system's cache."""
+    """Read files into the system's cache."""
     buffer = bytearray(_BLOCK_BYTES)
     for path in paths:
         with path.open("rb", buffering=0) as file:

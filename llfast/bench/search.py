@@ -165,7 +165,7 @@ def _searches(segment: Segment, names: list[str], k: int) -> dict[str, Ask]:
 
 
 def _recall(found: Mapping[int, Any], truth: Mapping[int, Hits], names: list[str]) -> float:
-    """The share of the right answers that were found; ties that are broken otherwise count not."""
+    """The share of the right answers that were found; ties broken another way do not count."""
     shares = []
     for row, answer in found.items():
         right = {hit.model for hit in truth[row]}

@@ -330,7 +330,7 @@ def bound(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write_seconds(folder: Path, size: int) -> float:
-    """To have as many bytes in a new file on the disk."""
+    """How long it takes to put so many bytes into a new file on the disk."""
     path, content = folder / ".write", os.urandom(size)
     start = time.perf_counter()
     try:
@@ -344,7 +344,7 @@ def _write_seconds(folder: Path, size: int) -> float:
 
 
 def _age(folder: Path) -> None:
-    """Have files look as if they had been there for a while."""
+    """Make files look as if they had been there for a while."""
     then = time.time() - _SETTLED_SECONDS
     for path in folder.iterdir():
         os.utime(path, (then, then))

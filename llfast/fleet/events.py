@@ -17,11 +17,11 @@ class Log(Protocol):
     """Takes events."""
 
     def __call__(self, event: str, **facts: Any) -> None:
-        """One event, and what there is to tell of it."""
+        """One event, and facts about it."""
 
 
 def no_log(event: str, **facts: Any) -> None:
-    """Tell nobody."""
+    """Discard it."""
 
 
 class JsonLog:

@@ -72,7 +72,7 @@ class Ledger:
                     self._enter(state)
 
     def add(self, key: ResultKey) -> None:
-        """Have a row that was written just now, and is read with the next shards."""
+        """Count a row that was written just now; it will be read with the next shards."""
         self._enter(RowState(key, "complete", time.time_ns() // 1000, None, None))
 
     def __contains__(self, key: ResultKey) -> bool:

@@ -1,4 +1,4 @@
-"""Have a model's files in memory, or at least on this machine, before it is their turn."""
+"""Gets a model's files into memory, or at least onto this machine, before its turn comes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prefetch:
         self._stop = threading.Event()
 
     def begin(self, request: ModelRequest) -> None:
-        """Fetch a model, and no other one any more."""
+        """Fetch a model; stop fetching any other."""
         self.end()
         stop = self._stop = threading.Event()
         threading.Thread(

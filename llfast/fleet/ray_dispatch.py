@@ -130,7 +130,7 @@ class Dispatch:
                 self._queue(model)
 
     def _queue(self, model: Model) -> None:
-        """Have a model wait, unless others have settled it."""
+        """Let a model wait, unless others have settled it."""
         if self._own.is_settled(model.request):
             self._end(model)
         else:

@@ -101,7 +101,7 @@ def score_on_ray(
 
 @contextmanager
 def _with_sign(store: Store, run: str) -> Iterator[None]:
-    """Have workers see that a folder is the store of this run."""
+    """Let workers see that a folder is the store of this run."""
     sign = sign_of(store, run)
     sign.write_bytes(b"")
     try:

@@ -136,7 +136,7 @@ def _find_store(folder: str, run: str) -> Store:
 
 
 def spare_collections() -> None:
-    """Have garbage collections pass over all that there is now.
+    """Let garbage collections pass over all that there is now.
 
     As long as anything of a run waits for room, Ray has each process collect every ten seconds,
     which with the modules of transformers takes a second of Python's lock.

@@ -221,7 +221,7 @@ class Session:
         return self._keep(opened, result, time.monotonic() - start, loading)
 
     def _make_ready(self, opened: Sequence[Opened]) -> None:
-        """Have a store that can be written to, before a model has run in vain."""
+        """Make sure that the store can be written to, before a model runs in vain."""
         if any(isinstance(each.source, FolderSource) and each.source.adapter for each in opened):
             refuse_without_peft()
         refuse_unwritable_store(self._store.folder)

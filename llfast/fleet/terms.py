@@ -15,7 +15,7 @@ from .loop import begin
 
 
 class Options(TypedDict, total=False):
-    """What may be said of a run, by the names that `score_share` and `score_on_ray` take.
+    """Options of a run, by the names that `score_share` and `score_on_ray` take.
 
     Those up to `allow_pickle` are as for `score_models`; a model of the list may have its own
     dtype, way of having weights, memory budget and trust.
@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """`Options`, all of them."""
+    """`Options` with their defaults filled in."""
 
     convention: str = "paper"
     dtype: str = "auto"
@@ -67,7 +67,7 @@ class Terms:
     lease_seconds: float = 120.0
 
     def of_session(self) -> dict[str, Any]:
-        """What a session is told."""
+        """Those that a `Session` takes."""
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
         del own["attempts"], own["lease_seconds"]
         return own

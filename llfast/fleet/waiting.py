@@ -69,7 +69,7 @@ class Waiting:
         return list(self._behind[lease_of(model.request)])
 
     def come(self, model: Model) -> None:
-        """Have a model of the list wait, now or behind another one."""
+        """Let a model of the list wait, now or behind another one."""
         lease = lease_of(model.request)
         if lease in self._behind:
             self._behind[lease].append(model)
@@ -78,11 +78,11 @@ class Waiting:
             self.queue(model)
 
     def queue(self, model: Model) -> None:
-        """Have a model wait whose turn it is."""
+        """Let a model wait whose turn it is."""
         self._now[self.place(model)[0]].append(model)
 
     def queue_later(self, model: Model, seconds: float) -> None:
-        """Have a model wait in a while."""
+        """Let a model wait again after some seconds."""
         self._later.append((time.monotonic() + seconds, model))
 
     def due(self) -> list[Model]:

@@ -149,7 +149,7 @@ class Worker:
             try:
                 outcome = self._session.score_one(request)
             except (KeyboardInterrupt, SystemExit, StoreError, OSError):
-                raise  # which is nothing of this model's
+                raise  # which is not about this model
             except BaseException as error:  # a package that is missing; a tokenizer's panic
                 outcome = self._session.fail(request, error)
         self._log(outcome.status, **outcome.summary())

@@ -61,7 +61,7 @@ class Slot:
         return self._memory
 
     def send(self, layout: Layout) -> None:
-        """Have what was read copied to the device, after the last use of what is there."""
+        """Copy what was read to the device, after the last use of what is there."""
         if self.on_device is None:
             return
         runs = zip(layout.extents[:, 2:].tolist(), layout.runs_on_device.tolist(), strict=True)

@@ -44,7 +44,7 @@ class Rows:
         self._held: dict[StoredTensor, Tensor] = {}
 
     def hold(self, table: StoredTensor) -> None:
-        """Read a whole table, for many rows of it are to come, and one by one they come slowly.
+        """Read a whole table, of which many rows will be wanted: one by one they are slow to read.
 
         Raises:
             CheckpointError: if it cannot be read.

@@ -121,7 +121,7 @@ class Weights:
             self._read_ahead(self._after(*self._layer))
 
     def need(self, name: str, member: int = 0) -> None:
-        """Have a layer of a member in place; others go, unless they are kept."""
+        """Put a layer of a member in place; others go, unless they are kept."""
         if (name, member) == self._layer or name in self._kept:
             return
         wave = self._wave or self._lead
@@ -197,7 +197,7 @@ class Weights:
         )
 
     def _bring(self, page: Page, following: Page | None) -> None:
-        """Have a page there, and the next one on its way."""
+        """Bring a page, and start reading the next one."""
         if page.parts:
             tensors = self._pages.take(page, keep=self.keep)
             self._there |= self._tensors(page, tensors)

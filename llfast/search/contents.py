@@ -124,5 +124,5 @@ def choose_mode(mode: str, nbytes: int) -> str:
 
 
 def blocks(count: int) -> Iterator[slice]:
-    """Rows that are worked on at once."""
+    """Slices of so many rows, to be worked on at once."""
     return (slice(at, at + _ROWS) for at in range(0, count, _ROWS))

@@ -270,7 +270,7 @@ class KLIndex:
     # ------------------------------------------------------------------ changing
 
     def add(self, result: LogLikelihoods) -> None:
-        """Have a model found from now on, in the place of one of the same name.
+        """Add a model, in the place of any of the same name.
 
         Raises:
             SpaceError: if it was scored on other texts or under another convention.
@@ -284,7 +284,7 @@ class KLIndex:
             self._append(point, model)
 
     def remove(self, model: str) -> None:
-        """Have a model not found any more.
+        """Remove a model from the index.
 
         Raises:
             SpaceError: if there is no such model.

@@ -34,7 +34,7 @@ class Known:
         return [key for key, shard in self._shards.items() if shard in shards] if shards else []
 
     def forget(self, keys: Iterable[ResultKey]) -> None:
-        """These are gone."""
+        """Leave out rows that are gone."""
         for key in keys:
             del self.created[key], self._shards[key]
 
@@ -43,12 +43,12 @@ class Known:
         return replace(model, shard=self._shards.get(key, model.shard))
 
     def learn(self, rows: Iterable[StoredRow]) -> None:
-        """These are there now."""
+        """Take in rows that the index has now."""
         for row in rows:
             self.created[row.key], self._shards[row.key] = row.created, row.shard.name
 
     def move(self, rows: Iterable[StoredRow]) -> None:
-        """Those of these that are known are in another shard now, as after a compaction."""
+        """Note which shard known rows are in now, as after a compaction."""
         for row in rows:
             if self.created.get(row.key) == row.created:
                 self._shards[row.key] = row.shard.name

@@ -174,7 +174,7 @@ class Models:
             self.adds_bos[row.metadata["adds_bos"]] += 1
 
     def remove(self, name: str) -> None:
-        """Have a model gone, if it is there."""
+        """Take a model out, if it is there."""
         number = self._by_name.pop(name, None)
         if number is not None:
             self.gone.add(number)

@@ -142,7 +142,7 @@ class StoredIndex(KLIndex):
     # ------------------------------------------------------------------ changing
 
     def add(self, result: LogLikelihoods) -> None:
-        """Put a result into the store, durably, and have it found from now on.
+        """Put a result into the store, durably, and into the index.
 
         Raises:
             OSError: if it cannot be written.
@@ -159,7 +159,7 @@ class StoredIndex(KLIndex):
         self._refresh({shard: point}, basis)
 
     def remove(self, model: str) -> None:
-        """Take a model out of the store, and have it not found any more.
+        """Remove a model from the store and from the index.
 
         Raises:
             SpaceError: if there is no such model.
@@ -170,7 +170,7 @@ class StoredIndex(KLIndex):
         self.refresh()
 
     def refresh(self) -> int:
-        """Have what the store has now; returns how many models came, changed or went.
+        """Catch up with the store; returns how many models came, changed or went.
 
         Only shards that are new are read.
 

@@ -73,7 +73,7 @@ class SegmentWriter:
         self._models += models
 
     def finish(self, facts: Mapping[str, Any]) -> str:
-        """Have all of it on the disk.
+        """Write everything to disk.
 
         Args:
             facts: what JSON can hold; kept as `Segment.facts`, with norms, dtypes and tokenizers.
