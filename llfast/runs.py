@@ -268,15 +268,9 @@ def result_key(
     Raises:
         ValueError: for a dtype or device that there is not.
     """
-    own = source.dtype(dtype, resolve_device(device, source))
+    own = dtype_name(source.dtype(dtype, resolve_device(device, source)))
     return ResultKey(
-        source.name,
-        source.revision,
-        texts.digest,
-        convention,
-        dtype_name(own),
-        None,
-        SCORING_VERSION,
+        source.name, source.revision, texts.digest, convention, own, None, SCORING_VERSION
     )
 
 
