@@ -72,7 +72,7 @@ def _attention_without_cudnn() -> Iterator[None]:
 
 @contextmanager
 def _products_of_whole_fp32() -> Iterator[None]:
-    """fp32 as it is, for a store says of its numbers that they are in fp32.
+    """Products of fp32 numbers as they are, for a store says that its numbers are in fp32.
 
     A program that trains as well may have allowed less (`torch.set_float32_matmul_precision`), and
     for convolutions on a GPU torch does.

@@ -1,4 +1,4 @@
-"""`llfast fleet status`: how far many workers are, as a table that lives, or as JSON."""
+"""`llfast fleet status`: how far many workers are, as a live table or as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .output import (
 
 _LEAST_SECONDS = 2.0  # between two looks at the store
 _SHARE_OF_TIME = 0.2  # that may go into looking
-_MOST_FAILED = 10  # in a table that lives; all are shown at last
+_MOST_FAILED = 10  # in the live table; all are shown at the end
 
 
 def fleet_status_command(
@@ -80,7 +80,7 @@ def _looks(store: Any, textset: str | None, *, convention: str, **options: Any) 
 
 
 def _last(looks: Iterator[Any]) -> Any:
-    """Show each until there is nothing left to do, or Ctrl-C; the last one, if it came to one."""
+    """Show each until nothing is left to do, or Ctrl-C; returns the last one, if there was one."""
     found = None
     with live_display() as show, contextlib.suppress(KeyboardInterrupt):
         while True:

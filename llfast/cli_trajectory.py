@@ -142,7 +142,7 @@ def trajectory_command(
 
 
 def _facts(found: Trajectory) -> dict[str, str]:
-    """A line of each is told."""
+    """What is printed below the table, a line each."""
     winding = f", {found.tortuosity:.2f} times as long" if found.tortuosity else ""
     facts = {
         "path": f"{found.path_length:.4g} √(bits/byte), straight {found.straight_length:.4g}"

@@ -115,7 +115,7 @@ class Engine(Protocol):
     ready: list[Ready]
 
     def run(self, is_open: Callable[[int, Batch], bool]) -> Iterator[list[Finished]]:
-        """What is open of a model, as it gets done; after each list, all of it may be kept."""
+        """Batches that are open, as they get done; after each list, all of it may be kept."""
 
 
 def check_budget(weights: str, memory_budget: int | str | None) -> int | None:

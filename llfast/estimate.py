@@ -131,7 +131,7 @@ def estimate(
 
 
 def _way(job: Job, paged: PagedModel | None, weights: str) -> tuple[str, int]:
-    """How `open_engine` and a run would have the weights, and what pages then take of memory."""
+    """How a run would hold the weights, and how much memory pages would then take."""
     if paged is None:
         return "resident", 0
     check_fit(paged.model, job.tokens, job.ids)

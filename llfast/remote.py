@@ -103,7 +103,7 @@ class RemotePath:
         return self
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there with what is in it."""
+        """Do nothing: a folder is there with what is in it."""
 
     def read_bytes(self) -> bytes:
         """All of it."""

@@ -103,7 +103,7 @@ class LogLikelihoods:
 
     @property
     def key(self) -> ResultKey:
-        """Under which a store keeps the result."""
+        """The key under which a store keeps the result."""
         return ResultKey(*(getattr(self, name) for name in ResultKey._fields))
 
     @property

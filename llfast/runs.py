@@ -157,7 +157,7 @@ class Run:
 
     @property
     def result(self) -> LogLikelihoods:
-        """Of a run that has ended."""
+        """The result, once the run has ended."""
         source, tokens = self.job.source, self.job.tokens
         return LogLikelihoods(
             model=source.name,

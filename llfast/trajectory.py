@@ -274,7 +274,7 @@ def _exponents(
     steps: Int64[np.ndarray, " K"],
     window: int,
 ) -> dict[str, Diffusion]:
-    """Of each space that has any."""
+    """The exponents of each space that has any."""
     found, reasons = {}, {}
     for space, each in distances.items():
         if each is not None:

@@ -135,7 +135,7 @@ def trajectory_of(
 
 
 def _checkpoints(sources: Mapping[str, ModelSource]) -> dict[str, Checkpoint]:
-    """By name, once it is known that their weights can be compared."""
+    """The checkpoints by name, once it is known that their weights can be compared."""
     found = {}
     for name, source in sources.items():
         if isinstance(source, MemorySource) or source.adapter is not None:
@@ -149,7 +149,7 @@ def _checkpoints(sources: Mapping[str, ModelSource]) -> dict[str, Checkpoint]:
 
 
 def _matrix(store: Store, keys: Sequence[ResultKey]) -> LogLikelihoodMatrix:
-    """Of just these results: each of a checkpoint in the dtype that it runs in."""
+    """The matrix of just these results: each of a checkpoint in the dtype that it runs in."""
     by_dtype: dict[str, list[str]] = {}
     for key in keys:
         by_dtype.setdefault(key.dtype, []).append(f"{key.model}@{key.revision}")
@@ -166,7 +166,7 @@ def _matrix(store: Store, keys: Sequence[ResultKey]) -> LogLikelihoodMatrix:
 
 
 def _note(store: Store, wanted: Mapping[ResultKey, Mapping[str, Any]]) -> None:
-    """Say of results that were there already of which run they are, if they do not, and the step.
+    """Add the step, and the run if none is named, to results that were in the store already.
 
     Others than this command score checkpoints, too, and a step may have been given wrong.
     """

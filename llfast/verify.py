@@ -26,7 +26,7 @@ class Verification:
     def __init__(
         self, checkpoint: Checkpoint, manifest: Path | None, statistics: LoadingStatistics
     ) -> None:
-        """Begin with `with`.
+        """Prepare; `with` begins.
 
         Args:
             checkpoint: what is verified.

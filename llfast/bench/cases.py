@@ -83,7 +83,7 @@ def measure_case(problem: Problem, copy: Copy, case_seconds: float) -> dict[str,
 
 
 def is_lost(device: torch.device) -> bool:
-    """If a CUDA device answers no more, as after an access to memory that is not there."""
+    """Whether a CUDA device no longer answers, as after an access to memory that is not there."""
     if device.type != "cuda":
         return False
     try:

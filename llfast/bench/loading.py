@@ -116,7 +116,7 @@ def measure(
 
 
 def read_rate(paths: Sequence[Path]) -> float:
-    """Bytes a second of files that no cache holds, read from begin to end."""
+    """Bytes a second of files that no cache holds, read from beginning to end."""
     reader = FileReader(list(map(str, paths)))
     memory = Memory(_SLOT_BYTES)
     total = 0

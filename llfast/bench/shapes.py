@@ -144,7 +144,7 @@ class Flops:
         )
 
     def body(self, shapes: Sequence[tuple[int, int]]) -> int:
-        """Of batches of (B, S) tokens, padding included, for it is computed."""
+        """FLOP of the body for batches of (B, S) tokens, padding included, for it is computed."""
         weights = sum(count * math.prod(shape) for shape, count in self.linear.items())
         return sum(
             rows * (2 * length * weights + 2 * length**2 * self.attention_width)
@@ -152,7 +152,7 @@ class Flops:
         )
 
     def head(self, tokens: int) -> int:
-        """Of as many scored tokens."""
+        """FLOP of the head for so many scored tokens."""
         return 2 * tokens * self.vocabulary * self.width
 
 

@@ -278,7 +278,7 @@ def _summary(subject: _Subject) -> dict[str, Any]:
 
 
 def _part(part: str, subject: _Subject) -> dict[str, Any]:
-    """What a part took, and beside what this machine can do."""
+    """What a part took, beside what this machine can do of it."""
     runs, rates = subject.runs, subject.ceilings.get(part, {})
     seconds = [run.seconds[part] for run in runs]
     busy = [run.read_seconds for run in runs] if part == READ else seconds

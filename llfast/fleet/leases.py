@@ -290,7 +290,7 @@ def _facts(content: bytes) -> dict[str, Any]:
 
 
 def _this_process() -> dict[str, Any]:
-    """What tells a process from all others, and those on this machine whether it lives."""
+    """What tells this process from all others, and others on this machine whether it is alive."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "born": _born(pid)}
 
@@ -304,7 +304,7 @@ def _has_ended(facts: dict[str, Any]) -> bool:
 
 
 def _machine() -> str | None:
-    """This start of this machine, and this container on it; None where Linux does not say."""
+    """This boot of this machine, and this container on it; None where Linux does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -313,7 +313,7 @@ def _machine() -> str | None:
 
 
 def _born(pid: int) -> int | None:
-    """When a process began, in ticks since the machine did; None if it does not live."""
+    """When a process began, in ticks since the machine did; None if it is not alive."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

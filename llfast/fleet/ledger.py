@@ -96,7 +96,7 @@ class Ledger:
         return max(found, key=_order, default=None)
 
     def tries(self) -> dict[Asked, int]:
-        """How often what has failed was tried, whether that counts or not."""
+        """How often each request that has failed was tried, whether that still counts or not."""
         found: dict[Asked, int] = {}
         for name, failures in self._failures.items():
             for each in failures.values():

@@ -60,7 +60,7 @@ class Slot:
     cpus: float
 
     def resources(self) -> dict[str, float]:
-        """By the names that Ray has for them."""
+        """What is reserved, by the names that Ray has for it."""
         own = {"GPU": self.gpus, "memory": self.memory, "CPU": self.cpus}
         return {name: size for name, size in own.items() if size}
 
@@ -85,7 +85,7 @@ class Machines:
 
 
 def size_of(request: ModelRequest) -> Size | None:
-    """From the headers of safetensors files, a folder's or the Hub's; reads no weights.
+    """The size of a model, from the headers of its safetensors files; reads no weights.
 
     Returns: None if that does not say: its worker will find out what it is.
     """
@@ -183,7 +183,7 @@ def _itemsize(size: Size, dtype: str, machines: Machines) -> float:
 
 
 def _reserved(size: float, machines: Machines) -> int:
-    """Of 1, 1.5, 2, 3, 4, 6, 8, ... GiB the next: so workers of few kinds do for all models."""
+    """The next of 1, 1.5, 2, 3, 4, 6, 8, ... GiB: so a few kinds of workers serve all models."""
     step = _GIB
     while step < size:
         step = step * 3 // 2 if step & (step - 1) == 0 else step * 4 // 3

@@ -61,7 +61,7 @@ def connected(address: str) -> Iterator[None]:
 
 @contextmanager
 def _same_end() -> Iterator[None]:
-    """Leave SIGTERM as it is to those who have seen to it: Ray's own handler aborts after 3 s."""
+    """Keep the caller's handler of SIGTERM: Ray would set its own, which aborts after 3 s."""
     own = signal.getsignal(signal.SIGTERM)
     yield
     if callable(own) and threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""Models of a list are handed to workers of a Ray cluster, and what is lost with one to another."""
+"""Hands models of a list to workers of a Ray cluster, and what is lost with one to another."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Dispatch:
         return list(ray.wait(list(self._actors), num_returns=1, timeout=_WAIT_SECONDS)[0])
 
     def _free_all(self) -> None:
-        """Let others have at once what workers are at, who end with this."""
+        """Give back at once the models that workers are at, for these end with this run."""
         for actor in self._actors.values():
             if actor.model is not None:
                 with contextlib.suppress(Exception):  # which must not hide what has ended this
@@ -119,7 +119,7 @@ class Dispatch:
     # ------------------------------------------------------------------ models
 
     def _look_again(self) -> None:
-        """At models that were put off."""
+        """Look again at models that were put off."""
         due = self._waiting.due()
         if due:
             self._own.ledger.refresh()
@@ -152,7 +152,7 @@ class Dispatch:
     # ------------------------------------------------------------------ workers
 
     def _hire(self) -> None:
-        """As many workers of a kind as have something to do, and may have room, and one more.
+        """Start as many workers of a kind as have something to do and may have room, and one more.
 
         Those without room are what a cluster that can grow sees to.
         """
@@ -177,7 +177,7 @@ class Dispatch:
             self._without_room = None
 
     def _wait_for_room(self, slot: Slot) -> None:
-        """Not for ever: machines may have been lost that nobody replaces."""
+        """Wait, but not for ever: machines may have been lost that nobody replaces."""
         needed = slot.resources()
         if self._without_room is None:
             self._without_room = time.monotonic()
@@ -233,7 +233,7 @@ class Dispatch:
         return None
 
     def _finish(self, reference: Any) -> None:
-        """What has come of a worker's beginning, or of its model."""
+        """Take in what came of a worker's start, or of its model."""
         lost = None
         try:
             found = ray.get(reference)
@@ -273,7 +273,7 @@ class Dispatch:
             self._end(model)
 
     def _lose(self, actor: _Actor, model: Model | None, reason: str, is_memory: bool) -> None:
-        """A worker is gone, or cannot be reached, which comes to the same."""
+        """Take note that a worker is gone, or cannot be reached, which comes to the same."""
         at = None if model is None else model.name
         self._log("worker lost", worker=actor.name, model=at, reason=reason)
         ray.kill(actor.handle)

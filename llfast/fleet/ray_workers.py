@@ -125,7 +125,7 @@ def sign_of(store: Store, run: str) -> AnyPath:
 
 
 def _find_store(folder: str, run: str) -> Store:
-    """That of the driver."""
+    """The driver's store, as this machine sees it."""
     store = Store(folder)
     if not sign_of(store, run).exists():
         raise StoreError(

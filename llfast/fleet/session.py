@@ -51,7 +51,7 @@ class Completed(Protocol):
     def __contains__(self, key: ResultKey, /) -> bool: ...
 
     def add(self, key: ResultKey, /) -> None:
-        """Of one that was stored just now."""
+        """Add the key of a result that was stored just now."""
 
 
 class Session:
@@ -122,7 +122,7 @@ class Session:
         return self._skipped(opened) if key in self._completed else opened
 
     def _asked_key(self, request: ModelRequest) -> ResultKey:
-        """Before it is known what the model is."""
+        """The key as far as it is known before the model is looked up."""
         return ResultKey(
             name_of(request),
             request.revision or "",

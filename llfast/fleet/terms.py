@@ -100,7 +100,7 @@ def agree(requests: Sequence[ModelRequest], store: Store, options: Options) -> T
 
 
 def _refuse_two_of_a_name(requests: Sequence[ModelRequest]) -> None:
-    """Their results could not be told apart."""
+    """Refuse different models of one name: their results could not be told apart."""
     models: dict[str, ModelRequest] = {}
     for each in requests:
         other = models.setdefault(name_of(each), each)

@@ -41,7 +41,7 @@ class Worker:
         progress: bool | None = None,
         log: Log = no_log,
     ) -> None:
-        """Look at nothing yet.
+        """Prepare; nothing is read yet.
 
         Args:
             texts: N texts.

@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Page:
-    """What is read at once; a page is itself and no other, whatever is in it.
+    """What is read at once; pages are compared by identity, not by what is in them.
 
     Attributes:
         name: what it is called in errors and statistics.

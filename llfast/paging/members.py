@@ -161,7 +161,7 @@ class Plan:
 
     @property
     def _kept_pages_bytes(self) -> int:
-        """As much of what stays as lies there as it is stored, until it is converted."""
+        """The most, of what stays, that is held as it was stored until it is converted."""
         members = self._members
         if all(each.skeleton.is_as_stored(each.units.kept_places) for each in members):
             return 0

@@ -133,7 +133,7 @@ class Pages:
         return self._read_rows(tensor, extents, size * len(rows), (len(rows), *tensor.shape[1:]))
 
     def table(self, tensor: StoredTensor) -> Tensor:
-        """All rows of it, likewise.
+        """All rows of a stored matrix, likewise.
 
         Raises:
             CheckpointError: as `take`.

@@ -15,7 +15,7 @@ _ROOM_FOR_WORK = 1.1  # times the weights, where all of them are to stay
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What memory is for.
+    """How memory is shared out.
 
     Attributes:
         keeps_weights: whether layers stay once they are read.

@@ -39,7 +39,7 @@ class _Shape:
         return self
 
     def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ARG002
-        """Without numbers, wherever it is asked to go."""
+        """A tensor without numbers, wherever it is asked to go."""
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
@@ -269,7 +269,7 @@ def _places(model: nn.Module) -> Iterable[tuple[str, Place]]:
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Those that are there already; `Module.to` would refuse parameters that are not."""
+    """Move buffers that have numbers; `Module.to` would refuse the parameters that have none."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:

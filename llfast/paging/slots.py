@@ -103,7 +103,7 @@ class Slot:
         return self.view(offset, dtype, shape)
 
     def view(self, offset: int, dtype: str, shape: Sequence[int]) -> Tensor:
-        """The same by where it lies."""
+        """The same, by its offset."""
         kind = STORED_DTYPES.get(dtype)
         if kind is None:
             raise CannotPageError(f"weights must be of a dtype that torch has, got {dtype}")

@@ -33,7 +33,7 @@ class StateMeter:
         self._next = 0.0
 
     def begin(self, tokens: int) -> None:
-        """Before the first forward of a wave, when so many tokens are still to come.
+        """Prepare, before the first forward of a wave, when so many tokens are still to come.
 
         Few tokens in much memory are not measured: it takes a quarter of a second each time.
         """

@@ -210,7 +210,7 @@ def facts_of(
 
 @contextlib.contextmanager
 def only_builder(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """One at a time, in any process; others wait, or get a BlockingIOError. A kill ends it."""
+    """Be the only builder of a folder: others wait, or get a BlockingIOError. A kill ends it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

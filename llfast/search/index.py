@@ -169,7 +169,7 @@ class KLIndex:
 
     @property
     def names(self) -> list[str]:
-        """Of all models, sorted."""
+        """The names of all models, sorted."""
         with self._lock:
             return [self._models.name(row) for row in self._models.there]
 

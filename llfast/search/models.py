@@ -100,11 +100,11 @@ class Models:
 
     @property
     def count(self) -> int:
-        """Rows, those that are gone among them."""
+        """How many rows there are, those that are gone included."""
         return len(self._names)
 
     def name(self, number: int) -> str:
-        """Of a row, also one that is gone."""
+        """The name of a row, even of one that is gone."""
         return self._names[number]
 
     def table(self, convention: str) -> pa.Table:

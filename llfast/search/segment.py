@@ -147,7 +147,7 @@ class Segment:
 
     @cached_property
     def _columns(self) -> dict[str, pa.Array]:
-        """In one piece each, so that looking up a row takes 10 us."""
+        """The table's columns in one piece each, so that looking up a row takes 10 us."""
         return {name: self.table[name].combine_chunks() for name in self.table.column_names}
 
     def _read(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
