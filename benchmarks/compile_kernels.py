@@ -33,6 +33,8 @@ TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # By 16: what the launcher lets Triton look at, as it is in real models.
 DIVISIBLE = ("hidden", "lm_head", "hidden_stride_t", "lm_head_stride_v")
+INSTRUCTION = re.compile(r"^ +/\*[0-9a-f]+\*/ ", re.MULTILINE)
+OPTIONS = ("", "statistics", "statistics, bias, scale, softcap")
 TENSOR_CORES = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -50,15 +52,15 @@ class Job:
 
 
 def head_jobs() -> Iterator[Job]:
-    """Both schedules of every row, plain and with everything, as they load with and without TMA."""
+    """Both schedules of every row, as they load with and without TMA."""
     for (architecture, dtype), row in SCHEDULES.items():
         named = {"many": row.many} | ({} if row.few == row.many else {"few": row.few})
         for schedule, tile in named.items():
             for tma in sorted({row.tma, False}):
-                for everything in (False, True):
+                for options in OPTIONS if tma == row.tma else OPTIONS[:1]:
                     # Half-precision dtypes differ in one letter of one instruction.
-                    if dtype == torch.bfloat16 or (tma == row.tma and not everything):
-                        yield head_job(architecture, dtype, schedule, tile, tma, everything)
+                    if dtype == torch.bfloat16 or (tma == row.tma and not options):
+                        yield head_job(architecture, dtype, schedule, tile, tma, options)
 
 
 def head_job(
@@ -67,10 +69,11 @@ def head_job(
     schedule: str,
     tile: Tile,
     tma: bool,
-    everything: bool,
+    options: str,
 ) -> Job:
     """The launcher's call, for a wide head whose rows are contiguous."""
     name = TRITON_NAMES[dtype]
+    everything = "bias" in options
     constants = {
         "hidden_stride_d": 1,
         "lm_head_stride_d": 1,
@@ -78,6 +81,7 @@ def head_job(
         "HAS_BIAS": everything,
         "HAS_SCALE": everything,
         "HAS_SOFTCAP": everything,
+        "ONLY_LOGPROBS": "statistics" not in options,
         "EVEN_D": True,
         "BLOCK_T": tile.block_t,
         "BLOCK_V": tile.block_v,
@@ -101,7 +105,7 @@ def head_job(
             "schedule": schedule,
             "tile": [tile.block_t, tile.block_v, tile.block_d],
             "loads": "descriptors" if tma else "pointers",
-            "options": "bias, scale, softcap" if everything else "",
+            "options": options,
         },
     )
 
@@ -167,6 +171,7 @@ def compiled(job: Job) -> dict[str, Any]:
         "shared_limit_bytes": SHARED_LIMIT_BYTES[job.architecture],
         "tensor_cores": next((each for each in TENSOR_CORES if each in ptx), ""),
         "tf32": "tf32" in ptx,
+        "instructions": len(INSTRUCTION.findall(sass)),
         # wgmma runs several products at a time, unless ptxas has to wait for each.
         "wgmma_products": sass.count("HGMMA"),
         "wgmma_groups": sass.count("WARPGROUP.ARRIVE"),

@@ -263,7 +263,8 @@ def _kernel_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
 def kernel_resources(found: dict[str, Any]) -> list[str]:
     """What each compiled kernel takes of a multiprocessor."""
     columns = "dtype, tokens, tile, loads, with, warps, stages, registers, stack bytes, shared KiB"
-    lines = ["| | " + columns.replace(", ", " | ") + " |", "|---|" + "---|" * 10]
+    columns += ", instructions"
+    lines = ["| | " + columns.replace(", ", " | ") + " |", "|---|" + "---|" * 11]
     for row in found["kernels"]:
         cells = [
             f"sm_{row['architecture']} `{row['kernel'].removesuffix('_kernel')}`",
@@ -277,6 +278,7 @@ def kernel_resources(found: dict[str, Any]) -> list[str]:
             str(row["registers"]),
             str(row["stack_bytes"]),
             f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit_bytes'] / 1024:.0f}",
+            f"{row['instructions']:,}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     command = "python benchmarks/compile_kernels.py"

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
-from .kernels import TokenStatistics, token_statistics
+from .kernels import TokenStatistics, token_logprobs, token_statistics
 
 _RAMP_FIT_ERROR = 1e-5  # relative; the functions fitted are exact in fp32 to a few 1e-7
 
@@ -43,21 +43,22 @@ class Head:
         self, hidden: Float[Tensor, "T D"], targets: Int64[Tensor, " T"]
     ) -> Float32[Tensor, " T"]:
         """Log-probability of each target in nats, without the (T, V) logits."""
-        return self.token_statistics(hidden, targets).logprobs
+        return token_logprobs(hidden, targets=targets, **self._arguments())
 
     def token_statistics(
         self, hidden: Float[Tensor, "T D"], targets: Int64[Tensor, " T"]
     ) -> TokenStatistics:
         """What the fused kernel says of each token."""
+        return token_statistics(hidden, targets=targets, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
         bias: Tensor | None = self.module.bias
-        return token_statistics(
-            hidden,
-            self.module.weight[: self.vocabulary],
-            targets,
-            bias=None if bias is None else bias[: self.vocabulary],
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+        return {
+            "lm_head": self.module.weight[: self.vocabulary],
+            "bias": None if bias is None else bias[: self.vocabulary],
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
 
     def probe_targets(self, probe: Int64[Tensor, " S"]) -> Int64[Tensor, " S"]:
         """For each token of a probe, the next one; for the last, the first."""

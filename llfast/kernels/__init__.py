@@ -6,6 +6,8 @@ take `reference`, the plain-torch twin.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
@@ -74,9 +76,10 @@ def token_logprobs(
 
     Source: online softmax (Milakov & Gimelshein, arXiv 1805.02867).
     """
-    return token_statistics(
-        hidden, lm_head, targets, bias=bias, scale=scale, softcap=softcap
-    ).logprobs
+    found: Tensor = torch.ops.llfast.token_logprobs(
+        *_arguments(hidden, lm_head, targets, bias, scale, softcap)
+    )
+    return found
 
 
 def token_statistics(
@@ -95,11 +98,18 @@ def token_statistics(
     """
     return as_statistics(
         torch.ops.llfast.token_statistics(
-            hidden.detach(),
-            lm_head.detach(),
-            targets,
-            None if bias is None else bias.detach(),
-            float(scale),
-            softcap,
+            *_arguments(hidden, lm_head, targets, bias, scale, softcap)
         )
     )
+
+
+def _arguments(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Any, ...]:
+    bias = None if bias is None else bias.detach()
+    return hidden.detach(), lm_head.detach(), targets, bias, float(scale), softcap

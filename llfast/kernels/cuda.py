@@ -120,6 +120,7 @@ def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
             HAS_BIAS=bias is not None,
             HAS_SCALE=inputs.scale != 1.0,
             HAS_SOFTCAP=inputs.softcap is not None,
+            ONLY_LOGPROBS=inputs.only_logprobs,
             EVEN_D=width % tile.block_d == 0,
             BLOCK_T=tile.block_t,
             BLOCK_V=tile.block_v,

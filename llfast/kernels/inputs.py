@@ -22,8 +22,9 @@ class HeadInputs:
     """Hidden states against an output head, or against a slice of its rows.
 
     `first_word` is the id of the slice's first row; None stands for the whole head, whose rows must
-    hold every target. What the other fields are is said at `llfast.kernels.token_logprobs`, and so
-    is what is refused.
+    hold every target. With `only_logprobs` a kernel may leave out what entropies and arg maxima are
+    made of. What the other fields are is said at `llfast.kernels.token_logprobs`, and so is what is
+    refused.
     """
 
     hidden: Float[Tensor, "T D"]
@@ -33,6 +34,7 @@ class HeadInputs:
     scale: float
     softcap: float | None
     first_word: int | None = None
+    only_logprobs: bool = False
 
     def __post_init__(self) -> None:
         self._check_dtypes()

@@ -1,4 +1,4 @@
-"""The operator `llfast::token_statistics`, which torch.compile and fake tensors can see."""
+"""The operators of `torch.ops.llfast`, which torch.compile and fake tensors can see."""
 
 from __future__ import annotations
 
@@ -14,40 +14,59 @@ from .inputs import HeadInputs
 from .sums import TokenStatistics
 
 _LIBRARY = torch.library.Library("llfast", "DEF")
-_LIBRARY.define(
-    "token_statistics(Tensor hidden, Tensor lm_head, Tensor targets, Tensor? bias, float scale, "
-    "float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_ARGUMENTS = (
+    "Tensor hidden, Tensor lm_head, Tensor targets, Tensor? bias, float scale, float? softcap"
 )
+_LIBRARY.define(f"token_logprobs({_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(f"token_statistics({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _NAMES = [field.name for field in fields(TokenStatistics)]
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _inputs(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> HeadInputs:
-    """What the operator is given, checked as far as that needs no data."""
+def _inputs(arguments: Sequence[Any], *, only_logprobs: bool) -> HeadInputs:
+    """What an operator is given, checked as far as that needs no data."""
+    hidden, lm_head, targets, bias, scale, softcap = arguments
     return HeadInputs(
-        hidden=hidden, lm_head=lm_head, targets=targets, bias=bias, scale=scale, softcap=softcap
+        hidden=hidden,
+        lm_head=lm_head,
+        targets=targets,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        only_logprobs=only_logprobs,
     )
 
 
-@torch.library.impl(_LIBRARY, "token_statistics", "CompositeExplicitAutograd")
-def _compute(*arguments: Any) -> _Five:
-    inputs = _inputs(*arguments)
+def _compute(*arguments: Any, only_logprobs: bool) -> TokenStatistics:
+    inputs = _inputs(arguments, only_logprobs=only_logprobs)
     inputs.check_targets()
     kernels = kernels_of(inputs.hidden.device)
-    return _as_tuple(statistics(kernels, folded_sums(kernels, inputs)))
+    return statistics(kernels, folded_sums(kernels, inputs))
+
+
+def _describe(*arguments: Any, only_logprobs: bool) -> TokenStatistics:
+    hidden = _inputs(arguments, only_logprobs=only_logprobs).hidden
+    return TokenStatistics.empty(hidden.shape[0], hidden.device)
+
+
+@torch.library.impl(_LIBRARY, "token_logprobs", "CompositeExplicitAutograd")
+def _token_logprobs(*arguments: Any) -> Tensor:
+    return _compute(*arguments, only_logprobs=True).logprobs
+
+
+@torch.library.register_fake("llfast::token_logprobs", lib=_LIBRARY)
+def _fake_token_logprobs(*arguments: Any) -> Tensor:
+    return _describe(*arguments, only_logprobs=True).logprobs
+
+
+@torch.library.impl(_LIBRARY, "token_statistics", "CompositeExplicitAutograd")
+def _token_statistics(*arguments: Any) -> _Five:
+    return _as_tuple(_compute(*arguments, only_logprobs=False))
 
 
 @torch.library.register_fake("llfast::token_statistics", lib=_LIBRARY)
-def _describe(*arguments: Any) -> _Five:
-    hidden = _inputs(*arguments).hidden
-    return _as_tuple(TokenStatistics.empty(hidden.shape[0], hidden.device))
+def _fake_token_statistics(*arguments: Any) -> _Five:
+    return _as_tuple(_describe(*arguments, only_logprobs=False))
 
 
 def as_statistics(found: Sequence[Tensor]) -> TokenStatistics:

@@ -79,6 +79,7 @@ def head_partials_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ONLY_LOGPROBS: tl.constexpr,  # weighted sums and arg maxima are left out, as zeros
     EVEN_D: tl.constexpr,  # the width is a multiple of BLOCK_D
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -138,8 +139,8 @@ def head_partials_kernel(
             logits *= scale
         if HAS_SOFTCAP:
             logits = softcap * tanh(logits * inverse_softcap)
-        # Everywhere: under a condition, the product would only be waited for where it holds, and
-        # ptxas would have to run its instructions one by one.
+        # Everywhere: under a condition, or without this where no column is beyond V, ptxas may have
+        # to run the instructions of the product one by one.
         logits += tl.where(columns < vocabulary, 0.0, float("-inf"))[None, :]
 
         mask_t = rows < tokens
@@ -157,22 +158,29 @@ def head_partials_kernel(
             target_logit = tl.where(refused, float("nan"), target_logit)
 
         largest = tl.max(logits, axis=1)
-        is_largest = logits == largest[:, None]
-        argmax = tl.min(tl.where(is_largest, tl.arange(0, BLOCK_V)[None, :], _NO_COLUMN), axis=1)
         # -inf - (-inf) would be NaN where every word of a chunk is ruled out.
         shift = tl.where(largest == float("-inf"), 0.0, largest)
-        exponents = tl.maximum(logits - shift[:, None], _LOWEST_EXPONENT, propagate_nan=_NAN_WINS)
-        exponentials = exp(exponents)
-        # In this order, ptxas for sm_90 needs no memory for registers.
-        weighted_sum = tl.sum(exponentials * exponents, axis=1)
-        total = tl.sum(exponentials, axis=1)
+        if ONLY_LOGPROBS:  # a third fewer instructions, and the same bits
+            total = tl.sum(exp(logits - shift[:, None]), axis=1)
+            weighted_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
+            argmax = tl.zeros((BLOCK_T,), dtype=tl.int32)
+        else:
+            is_largest = logits == largest[:, None]
+            places = tl.where(is_largest, tl.arange(0, BLOCK_V)[None, :], _NO_COLUMN)
+            argmax = tl.min(places, axis=1) + (first_word + first_column)
+            exponents = logits - shift[:, None]
+            exponents = tl.maximum(exponents, _LOWEST_EXPONENT, propagate_nan=_NAN_WINS)
+            exponentials = exp(exponents)
+            # In this order, ptxas for sm_90 needs no memory for registers.
+            weighted_sum = tl.sum(exponentials * exponents, axis=1)
+            total = tl.sum(exponentials, axis=1)
 
         offs = chunk.to(tl.int64) * tokens + rows
         tl.store(max_ptr + offs, largest, mask=mask_t)
         tl.store(sum_ptr + offs, total, mask=mask_t)
         tl.store(weighted_sum_ptr + offs, weighted_sum, mask=mask_t)
         tl.store(target_logits_ptr + offs, target_logit, mask=mask_t)
-        tl.store(argmax_ptr + offs, argmax + (first_word + first_column), mask=mask_t)
+        tl.store(argmax_ptr + offs, argmax, mask=mask_t)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ADDRESSES)

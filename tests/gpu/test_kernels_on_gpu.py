@@ -134,6 +134,18 @@ def test_a_bad_row_is_nan_and_harms_no_other(value, dtype):
     assert same_bytes(part_of(found, others), part_of(good, others))
 
 
+@pytest.mark.parametrize("tokens", [50, 300])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_log_probabilities_alone_have_the_bits_of_all_statistics(tokens, name):
+    hidden, lm_head, targets = make_case((tokens, 2100, 72), torch.bfloat16, device=DEVICE)
+    hidden[1], hidden[2] = 0, hidden[2] * 60
+    hidden[3, 0], hidden[4, 0] = math.nan, math.inf
+    options = options_of(name, 2100)
+    alone = token_logprobs(hidden, lm_head, targets, **options)
+    found = token_statistics(hidden, lm_head, targets, **options).logprobs
+    assert torch.equal(alone.view(torch.int32), found.view(torch.int32))
+
+
 @pytest.mark.parametrize("bad", [-1, 1100, 2**31 + 5])
 def test_targets_that_do_not_exist_are_nan(bad):
     hidden, lm_head, targets = make_case((5, 1100, 16), torch.float32, device=DEVICE)

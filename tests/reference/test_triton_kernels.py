@@ -59,8 +59,12 @@ def launches(monkeypatch):
     return found
 
 
+def head_launches(launches, option):
+    return [options[option] for name, _, options in launches if name == "head_partials_kernel"]
+
+
 def uses_tma(launches):
-    return [options["HAS_TMA"] for name, _, options in launches if name == "head_partials_kernel"]
+    return head_launches(launches, "HAS_TMA")
 
 
 def test_rows_have_the_same_bits_in_every_schedule(interpreted, launches):
@@ -79,6 +83,24 @@ def test_rows_have_the_same_bits_in_every_schedule(interpreted, launches):
     }
     assert tiles == ({(64, 256), (128, 256)} if "90" in interpreted else {(128, 128)})
     assert set(uses_tma(launches)) == {"90" in interpreted}
+
+
+def test_log_probabilities_alone_have_the_bits_of_all_statistics(interpreted, launches):
+    """Flat and peaked rows, a NaN, an infinity, and chunks in which every word is ruled out."""
+    hidden, lm_head, targets = make_case((70, 1300, 24), HALF)
+    hidden[1], hidden[2] = 0, hidden[2] * 60
+    hidden[3, 0], hidden[4, 0] = torch.nan, torch.inf
+    bias = torch.zeros(1300)
+    bias[:300] = -torch.inf
+    for options in ({}, {"bias": bias}, {"softcap": 5.0}):
+        alone = token_logprobs(hidden, lm_head, targets, **options)
+        assert head_launches(launches, "ONLY_LOGPROBS") == [True]
+        launches.clear()
+        found = token_statistics(hidden, lm_head, targets, **options)
+        assert head_launches(launches, "ONLY_LOGPROBS") == [False]
+        launches.clear()
+        assert torch.equal(alone.view(torch.int32), found.logprobs.view(torch.int32))
+        assert not found.logprobs.isnan().all()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 1000])

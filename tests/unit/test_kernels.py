@@ -175,16 +175,16 @@ def operator_case():
 
 OPERATOR = """
 import torch
-from llfast.kernels import token_statistics
+from llfast.kernels import token_logprobs, token_statistics
 
 hidden, lm_head, targets = case = torch.randn(5, 9), torch.randn(70, 9), torch.arange(5)
-operator = torch.ops.llfast.token_statistics
-torch.library.opcheck(operator, (*case, None, 1.0, None))
-torch.library.opcheck(operator, (*case, torch.linspace(0, 1, 70), 0.5, 3.0))
+for operator in (torch.ops.llfast.token_logprobs, torch.ops.llfast.token_statistics):
+    torch.library.opcheck(operator, (*case, None, 1.0, None))
+    torch.library.opcheck(operator, (*case, torch.linspace(0, 1, 70), 0.5, 3.0))
 
 def function(hidden, lm_head, targets):
     found = token_statistics(hidden * 2, lm_head, targets, softcap=3.0)
-    return found.logprobs + found.entropy, found.argmax
+    return found.logprobs + found.entropy, found.argmax, token_logprobs(hidden, lm_head, targets)
 
 compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
 for case in (case, (torch.randn(8, 9), lm_head, torch.arange(8))):
@@ -193,7 +193,7 @@ for case in (case, (torch.randn(8, 9), lm_head, torch.arange(8))):
 """
 
 
-def test_the_operator_is_what_torch_wants_of_one_and_compiles():
+def test_the_operators_are_what_torch_wants_of_them_and_compile():
     """Without the run-time types of tests, which torch cannot trace."""
     subprocess.run([sys.executable, "-c", OPERATOR], check=True, timeout=120)
 
@@ -204,6 +204,8 @@ def test_fake_tensors_have_shapes_and_refusals():
         found = token_statistics(hidden, lm_head, targets)
         assert found.entropy.shape == found.argmax.shape == (5,)
         assert (found.lse.dtype, found.argmax.dtype) == (torch.float32, torch.int64)
+        logprobs = token_logprobs(hidden, lm_head, targets)
+        assert (logprobs.shape, logprobs.dtype) == ((5,), torch.float32)
         with pytest.raises(TypeError, match="lm_head must have the dtype of hidden"):
             token_statistics(hidden, lm_head.half(), targets)
 
