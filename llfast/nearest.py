@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def find_nearest(
     selection = Selection(
         textset=opened.find_textset(textset), convention=convention, dtype=dtype, newest=newest
     )
-    source = _open(opened, selection, mode)
+    source, created = _open(opened, selection, mode)
     names: Sequence[str]
     find_revision: Callable[[str], str | None]
     if isinstance(source, StoredIndex):
@@ -92,7 +93,7 @@ def find_nearest(
         index: KLIndex = source
     else:  # for one question, reading all takes less than finding bounds, or asking a GPU
         mode = "exact" if mode == "auto" else mode
-        index = KLIndex.build(ModelSpace.fit(source), mode, device="cpu")
+        index = KLIndex.of_space(ModelSpace.fit(source), mode, device="cpu", created=created)
     hits = (
         index.search(query, k, unit=unit, where=where)
         if radius is None
@@ -156,15 +157,24 @@ def find_kl(
     return names[0], names[1], ModelSpace.fit(matrix).kl(names[0], names[1], unit=unit)
 
 
-def _open(store: Store, selection: Selection, mode: str) -> StoredIndex | LogLikelihoodMatrix:
-    """The index of a store if there is one or its models are many; else what it holds."""
+def _open(
+    store: Store, selection: Selection, mode: str
+) -> tuple[StoredIndex | LogLikelihoodMatrix, dict[str, datetime]]:
+    """The index of a store if there is one or its models are many; else its rows and dates."""
     digest = selection.textset
-    count = sum(row.key.layer is None for row in store.rows(digest))
+    rows = [row for row in store.rows(digest) if row.key.layer is None]
     n = len(store.texts(digest)["ids"])
-    if 8 * count * n > _MOST_IN_MEMORY or StoredIndex.is_built(store, selection):
-        return StoredIndex.open(store, selection, mode=mode)
+    if 8 * len(rows) * n > _MOST_IN_MEMORY or StoredIndex.is_built(store, selection):
+        return StoredIndex.open(store, selection, mode=mode), {}
     duplicates = "newest" if selection.newest else "error"
-    return store.matrix(digest, selection.convention, selection.dtype, duplicates=duplicates)
+    matrix = store.matrix(digest, selection.convention, selection.dtype, duplicates=duplicates)
+    wanted = {*zip(matrix.models, matrix.revisions, matrix.dtypes, strict=True)}
+    return matrix, {
+        row.key.model: row.created
+        for row in rows
+        if row.key.convention == matrix.convention
+        and (row.key.model, row.key.revision, row.key.dtype) in wanted
+    }
 
 
 def _revisions(matrix: LogLikelihoodMatrix) -> dict[str, str]:

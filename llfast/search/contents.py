@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import numpy as np
 
@@ -79,8 +80,15 @@ class Contents:
         return found.listed(segment.lists) if mode == "approximate" else found
 
     @classmethod
-    def of_space(cls, space: ModelSpace, mode: str) -> Contents:
+    def of_space(
+        cls, space: ModelSpace, mode: str, created: Mapping[str, datetime] | None = None
+    ) -> Contents:
         """All models of a space, for one of the modes but "auto"; points are referred to.
+
+        Args:
+            space: the models.
+            mode: how they are searched.
+            created: when the store got each, if they are from one.
 
         Raises:
             SearchError: if coordinates are too large for fp32.
@@ -89,6 +97,7 @@ class Contents:
         norms = np.concatenate([norms_of(points[block]) for block in blocks(len(space))])
         refuse_overflow(float(norms.max()))
         known = zip(space.models, space.revisions, space.dtypes, space.metadata, strict=True)
+        when = created or {}
         projection, flat, reduced = None, None, None
         if mode == "exact":
             flat = points.astype(np.float32)
@@ -100,7 +109,7 @@ class Contents:
                 np.concatenate([each.rest for each in parts]),
             )
         found = cls(
-            models=Models.of([IndexedModel(*each) for each in known]),
+            models=Models.of([IndexedModel(*each, created=when.get(each[0])) for each in known]),
             rows=Rows(points=points, flat=flat, reduced=reduced),
             projection=projection,
             largest=float(norms.max()),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from operator import index
 from pathlib import Path
 from threading import Lock
@@ -116,7 +117,7 @@ class KLIndex:
             raise ValueError(f"device must be {' or '.join(DEVICES)}, got {device!r}")
         import_faiss()
         if isinstance(source, ModelSpace):
-            return cls._of_space(source, mode, device)
+            return cls.of_space(source, mode, device=device)
         from .building import Selection
         from .stored import StoredIndex
 
@@ -131,10 +132,21 @@ class KLIndex:
             source, selection, mode=mode, folder=where, refit=refit, device=device
         )
 
-    @staticmethod
-    def _of_space(space: ModelSpace, mode: str, device: str) -> KLIndex:
+    @classmethod
+    def of_space(
+        cls,
+        space: ModelSpace,
+        mode: str = "auto",
+        *,
+        device: str = "auto",
+        created: Mapping[str, datetime] | None = None,
+    ) -> KLIndex:
+        """As `build` from a space; `created` says when a store got each model, for conditions.
+
+        Raises: as `build` says.
+        """
         mode = choose_mode(mode, space.coordinates.nbytes // 2)
-        contents = Contents.of_space(space, mode)
+        contents = Contents.of_space(space, mode, created)
         index = KLIndex(space.basis, mode=mode, device=device)
         index._set(index._prepared(contents))
         return index
@@ -214,8 +226,8 @@ class KLIndex:
             k: how many; all there are if there are fewer.
             unit: of the KL: "bits_per_byte" or "nats_per_text".
             where: only models of which this SQL condition holds, over model, revision, convention,
-                dtype, created and the keys of their metadata: "family = 'llama'". DuckDB evaluates
-                it first, so the answer is exact among them.
+                dtype, created (if they are from a store) and the keys of their metadata:
+                "family = 'llama'". DuckDB evaluates it first, so the answer is exact among them.
 
         Returns: hits and why they are right; for several queries, a list of them.
 

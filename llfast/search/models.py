@@ -112,16 +112,15 @@ class Models:
         table = self._table  # other threads may put theirs in its place
         if table is None or len(table) != self.count:
             rows = [self[number] for number in range(self.count)]
-            self._table = table = model_table(
-                {
-                    "model": [row.name for row in rows],
-                    "revision": [row.revision for row in rows],
-                    "convention": [convention] * len(rows),
-                    "dtype": [row.dtype for row in rows],
-                    "created": [row.created for row in rows],
-                },
-                [row.metadata for row in rows],
-            )
+            columns: dict[str, list[Any]] = {
+                "model": [row.name for row in rows],
+                "revision": [row.revision for row in rows],
+                "convention": [convention] * len(rows),
+                "dtype": [row.dtype for row in rows],
+            }
+            if any(row.created for row in rows):
+                columns["created"] = [row.created for row in rows]
+            self._table = table = model_table(columns, [row.metadata for row in rows])
         return table
 
     def find(self, name: str) -> int | None:
