@@ -271,7 +271,7 @@ def _only_convention(conventions: set[str]) -> str:
     if len(conventions) > 1:
         raise StoreError(
             "convention must be named where a store has several, got "
-            f"{', '.join(sorted(conventions))}"
+            f"{', '.join(sorted(conventions))}; choose with --convention"
         )
     return conventions.pop()
 
@@ -288,5 +288,5 @@ def _refuse_several(rows: Sequence[StoredRow]) -> None:
     more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
     raise StoreError(
         f"matrix must have one row a model, got {', '.join(listed[:_MOST_LISTED])}{more}; choose "
-        "with dtype, models=['name@revision'] or duplicates='newest'"
+        "with --dtype or --newest (in Python also models=['name@revision'], duplicates='newest')"
     )

@@ -108,9 +108,12 @@ def only_textset(folder: AnyPath, found: Sequence[str], digest: str | None) -> s
         return found[0]
     if not found:
         what = f"results on text set {digest}" if digest else "results"
-        raise StoreError(f"{folder} must hold {what}, got none")
+        found_there = "none" if folder.is_dir() else "no such folder"
+        raise StoreError(f"{folder} must hold {what}, got {found_there}")
     listed = ", ".join(each[:12] for each in found)
-    raise StoreError(f"the text set must be named where a store has several, got {listed}")
+    raise StoreError(
+        f"the text set must be named where a store has several, got {listed}; choose with --textset"
+    )
 
 
 def read_texts(path: AnyPath) -> dict[str, Any]:

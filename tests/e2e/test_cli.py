@@ -278,11 +278,13 @@ def test_kl_of_one_of_two_text_sets_conventions_and_dtypes(
     assert bos == pytest.approx(truth(texts, convention="always-bos"), rel=1e-9)
     score("--texts", texts_file, "--dtype", "bfloat16")
     assert "must have one row a model" in kl().error
+    assert "choose with --dtype or --newest" in kl().error
     half = kl("--dtype", "bfloat16").json["kl"]["value"]
     assert half == pytest.approx(truth(texts, dtype="bfloat16"), rel=1e-9)
     assert kl("--newest").json["kl"]["value"] == half
     score("--texts", tmp_path / "other.jsonl")
     assert "the text set must be named where a store has several" in kl("--newest").error
+    assert kl("--newest").error.endswith("; choose with --textset")
     reversed_ = kl("--textset", other.digest[:8]).json["kl"]["value"]
     assert reversed_ == pytest.approx(truth(other), rel=1e-9)
 

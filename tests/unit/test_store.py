@@ -59,7 +59,7 @@ def test_rows_can_be_asked_for_by_text_set(store):
 def test_reading_a_store_that_is_not_there_makes_none(store):
     assert store.rows() == []
     assert store.completed() == set()
-    with pytest.raises(StoreError, match="must hold results, got none"):
+    with pytest.raises(StoreError, match="must hold results, got no such folder"):
         store.matrix()
     assert not store.folder.exists()
 
