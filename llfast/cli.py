@@ -214,9 +214,11 @@ def import_command(
 def search_command(
     model: Annotated[str, typer.Argument(help="A model of the store, a folder or a Hub id.")],
     store: StorePath,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many relatives.")] = 10,
+    k: Annotated[
+        int | None, typer.Option("-k", min=1, help="How many relatives: 10, if left out.")
+    ] = None,
     radius: Annotated[
-        float | None, typer.Option(min=0, help="Instead: all models within this KL.")
+        float | None, typer.Option(min=0, help="Instead: all models within this KL, in --unit.")
     ] = None,
     where: Annotated[
         str | None,
@@ -236,10 +238,12 @@ def search_command(
     """The nearest relatives of a model, by KL divergence with a 95 % interval."""
     from .nearest import find_nearest
 
+    if k is not None and radius is not None:
+        raise UsageError("-k goes without --radius, which finds all models within it")
     query, hits = find_nearest(
         model,
         store,
-        k=k,
+        k=k or 10,
         radius=radius,
         where=where,
         mode=mode,
