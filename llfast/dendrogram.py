@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from .drawing import check_picture, new_figure, plain, save_figure
+from .drawing import check_picture, model_label, new_figure, save_figure
 from .errors import needed
 
 _MOST_MODELS = 400  # names stay large enough to be read, and the picture small enough to be opened
-_LONGEST_NAME = 60
 _COLUMNS = 6  # of the legend
 _NARROWEST = 1e-6  # of the highest join: what is below is rounding, or as good as the same
 _GREY = "0.45"
@@ -102,7 +101,7 @@ def draw_dendrogram(
     axes.set_ylim(-0.5, len(models) - 0.5)
     axes.yaxis.tick_right()
     axes.tick_params(axis="y", length=0, labelsize=8)
-    axes.set_yticks(range(len(models)), [_short(models[leaf]) for leaf in leaves])
+    axes.set_yticks(range(len(models)), [model_label(models[leaf]) for leaf in leaves])
     for label, leaf in zip(axes.get_yticklabels(), leaves, strict=True):
         label.set_color(colours.get(families_of[leaf], _GREY))
     floor = _scale(axes, joins[:, 2], unit.replace("_per_", "/"))
@@ -120,7 +119,7 @@ def draw_dendrogram(
         _line(axes, [height, height], [low, high], colours.get(both, _GREY))
         drawn.append((height, (low + high) / 2, both))
     for family, colour in colours.items():
-        axes.plot([], [], color=colour, linewidth=3, label=_short(family))
+        axes.plot([], [], color=colour, linewidth=3, label=model_label(family))
     if not colours.keys() >= set(families_of):
         axes.plot([], [], color=_GREY, linewidth=3, label="others")
     figure.legend(loc="outside lower center", ncols=_COLUMNS, frameon=False, fontsize=8)
@@ -156,11 +155,6 @@ def _scale(axes: Any, heights: Float64[np.ndarray, " joins"], unit: str) -> floa
     axes.set_axisbelow(True)
     axes.spines[["left", "right", "top"]].set_visible(False)
     return floor
-
-
-def _short(name: str) -> str:
-    """The end of a long name, which tells models apart."""
-    return plain(name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :])
 
 
 def _hierarchy() -> Any:

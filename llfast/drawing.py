@@ -20,6 +20,7 @@ PALETTE = (
     "#e0a3b0", "#8c8c00", "#b55fd6",
 )  # fmt: skip
 REST = "#8a919c"
+LONGEST = 60  # characters of a name
 _KINDS = ("png", "svg", "pdf")
 
 
@@ -62,6 +63,11 @@ def new_figure(width: float, height: float) -> Any:
 def plain(name: str) -> str:
     """A name as matplotlib draws it: in one line, and a dollar sign begins no formula."""
     return clean(name).replace("$", r"\$")
+
+
+def model_label(name: str) -> str:
+    """The end of a long name, which tells models apart."""
+    return plain(name if len(name) <= LONGEST else "…" + name[1 - LONGEST :])
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
-from .drawing import PALETTE, REST, any_letters, check_picture, new_figure, plain, save_figure
+from .drawing import (
+    LONGEST,
+    PALETTE,
+    REST,
+    any_letters,
+    check_picture,
+    model_label,
+    new_figure,
+    plain,
+    save_figure,
+)
 from .errors import needed
 from .page import ModelMap, colour_column
 
 _MOST_LABELS = 100
-_LONGEST = 60  # characters of a label
 
 
 def draw_map(
@@ -95,8 +105,8 @@ def _groups(found: ModelMap, key: str) -> dict[str | None, list[int]]:
 
 
 def _short(name: str) -> str:
-    """A name as a label: long ones are cut, and none begins with what matplotlib leaves out."""
-    cut = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    """A name in a legend: long ones are cut, and none begins with what matplotlib leaves out."""
+    cut = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
     return plain(" " + cut if cut.startswith("_") else cut or "(empty)")
 
 
@@ -104,10 +114,11 @@ def _label(figure: Any, axes: Any, found: ModelMap, legend: Any) -> None:
     """Put names beside the points, moved so that they cover as little as can be."""
     with needed("adjustText", "drawing a map needs adjustText; run `pip install 'llfast[map]'`"):
         from adjustText import adjust_text
+    logging.getLogger("adjustText").setLevel(logging.ERROR)  # it remarks on every long label
     figure.draw_without_rendering()  # labels are placed within the axes as they will be
     size = 8 if len(found.models) <= 30 else 6
     labels = [
-        axes.text(x, y, _short(model), fontsize=size, color="0.25")
+        axes.text(x, y, model_label(model), fontsize=size, color="0.25")
         for model, (x, y) in zip(found.models, found.places.tolist(), strict=True)
     ]
     adjust_text(labels, objects=[legend], ax=axes, expand=(1.15, 1.4))

@@ -285,6 +285,18 @@ def test_pictures_of_few_models_and_of_those_without_family(tmp_path, ending):
         assert {family, (138, 145, 156)} <= colours  # of the family, and those without
 
 
+def test_long_names_are_told_apart_on_a_picture_and_leave_room(tmp_path, caplog):
+    folder = "/a/folder/of/checkpoints/that/is/deep/down/in/a/file/system/of/a/cluster"
+    models = [f"{folder}/model-{row}" for row in range(6)]
+    values = np.random.default_rng(0).standard_normal((6, N)) - 700
+    path = tmp_path / "map.svg"
+    draw_map(make_map(make_matrix(values, models=models), method="pca"), path)
+    drawn = path.read_text()
+    for row in range(6):
+        assert f"cluster/model-{row} -->" in drawn, "matplotlib writes texts as comments, too"
+    assert caplog.messages == []
+
+
 def test_files_of_other_kinds_are_refused_before_any_work(tmp_path, store):
     for path in ("map.gif", "map"):
         with pytest.raises(ValueError, match=rf"must be written as .html, .png, .*got .*{path}'"):
