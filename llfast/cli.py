@@ -260,7 +260,7 @@ def search_command(
         return
     label = unit.replace("_per_", "/")
     print_table(
-        ["model", f"KL ({label})", "±", "95 % interval", "family"],
+        ["model", "KL", "±", "95 % interval", "family"],
         [
             (
                 hit.model,
@@ -272,7 +272,7 @@ def search_command(
             )
             for hit in hits
         ],
-        title=f"Nearest to {query}",
+        title=f"Nearest to {query}, KL in {label}",
     )
     print_line(hits.certificate_line(label))
 

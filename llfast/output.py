@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,7 +47,8 @@ def table_of(
     table = Table(title=title and Text(clean(title)), title_justify="left", title_style="bold")
     numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
     for name, right in zip(columns, numeric, strict=True):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=right)
     for row in rows:
         table.add_row(*(Text(_cell(cell)) for cell in row))
     return table

@@ -273,6 +273,16 @@ def test_names_and_metadata_cannot_drive_the_terminal(command, checkpoints, tmp_
     assert found["hits"][0]["metadata"]["family"] == EVIL
 
 
+def test_numbers_of_a_table_stay_whole_in_a_narrow_terminal(command, tmp_path, monkeypatch):
+    store = make_store(tmp_path / "store")
+    arguments = ("search", "model 000", "--store", store.folder)
+    numbers = [f"{hit['kl']:.4g}" for hit in command(*arguments, "--json").json["hits"]]
+    monkeypatch.setattr("llfast.output._WIDTH_OF_A_PIPE", 36)
+    shown = command(*arguments).out
+    for number in [*numbers, "KL"]:
+        assert f" {number} " in shown
+
+
 def test_a_terminal_shows_progress_and_a_pipe_does_not(checkpoints, texts, monkeypatch, capfd):
     def score(name="\x1b[2J\x1b]0;t\x07[bold]b", progress=None):
         llfast.score(checkpoints / "gpt2", texts, name=name, progress=progress)
