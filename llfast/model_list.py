@@ -50,7 +50,7 @@ def read_model_list(path: str | Path) -> list[ModelRequest]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: with the line, if one cannot be used.
+        ValueError: if there is no model, or with the line, if one cannot be used.
     """
     path = Path(path)
     try:
@@ -61,11 +61,18 @@ def read_model_list(path: str | Path) -> list[ModelRequest]:
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        requests.append(
-            _parse_request(line, f"{path}, line {number}")
-            if path.suffix == ".jsonl"
-            else ModelRequest(model=line.strip())
-        )
+        where = f"{path}, line {number}"
+        if path.suffix == ".jsonl":
+            requests.append(_parse_request(line, where))
+        elif line.lstrip().startswith("{"):
+            raise ValueError(
+                f"{where} must be a name or path, got {line[:60]!r}; for a list of objects, end "
+                "its name in .jsonl"
+            )
+        else:
+            requests.append(ModelRequest(model=line.strip()))
+    if not requests:
+        raise ValueError(f"{path} must name a model a line, got none")
     return requests
 
 
@@ -74,7 +81,8 @@ def _parse_request(line: str, where: str) -> ModelRequest:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must be a JSON object, got {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
+    model = fields.get("model") if isinstance(fields, dict) else None
+    if not (isinstance(model, str) and model.strip()):
         raise ValueError(f'{where} must be an object with a string "model", got {line[:60]!r}')
     trusted = fields.pop("trust_remote_code", False)
     if not isinstance(trusted, bool):

@@ -45,6 +45,7 @@ def test_what_a_row_may_carry(written):
     [
         ("{", "line 2 must be a JSON object"),
         ('{"name": "a"}', 'must be an object with a string "model"'),
+        ('{"model": " "}', 'line 2 must be an object with a string "model"'),
         ('{"model": "a", "weights": 3}', "line 2: weights must be a string, got 3"),
         ('{"model": "a", "trust_remote_code": "no"}', "trust_remote_code must be true or false"),
         ('{"model": "a", "name": "\\ud800"}', "line 2: name must be text, got .ud800"),
@@ -53,3 +54,14 @@ def test_what_a_row_may_carry(written):
 def test_rows_that_cannot_be_used_are_told_by_their_line(written, row, message):
     with pytest.raises(ValueError, match=message):
         read_model_list(written('{"model": "a"}', row))
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.jsonl"])
+def test_a_list_without_a_model_is_refused(written, name):
+    with pytest.raises(ValueError, match=rf"{name} must name a model a line, got none"):
+        read_model_list(written("", "# nothing", name=name))
+
+
+def test_objects_in_a_list_of_names_are_refused(written):
+    with pytest.raises(ValueError, match=r"list.json, line 1 must be a name .*its name in .jsonl"):
+        read_model_list(written('{"model": "a"}', name="list.json"))
