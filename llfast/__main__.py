@@ -42,6 +42,10 @@ def main() -> None:
     except (LlfastError, ValueError, TypeError, OSError, KeyError) as error:
         print_note(f"llfast: error: {error}")
         code = 1
+    except MemoryError as error:
+        reason = f": {error}" if str(error) else ""
+        print_note(f"llfast: error: memory has run out{reason}")
+        code = 1
     if code == _INTERRUPTED:
         print_note("llfast: interrupted; what is done is kept, the same command goes on from there")
     if code:

@@ -215,6 +215,18 @@ def test_a_stream_that_is_closed_is_no_error(texts_file, closed):
     assert (run.returncode, run.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("reason", ["Unable to allocate 8.00 GiB", ""])
+def test_too_little_memory_is_one_line(command, tmp_path, monkeypatch, reason):
+    def run_out(*_):
+        raise MemoryError(reason)
+
+    store = make_store(tmp_path / "store")
+    monkeypatch.setattr("llfast.nearest.ModelSpace.fit", run_out)
+    run = command("kl", "model 000", "model 001", "--store", store.folder)
+    assert (run.code, run.out) == (1, "")
+    assert run.error == f"llfast: error: memory has run out{reason and ': ' + reason}"
+
+
 def test_a_terminal_of_few_letters_is_told_as_well_as_it_can_be(tmp_path):
     TextSet.from_texts(["漢字 ± 🙂"]).save(tmp_path / "t.jsonl")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
