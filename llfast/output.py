@@ -45,7 +45,9 @@ def table_of(
     from rich.text import Text
 
     table = Table(title=title and Text(clean(title)), title_justify="left", title_style="bold")
-    numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    numeric = [
+        all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))
+    ]
     for name, right in zip(columns, numeric, strict=True):
         justify: Literal["left", "right"] = "right" if right else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=right)

@@ -15,6 +15,7 @@ import typer.main
 import llfast
 from llfast import TextSet
 from llfast.cli import app
+from llfast.output import print_table
 from tests.indexes import make_store
 from tests.terminals import on_a_terminal
 from tests.tiny import TEXTS
@@ -293,6 +294,11 @@ def test_numbers_of_a_table_stay_whole_in_a_narrow_terminal(command, tmp_path, m
     shown = command(*arguments).out
     for number in [*numbers, "KL"]:
         assert f" {number} " in shown
+
+
+def test_numbers_are_to_the_right_also_where_some_are_not_known(capsys):
+    print_table(["KL"], [(None,), (1.5,), (10.25,)])  # as the first step of a trajectory has none
+    assert "│   1.5 │" in capsys.readouterr().out
 
 
 def test_a_terminal_shows_progress_and_a_pipe_does_not(checkpoints, texts, monkeypatch, capfd):
