@@ -47,7 +47,8 @@ def find_nearest(
         radius: instead of `k`, all models within this KL (in `unit`).
         where: only models of which this SQL condition holds, see `KLIndex.search`.
         mode: how to search, see `KLIndex.build`.
-        texts: the text set that the store's models were scored on, for a model it lacks.
+        texts: the text set that the store's models were scored on, for a model it lacks; of
+            several it says which one, as `textset` does.
         textset: the start of a text set's digest, for a store with several.
         convention: only results under this convention.
         dtype: only models that ran in it.
@@ -64,6 +65,9 @@ def find_nearest(
     """
     check_mode(mode)
     opened = Store(store)
+    text_set = None if texts is None else TextSet.load(texts)
+    if textset is None and text_set is not None and text_set.digest in opened.textsets():
+        textset = text_set.digest
     selection = Selection(
         textset=opened.find_textset(textset), convention=convention, dtype=dtype, newest=newest
     )
@@ -76,17 +80,16 @@ def find_nearest(
     else:
         names, find_revision = source.models, _revisions(source).get
         digest, convention = source.textset_digest, source.convention
+    if text_set is not None and text_set.digest != digest:
+        raise SearchError(
+            f"{texts} must be the texts that the store's models were scored on "
+            f"({digest[:12]}), got others ({text_set.digest[:12]})"
+        )
     query: str | LogLikelihoods | None = _stored_name(model, names, find_revision)
     if query is None:
-        if texts is None:
+        if text_set is None:
             raise SearchError(
                 f"{_unknown(model, names)} To score it first, give the text set with --texts"
-            )
-        text_set = TextSet.load(texts)
-        if text_set.digest != digest:
-            raise SearchError(
-                f"{os.fspath(texts)} must be the texts that the store's models were scored on "
-                f"({digest[:12]}), got others ({text_set.digest[:12]})"
             )
         query = score(model, text_set, convention=convention, dtype=dtype or "auto")
     if isinstance(source, StoredIndex):

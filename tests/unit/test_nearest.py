@@ -1,10 +1,12 @@
 """From a store and a name to nearest models, with an index and without one."""
 
+import numpy as np
 import pytest
 
-from llfast import KLIndex, ModelSpace, SearchError
+from llfast import KLIndex, ModelSpace, SearchError, TextSet
 from llfast.nearest import build_index, find_nearest
 from tests.indexes import make_store, name
+from tests.spaces import make_matrix
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
 
@@ -35,3 +37,19 @@ def test_a_space_that_knows_no_times_has_no_condition_on_them(store):
     index = KLIndex.build(ModelSpace.fit(store.matrix()))
     with pytest.raises(SearchError, match='"created" not found'):
         index.search(name(0), where="created > '2026-01-01'")
+
+
+def test_texts_that_are_given_say_which_text_set_of_a_store_is_meant(tmp_path, store):
+    texts = TextSet.from_texts(["one", "two", "three"])
+    texts.save(tmp_path / "texts.jsonl")
+    values = np.array([[-1.0, -2, -3], [-3, -1, -2]])
+    models, given = [name(0), "other"], {"ids": texts.ids, "textset_digest": texts.digest}
+    store.add_matrix(make_matrix(values, models=models, **given))
+    _, hits = find_nearest(name(0), store.folder, texts=tmp_path / "texts.jsonl")
+    assert [hit.model for hit in hits] == ["other"]
+
+
+def test_other_texts_than_the_store_has_are_refused_for_a_model_that_it_has(tmp_path, store):
+    TextSet.from_texts(["one"]).save(tmp_path / "texts.jsonl")
+    with pytest.raises(SearchError, match="must be the texts that the store's models were scored"):
+        find_nearest(name(0), store.folder, texts=tmp_path / "texts.jsonl")
