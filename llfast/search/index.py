@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from llfast.basis import Basis
+from llfast.intervals import half_variances
 from llfast.mixed import adds_bos_of
 from llfast.results import LogLikelihoods
 from llfast.space import ModelSpace
@@ -187,7 +188,8 @@ class KLIndex:
 
     def find_revision(self, revision: str) -> str | None:
         """The name of a model with these weights."""
-        return self._models.find_revision(revision)
+        with self._lock:
+            return self._models.find_revision(revision)
 
     # ------------------------------------------------------------------ searching
 
@@ -319,22 +321,30 @@ class KLIndex:
         self._offset = max(self._offset, abs(float(point.mean())) + _ROUNDED * norm)
         self._added.append(point)
         self._models.add(model)
+        if same := self._models.in_another_dtype(model):
+            now = self._now()
+            noise = half_variances(np.array([now.point(row) for row in same]) - point)
+            self._noise_floor = max(self._noise_floor, float(noise.max()))
+
+    def _now(self) -> Snapshot:
+        """What there is; call it with the lock."""
+        return Snapshot(
+            basis=self.basis,
+            models=self._models,
+            parts=[self._rows] + ([self._added.rows()] if len(self._added) else []),
+            projection=self._projection,
+            allowed=self._models.allowed(),
+            largest=self._largest,
+            offset=self._offset,
+            noise_floor=self._noise_floor,
+        )
 
     def _snapshot(
         self, queries: Sequence[str | LogLikelihoods]
     ) -> tuple[Snapshot, list[int | None]]:
         """What a search sees, and the rows of queries that are there, perhaps, by name."""
         with self._lock:
-            snapshot = Snapshot(
-                basis=self.basis,
-                models=self._models,
-                parts=[self._rows] + ([self._added.rows()] if len(self._added) else []),
-                projection=self._projection,
-                allowed=self._models.allowed(),
-                largest=self._largest,
-                offset=self._offset,
-                noise_floor=self._noise_floor,
-            )
+            snapshot = self._now()
             rows = [
                 self._models.row(query)
                 if isinstance(query, str)

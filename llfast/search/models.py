@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -73,6 +73,7 @@ class Models:
         self._base, self._row, self._names = len(names), row, list(names)
         self._revisions = revisions
         self._table: pa.Table | None = None
+        self._by_revision: defaultdict[str, list[int]] | None = None
         self._added: list[IndexedModel] = []
         self._by_name = {name: number for number, name in enumerate(names)}
         self.dtypes, self.adds_bos = set(dtypes), Counter(adds_bos)
@@ -129,9 +130,14 @@ class Models:
 
     def find_revision(self, revision: str) -> str | None:
         """The name of a model that is there and had these weights."""
-        known = [*self._revisions(), *(row.revision for row in self._added)]
-        found = (row for row, own in enumerate(known) if own == revision and row not in self.gone)
-        return min((self._names[row] for row in found), default=None)
+        return min((self._names[row] for row in self._of_revision(revision)), default=None)
+
+    def in_another_dtype(self, model: IndexedModel) -> list[int]:
+        """Rows that are there, had the same weights, and ran in another dtype."""
+        if not (model.revision and model.dtype and self.dtypes - {"", model.dtype}):
+            return []
+        same = self._of_revision(model.revision)
+        return [row for row in same if self[row].dtype not in ("", model.dtype)]
 
     def row(self, name: str) -> int:
         """The row of a model that is there.
@@ -165,6 +171,8 @@ class Models:
     def add(self, row: IndexedModel) -> None:
         """A new last row; one of the same name is gone."""
         self.remove(row.name)
+        if self._by_revision is not None:
+            self._by_revision[row.revision].append(self.count)
         self._added.append(row)
         self._names.append(row.name)
         self._by_name[row.name] = self.count - 1
@@ -177,3 +185,13 @@ class Models:
         number = self._by_name.pop(name, None)
         if number is not None:
             self.gone.add(number)
+
+    def _of_revision(self, revision: str) -> list[int]:
+        """Rows that are there with these weights."""
+        if self._by_revision is None:
+            found: defaultdict[str, list[int]] = defaultdict(list)
+            known = [*self._revisions(), *(row.revision for row in self._added)]
+            for row, own in enumerate(known):
+                found[own].append(row)
+            self._by_revision = found
+        return [row for row in self._by_revision.get(revision, []) if row not in self.gone]

@@ -5,7 +5,7 @@ import pytest
 
 from llfast import KLIndex, ModelSpace, SearchError, TextSet
 from llfast.nearest import build_index, find_nearest
-from tests.indexes import make_store, name
+from tests.indexes import N, index_result, make_store, model_values, name
 from tests.spaces import make_matrix
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
@@ -53,3 +53,24 @@ def test_other_texts_than_the_store_has_are_refused_for_a_model_that_it_has(tmp_
     TextSet.from_texts(["one"]).save(tmp_path / "texts.jsonl")
     with pytest.raises(SearchError, match="must be the texts that the store's models were scored"):
         find_nearest(name(0), store.folder, texts=tmp_path / "texts.jsonl")
+
+
+@pytest.mark.filterwarnings("ignore:models ran in")
+def test_a_dtype_that_came_after_an_index_was_built_says_what_is_noise(store):
+    values, rng = model_values(100), np.random.default_rng(0)
+
+    def add(model, revision, dtype, noise):
+        own = values + noise * rng.standard_normal(N)
+        store.add(index_result(100, model=model, revision=revision, dtype=dtype, values=own))
+
+    def flags(index):
+        return {hit.model: hit.estimate.below_noise_floor for hit in index.search("whole", 2)}
+
+    add("whole", "one", "float32", 0)
+    add("like it", "other", "bfloat16", 0.01)
+    index = KLIndex.build(store, "certified")
+    assert flags(index)["like it"] is False
+    add("half", "one", "bfloat16", 1)
+    index.refresh()
+    truth = {"like it": True, "half": False}
+    assert flags(index) == flags(KLIndex.build(ModelSpace.fit(store.matrix()))) == truth
