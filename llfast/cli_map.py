@@ -23,7 +23,8 @@ def map_command(
     places: Annotated[
         Path | None,
         typer.Option(
-            help="A file of places. Its models stay where they are, new ones are added to it."
+            help="A file of places. Its models stay where they are, by the method of that map; new "
+            "ones are added to it."
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="tsne, pca or mds.")] = "tsne",

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import AsJson, Newest, StoredConvention, StoredDtype, StorePath, TextSetDigest
+from .cli_options import (
+    AsJson,
+    Newest,
+    StoredConvention,
+    StoredDtype,
+    StorePath,
+    TextSetDigest,
+    UsageError,
+)
 from .output import print_json, print_table
 
 
@@ -17,10 +25,15 @@ def predict_command(
         Path, typer.Option(help="A CSV file: models and benchmarks, in rows and columns.")
     ],
     group: Annotated[
-        str, typer.Option(help="Models with the same value of this are predicted by others alone.")
-    ] = "family",
+        str | None,
+        typer.Option(
+            help="A key of the metadata: models with the same value of it are predicted together, "
+            "from all others. family, if left out."
+        ),
+    ] = None,
     alone: Annotated[
-        bool, typer.Option("--alone", help="Instead: each model is predicted by all others' folds.")
+        bool,
+        typer.Option("--alone", help="Instead: folds without regard to such groups."),
     ] = False,
     log: Annotated[
         list[str] | None,
@@ -36,6 +49,8 @@ def predict_command(
     """Predict benchmark scores from where models are, each from those of other families."""
     from .prediction import predict_from_store
 
+    if alone and group is not None:
+        raise UsageError("--group goes without --alone, which has no groups")
     found = predict_from_store(
         store,
         scores,
@@ -43,7 +58,7 @@ def predict_command(
         convention=convention,
         dtype=dtype,
         newest=newest,
-        group=None if alone else group,
+        group=None if alone else "family" if group is None else group,
         folds=folds,
         log=log or (),
     )

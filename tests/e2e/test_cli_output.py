@@ -129,6 +129,7 @@ def test_the_version_is_printed(command):
         ("search a --store s -k 0", "Invalid value for '-k'"),
         ("search a --store s --radius -1", "Invalid value for '--radius'"),
         ("search a --store s --radius 1 -k 5", "-k goes without --radius"),
+        ("predict --store s --scores f --alone --group g", "--group goes without --alone"),
         ("score m --texts t --token-budget 0", "Invalid value for '--token-budget'"),
         ("texts show t --rows x", "Invalid value for '--rows'"),
         ("bench throughput --texts 0", "Invalid value for '--texts'"),
