@@ -84,9 +84,11 @@ def live_display() -> Iterator[Callable[[Sequence[Any]], None]]:
 
 
 def print_facts(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line a fact, then a table of what they are about."""
+    """A line a fact that is known, then a table of what they are about."""
+    width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        print_line(f"{name:16} {_fact(name, value)}")
+        if value is not None:
+            print_line(f"{name:{width}} {_fact(name, value)}")
     if rows:
         print_table(
             list(rows[0]), [[_short(name, value) for name, value in row.items()] for row in rows]

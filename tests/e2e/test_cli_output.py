@@ -15,7 +15,7 @@ import typer.main
 import llfast
 from llfast import TextSet
 from llfast.cli import app
-from llfast.output import print_table
+from llfast.output import print_facts, print_table
 from tests.indexes import make_store
 from tests.terminals import on_a_terminal
 from tests.tiny import TEXTS
@@ -295,6 +295,12 @@ def test_numbers_of_a_table_stay_whole_in_a_narrow_terminal(command, tmp_path, m
     shown = command(*arguments).out
     for number in [*numbers, "KL"]:
         assert f" {number} " in shown
+
+
+def test_facts_are_in_a_column_whatever_their_names_and_unknown_ones_are_not_told(capsys):
+    print_facts({"a": 1, "a_name_of_more_characters": 2, "unknown": None}, [])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.index("1") == second.index("2")
 
 
 def test_numbers_are_to_the_right_also_where_some_are_not_known(capsys):
