@@ -88,7 +88,8 @@ def _draw_distances(axes: Any, trajectory: Trajectory) -> None:
     _label_some(
         axes, [b - a for row, a in enumerate(steps) for b in steps[row + 1 : row + 1 + window]]
     )
-    axes.set_title(f"Distances from each checkpoint to the next {window}")
+    following = min(window, len(steps) - 1)
+    axes.set_title(f"Distances from each checkpoint to the next {following}")
     if handles:
         axes.legend(handles=handles, frameon=False, loc="lower right")
 
