@@ -118,7 +118,7 @@ def test_questions_that_a_store_cannot_answer(command, store, tmp_path):
             assert message in run.err.splitlines()[-1]
             assert run.err.splitlines()[-1].startswith("llfast: error: ")
     run = command("kl", "a", "b", "--store", tmp_path / "none")
-    assert "none must hold results, got none" in run.error
+    assert "none must hold results, got no such folder" in run.error
     assert not (tmp_path / "none").exists()
 
 

@@ -81,7 +81,7 @@ def test_of_several_rows_of_a_model_one_must_be_chosen(command, made):
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (0, "must hold results, got none"),
+        (0, "must hold results, got no such folder"),
         (1, "models must be at least two to be compared, got 1"),
         (2, "metadata must relate at least two of the models, got none"),
     ],
