@@ -289,7 +289,11 @@
   // To a model, so near that its neighbours on the map are still in sight.
   function fly(row) {
     const all = whole();
-    const span = 0.12 * Math.max(all.x[1] - all.x[0], all.y[1] - all.y[0]);
+    const away = data.x.map((x, other) => Math.hypot(x - data.x[row], data.y[other] - data.y[row]));
+    const near = away.sort((a, b) => a - b)[Math.min(4, COUNT - 1)];
+    const span = Math.max(
+      0.12 * Math.max(all.x[1] - all.x[0], all.y[1] - all.y[0]), 2.2 * near,
+    );
     const { w, h } = map._fullLayout._size;
     const across = (span * w) / Math.min(w, h) / 2;
     const up = (span * h) / Math.min(w, h) / 2;

@@ -117,6 +117,16 @@ def test_a_search_flies_to_the_model(page, made):
     np.testing.assert_allclose(page.ranges(), before, rtol=0.02)
 
 
+def test_beside_a_model_that_is_looked_for_others_are_in_sight_on_a_small_map(browser, tmp_path):
+    path = tmp_path / "small.html"
+    found = make_page(path, 8)
+    with opened(browser, path) as page:
+        page.find("model-3")
+        low, high, bottom, top = page.ranges()
+    x, y = found.places.T
+    assert ((low < x) & (x < high) & (bottom < y) & (y < top)).sum() >= 4
+
+
 def test_the_wheel_zooms_and_a_drag_moves(page, made):
     row = alone(made[1])
     x, y = page.where(row)
