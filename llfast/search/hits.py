@@ -49,6 +49,12 @@ class Hit:
         """Standard error of `kl`."""
         return self.estimate.standard_error
 
+    def __getstate__(self) -> dict[str, Any]:
+        """To another process go the answers, for the index that gives them stays."""
+        names = ("model", "kl", "unit", "estimate")
+        state = {name: getattr(self, name) for name in names}
+        return {**state, "metadata": dict(self.metadata)}
+
     def summary(self) -> dict[str, Any]:
         """What programs are told of it; an error or end that is not known is None."""
         numbers = (self.standard_error, *self.interval)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import sys
 
 import numpy as np
@@ -266,3 +267,13 @@ def test_without_faiss_the_pip_command_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'llfast\[cpu\]'.*llfast\[gpu\]"):
         KLIndex.build(space)
+
+
+def test_hits_go_to_other_processes():
+    rng = np.random.default_rng(0)
+    space = make_space(rng.normal(-900, 50, (30, 40)))
+    found = KLIndex.build(space, "certified").search("m0003", 5)
+    copied = pickle.loads(pickle.dumps(found))
+    assert copied == found
+    assert copied.certificate == found.certificate
+    assert [hit.summary() for hit in copied] == [hit.summary() for hit in found]
