@@ -58,7 +58,8 @@ class LogLikelihoods:
         ids: (N,) ids of the texts.
         loglikelihoods: (N,) nats, the fp64 sum of a text's fp32 per-token logprobs.
         token_counts: (N,) scored tokens; a text with none has log-likelihood 0.0.
-        text_bytes: (N,) UTF-8 bytes of the raw text; 0 where unknown.
+        text_bytes: (N,) UTF-8 bytes of the raw text, 0 where unknown; an imported matrix may have
+            means, which are no whole numbers.
         truncated: (N,) whether the text was longer than the model takes.
         token_budgets: (N,) the batch ladder each text was scored on.
         groups: the document of each text, if known.
@@ -77,7 +78,7 @@ class LogLikelihoods:
     ids: tuple[str, ...]
     loglikelihoods: Float64[np.ndarray, " N"]
     token_counts: Int64[np.ndarray, " N"]
-    text_bytes: Int64[np.ndarray, " N"]
+    text_bytes: Shaped[np.ndarray, " N"]
     truncated: Bool[np.ndarray, " N"]
     token_budgets: Int32[np.ndarray, " N"]
     groups: tuple[str, ...] | None = None

@@ -346,7 +346,7 @@ class Store:
             ids=tuple(texts["ids"]),
             loglikelihoods=np.array(lists["loglikelihoods"], dtype=np.float64),
             token_counts=np.array(lists.get("token_counts", zeros), dtype=np.int64),
-            text_bytes=np.rint(texts["text_bytes"]).astype(np.int64),
+            text_bytes=np.array(texts["text_bytes"]),
             truncated=np.array(lists.get("truncated", zeros), dtype=bool),
             token_budgets=np.array(lists.get("token_budgets", zeros), dtype=np.int32),
             groups=tuple(texts["groups"]) if texts["groups"] else None,

@@ -137,6 +137,14 @@ def test_what_is_imported_can_be_stored_and_searched(write, tmp_path):
     assert other.textset_digest != matrix.textset_digest
 
 
+def test_a_mean_of_bytes_is_not_rounded_in_a_store(write, tmp_path):
+    store = Store(tmp_path / "store")
+    store.add_matrix(load(write(MODELS, BITS), text_bytes=972.4))
+    results = {row.key.model: store.load(row) for row in store.rows()}
+    for model, bits in zip(MODELS, BITS, strict=True):
+        assert results[model].mean_bits_per_byte == pytest.approx(bits.mean(), rel=1e-12)
+
+
 # ------------------------------------------------------------------------------ odd but right
 
 
