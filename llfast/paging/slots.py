@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llfast.dtypes import STORED_DTYPES
-from llfast.errors import CannotPageError
+from llfast.errors import CannotPageError, LlfastWarning
 from llfast.quantised.dequantise import LazyWeight
 
 from .layout import Layout
@@ -47,12 +49,25 @@ class Slot:
             # The memory may have been another tensor's, which the device is still at.
             self._last_use: Any = torch.cuda.current_stream(device).record_event()
             self._copied: Any = None
-            try:
-                _check(_cudart().cudaHostRegister(self._memory.address, self.nbytes, 0))
-            except RuntimeError as error:
+            self._is_pinned = self._pin(device)
+
+    def _pin(self, device: torch.device) -> bool:
+        """Let the device copy by itself from what is read to; CUDA copies other memory twice."""
+        try:
+            _check(_cudart().cudaHostRegister(self._memory.address, self.nbytes, 0))
+        except RuntimeError as error:
+            _forget_error(device)
+            if "out of memory" in str(error):
                 raise MemoryError(
                     f"not enough memory to pin {self.nbytes:,} bytes for a GPU: {error}"
                 ) from error
+            warnings.warn(
+                f"weights are copied to the GPU more slowly, as memory cannot be pinned: {error}",
+                LlfastWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
 
     def memory(self) -> Memory:
         """What is read to, once what it held has been copied to the device."""
@@ -90,7 +105,8 @@ class Slot:
             try:
                 torch.cuda.synchronize(device)
             finally:
-                _check(_cudart().cudaHostUnregister(self._memory.address))
+                if self._is_pinned:
+                    _check(_cudart().cudaHostUnregister(self._memory.address))
 
     def tensor(self, layout: Layout, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
         """One of those in the slot; a copy where its numbers do not lie on whole addresses.
@@ -156,3 +172,9 @@ def _cudart() -> Any:
 
 def _check(result: Any) -> None:
     torch.cuda.check_error(result)
+
+
+def _forget_error(device: torch.device) -> None:
+    """Ask CUDA for its last error, which the next kernel to be launched would take for its own."""
+    with contextlib.suppress(RuntimeError):
+        _empty_on(device, 1).fill_(1)

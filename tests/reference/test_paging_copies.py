@@ -74,7 +74,7 @@ class Device:
         self.computing, self._own = Computing(), threading.local()
 
     def install(self, monkeypatch):
-        cudart = SimpleNamespace(
+        self.cudart = SimpleNamespace(
             cudaHostRegister=self.register, cudaHostUnregister=self.registered.pop
         )
         fakes = {
@@ -82,7 +82,7 @@ class Device:
             "stream": self.on,
             "current_stream": lambda *_: self.computing,
             "synchronize": lambda *_: [each.record_event().synchronize() for each in self.made],
-            "cudart": lambda: cudart,
+            "cudart": lambda: self.cudart,
             "check_error": lambda _: None,
         }
         for name, fake in fakes.items():
@@ -207,6 +207,23 @@ def test_memory_that_cannot_be_pinned_is_too_little(device, monkeypatch):
     monkeypatch.setattr(slots.torch.cuda, "check_error", refuse)
     with pytest.raises(MemoryError, match="not enough memory to pin 4,096 bytes"):
         Slot(4096, SimpleNamespace(type="cuda"))
+
+
+def test_memory_that_a_system_never_pins_is_copied_more_slowly(device, tmp_path, monkeypatch):
+    folder = save(make_model("llama"), make_tokenizer(adds_bos=True), tmp_path / "m")
+    expected = llfast.score(folder, TEXTS, weights="resident", per_token=True, **OPTIONS)
+    device.install(monkeypatch)
+    monkeypatch.setattr(device.cudart, "cudaHostRegister", lambda *_: "refused")
+
+    def refuse(result):
+        if result == "refused":
+            raise RuntimeError("operation not supported (801)")
+
+    monkeypatch.setattr(slots.torch.cuda, "check_error", refuse)
+    with pytest.warns(llfast.LlfastWarning, match="cannot be pinned: operation not supported"):
+        result, _ = score_paged(folder, TEXTS, **OPTIONS)
+    check_same(result, expected)
+    assert device.copies > 0
 
 
 def test_relatives_together(device, tmp_path, monkeypatch):
