@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import greenlet
 import jaxtyping
 import pytest
+import threadpoolctl
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,7 @@ if "LLFAST_REQUIRE_GPU" not in os.environ:
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, which have a core each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)  # numpy, which torch has loaded, has its own
 _CACHE = tempfile.TemporaryDirectory(prefix="llfast-tests-")  # gone when the tests are
 os.environ["LLFAST_CACHE"] = _CACHE.name
 
