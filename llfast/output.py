@@ -46,13 +46,22 @@ def table_of(
 
     table = Table(title=title and Text(clean(title)), title_justify="left", title_style="bold")
     numeric = [
-        all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))
+        all(isinstance(row[i], int | float | None) for row in rows)
+        and any(row[i] is not None for row in rows)
+        for i in range(len(columns))
     ]
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    least = [
+        max(map(len, column)) if right else 1
+        for column, right in zip(zip(columns, *cells, strict=True), numeric, strict=True)
+    ]
+    # Where there is no room for them, numbers have to be folded, or rich would cut them.
+    whole = sum(least) + 3 * len(columns) + 1 <= _console().width
     for name, right in zip(columns, numeric, strict=True):
         justify: Literal["left", "right"] = "right" if right else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=right)
-    for row in rows:
-        table.add_row(*(Text(_cell(cell)) for cell in row))
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=right and whole)
+    for row in cells:
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -297,6 +297,14 @@ def test_numbers_of_a_table_stay_whole_in_a_narrow_terminal(command, tmp_path, m
         assert f" {number} " in shown
 
 
+def test_numbers_that_a_terminal_has_no_room_for_are_folded_and_not_cut(capsys, monkeypatch):
+    monkeypatch.setattr("llfast.output._WIDTH_OF_A_PIPE", 80)
+    print_table(["name", *(f"ms {i}" for i in range(12))], [("model", *[1.25e30] * 12)])
+    shown = capsys.readouterr().out
+    assert [shown.count(each) for each in ("5", "+", "ms")] == [12 + 1, 12, 12]
+    assert "".join(shown.split("│")[1::14]).replace(" ", "") == "model"
+
+
 def test_facts_are_in_a_column_whatever_their_names_and_unknown_ones_are_not_told(capsys):
     print_facts({"a": 1, "a_name_of_more_characters": 2, "unknown": None}, [])
     first, second = capsys.readouterr().out.splitlines()
