@@ -77,6 +77,11 @@ def adds_bos_of(result: LogLikelihoods) -> bool | None:
     return found if isinstance(found, bool) else None
 
 
+def layer_of(name: str) -> str:
+    """The layer in the name of a row, as `Store.matrix` makes it; "" for a whole model."""
+    return name.partition("@layer=")[2]
+
+
 def noise_floor(
     points: Shaped[np.ndarray, "K N"],
     names: Sequence[str],
@@ -98,7 +103,7 @@ def _dtype_pairs(
     kinds: dict[tuple[str, str], list[int]] = {}
     for row, (name, revision) in enumerate(zip(names, revisions, strict=True)):
         if revision and dtypes[row]:
-            kinds.setdefault((revision, name.partition("@layer=")[2]), []).append(row)
+            kinds.setdefault((revision, layer_of(name)), []).append(row)
     for rows in kinds.values():
         for a, b in itertools.combinations(rows, 2):
             if dtypes[a] != dtypes[b]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from llfast.errors import SpaceError
+from llfast.mixed import layer_of
 from llfast.where import model_table
 
 _MOST_LIKE = 5000  # names that one that is not there is compared with: 0.1 s
@@ -133,10 +134,13 @@ class Models:
         return min((self._names[row] for row in self._of_revision(revision)), default=None)
 
     def in_another_dtype(self, model: IndexedModel) -> list[int]:
-        """Rows that are there, had the same weights, and ran in another dtype."""
+        """Rows that are there, are this model or this layer of it, and ran in another dtype."""
         if not (model.revision and model.dtype and self.dtypes - {"", model.dtype}):
             return []
-        same = self._of_revision(model.revision)
+        layer = layer_of(model.name)
+        same = [
+            row for row in self._of_revision(model.revision) if layer_of(self.name(row)) == layer
+        ]
         return [row for row in same if self[row].dtype not in ("", model.dtype)]
 
     def row(self, name: str) -> int:

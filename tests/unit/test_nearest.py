@@ -74,3 +74,17 @@ def test_a_dtype_that_came_after_an_index_was_built_says_what_is_noise(store):
     index.refresh()
     truth = {"like it": True, "half": False}
     assert flags(index) == flags(KLIndex.build(ModelSpace.fit(store.matrix()))) == truth
+
+
+@pytest.mark.filterwarnings("ignore:models ran in")
+def test_another_layer_of_a_model_in_another_dtype_is_no_noise(store):
+    values, rng = model_values(100), np.random.default_rng(0)
+    half = {"dtype": "bfloat16", "values": values + rng.standard_normal(N)}
+    store.add(index_result(100, model="whole", revision="one", dtype="float32"))
+    for layer in range(2):
+        own = {"layer": layer, "values": values + 50 * rng.standard_normal(N)}
+        store.add(index_result(100, model="whole", revision="one", dtype="float32", **own))
+    index = KLIndex.build(ModelSpace.fit(store.matrix(layers=True)))
+    index.add(index_result(100, model="half", revision="one", **half))
+    flags = {hit.model: hit.estimate.below_noise_floor for hit in index.search("half", 50)}
+    assert [flags[f"whole@layer={layer}"] for layer in range(2)] == [False, False]
