@@ -190,7 +190,9 @@ def open_model(
         return model
     if isinstance(model, tuple):
         if tokenizer is not None:
-            raise ValueError("tokenizer must be given once, got a pair with one and another")
+            raise ValueError(
+                "tokenizer must be given once, got a pair with one and another; leave out one"
+            )
         model, tokenizer = model
     if not isinstance(model, str | os.PathLike):
         if not hasattr(model, "config"):
@@ -204,8 +206,8 @@ def open_model(
             )
         if adapter_base is not None:
             raise ValueError(
-                "adapter_base is for the folder or Hub id of a LoRA adapter, got a loaded model; "
-                "load the adapter into it"
+                "adapter_base must go with the folder or Hub id of a LoRA adapter, got a loaded "
+                "model; load the adapter into it"
             )
         own_name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return MemorySource(
@@ -225,7 +227,10 @@ def open_model(
     base, base_commit = folder, commit
     if adapter_base is not None:
         if not (folder / "adapter_config.json").exists():
-            raise ValueError(f"adapter_base is for LoRA adapters, got {given}, which is none")
+            raise ValueError(
+                f"adapter_base must go with a LoRA adapter, got {given}, which is none; leave it "
+                "out"
+            )
         check_adapter(folder)
         base, base_commit = find_folder(adapter_base, None, trust_remote_code, allow_pickle)
     checkpoint = Checkpoint.open(base, allow_pickle=allow_pickle)

@@ -282,7 +282,7 @@ def test_an_adapter_without_its_base_is_refused(checkpoints, adapter, tmp_path):
     base = str(checkpoints / "llama")
     assert same_weights(load(both, adapter_base=base), load(adapter, adapter_base=base))
     line = refused(checkpoints / "gpt2", ValueError, adapter_base=base)
-    assert line.startswith("adapter_base is for LoRA adapters, got ")
+    assert line.startswith("adapter_base must go with a LoRA adapter, got ")
 
 
 def test_a_merged_model_goes_by_adapter_and_base(checkpoints, adapter, tmp_path):

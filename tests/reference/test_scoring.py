@@ -352,9 +352,9 @@ def test_wrong_arguments_are_refused(llama, tokenizer):
         llfast.score(llama, TEXTS)
     with pytest.raises(TypeError, match="tokenizer must be a loaded one for .* got 'x'"):
         llfast.score(llama, TEXTS, tokenizer="x")
-    with pytest.raises(ValueError, match="tokenizer must be given once"):
+    with pytest.raises(ValueError, match="tokenizer must be given once, .*; leave out one"):
         llfast.score((llama, tokenizer), TEXTS, tokenizer=make_tokenizer(adds_bos=False))
-    with pytest.raises(ValueError, match="adapter_base is for .* got a loaded model"):
+    with pytest.raises(ValueError, match="adapter_base must go with .* got a loaded model; load"):
         llfast.score((llama, tokenizer), TEXTS, adapter_base="x")
     with pytest.raises(ValueError, match="dtype must be 'auto' for a loaded model"):
         llfast.score((llama, tokenizer), TEXTS, dtype="bfloat16")
