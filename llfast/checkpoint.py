@@ -16,6 +16,7 @@ from .quantised import QuantisedWeight, plain_weights, quantisation
 from .safetensors_file import StoredTensor, read_header, refuse_pointer, short, unique_keys
 
 _WEIGHTS = "model.safetensors"
+_PICKLES = "pytorch_model.bin"
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
@@ -77,8 +78,8 @@ class Checkpoint:
                     f"{folder} must hold .safetensors weights, for they are quantised "
                     f"({quantised}), got pickled ones ({weights[0].name})"
                 )
-        else:
-            _refuse_others(folder, config, f"{_WEIGHTS}.index.json" if index else _WEIGHTS)
+        own = _PICKLES if pickled else f"{_WEIGHTS}.index.json" if index else _WEIGHTS
+        _refuse_others(folder, config, own)
         state = _state(folder, weights)
         tensors = {} if pickled else _stored_tensors(weights, index)
         plain = {} if pickled else plain_weights(folder, config, tensors)
@@ -228,7 +229,7 @@ def _refuse_gguf(folder: Path) -> None:
 
 def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
     """Pickled weights, if there are any and they may be loaded."""
-    pickles, _ = _weight_files(folder, "pytorch_model.bin")
+    pickles, _ = _weight_files(folder, _PICKLES)
     if not pickles:
         _refuse_gguf(folder)
         others = ", ".join(sorted(_names(folder, _OTHER_WEIGHTS))[:3])

@@ -230,6 +230,9 @@ def test_weights_that_the_config_has_elsewhere(tmp_path, named):
     message = refused(folder, UnsupportedModelError)
     assert "must hold its weights as model.safetensors, got" in message
     assert "for transformers_weights in config.json; " in message
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = refused(folder, UnsupportedModelError, allow_pickle=True)
+    assert "must hold its weights as pytorch_model.bin, got" in message
 
 
 def test_weights_that_the_config_has_where_they_are(tmp_path):
