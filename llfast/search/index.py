@@ -144,7 +144,9 @@ class KLIndex:
     ) -> KLIndex:
         """As `build` from a space; `created` says when a store got each model, for conditions.
 
-        Raises: as `build` says.
+        Mode and device are not checked.
+
+        Raises: MissingDependencyError and SearchError as `build` says.
         """
         mode = choose_mode(mode, space.coordinates.nbytes // 2)
         contents = Contents.of_space(space, mode, created)
