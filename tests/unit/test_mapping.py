@@ -285,10 +285,11 @@ def test_pictures_of_few_models_and_of_those_without_family(tmp_path, ending):
         assert {family, (138, 145, 156)} <= colours  # of the family, and those without
 
 
+@pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # of adjustText
 def test_long_names_are_told_apart_on_a_picture_and_leave_room(tmp_path, caplog):
     folder = "/a/folder/of/checkpoints/that/is/deep/down/in/a/file/system/of/a/cluster"
-    models = [f"{folder}/model-{row}" for row in range(6)]
-    values = np.random.default_rng(0).standard_normal((6, N)) - 700
+    models = [*(f"{folder}/model-{row}" for row in range(6)), "W" * 60]  # as wide as the axes
+    values = np.random.default_rng(0).standard_normal((7, N)) - 700
     path = tmp_path / "map.svg"
     draw_map(make_map(make_matrix(values, models=models), method="pca"), path)
     drawn = path.read_text()
