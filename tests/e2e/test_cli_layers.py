@@ -68,7 +68,7 @@ def test_an_adapter_is_read_out_at_the_layers_of_its_base(layers, checkpoints, t
     adapter, base = make_adapter(tmp_path / "adapter"), str(checkpoints / "llama")
     run = layers(adapter)
     assert "got a LoRA adapter; pass the model it was trained on with --adapter-base" in run.error
-    assert layers("llama", "--adapter-base", base).error.endswith("which is none")
+    assert layers("llama", "--adapter-base", base).error.endswith("which is none; leave it out")
     found = layers(adapter, "--adapter-base", base, "--json").json
     assert (found["status"], len(found["layers"])) == ("scored", 3)
     expected = llfast.score_layers(adapter, texts, adapter_base=base)
