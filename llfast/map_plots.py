@@ -121,4 +121,10 @@ def _label(figure: Any, axes: Any, found: ModelMap, legend: Any) -> None:
         axes.text(x, y, model_label(model), fontsize=size, color="0.25")
         for model, (x, y) in zip(found.models, found.places.tolist(), strict=True)
     ]
-    adjust_text(labels, objects=[legend], ax=axes, expand=(1.15, 1.4))
+    adjust_text(
+        labels,
+        objects=[legend],
+        ax=axes,
+        expand=(1.15, 1.4),
+        arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "linestyle": ":"},
+    )

@@ -298,6 +298,14 @@ def test_long_names_are_told_apart_on_a_picture_and_leave_room(tmp_path, caplog)
     assert caplog.messages == []
 
 
+def test_a_dotted_line_leads_from_a_model_to_a_name_that_had_to_move(tmp_path):
+    values = np.random.default_rng(0).standard_normal((12, N)) - 700
+    values[:10] = values[0]
+    path = tmp_path / "map.svg"
+    draw_map(make_map(make_matrix(values), method="pca"), path)
+    assert path.read_text().count("stroke-dasharray") >= 8, "ten names are at one place"
+
+
 def test_files_of_other_kinds_are_refused_before_any_work(tmp_path, store):
     for path in ("map.gif", "map"):
         with pytest.raises(ValueError, match=rf"must be written as .html, .png, .*got .*{path}'"):
