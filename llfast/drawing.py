@@ -20,7 +20,7 @@ PALETTE = (
     "#e0a3b0", "#8c8c00", "#b55fd6",
 )  # fmt: skip
 REST = "#8a919c"
-LONGEST = 60  # characters of a name
+LONGEST_NAME = 60  # characters of a name
 _KINDS = ("png", "svg", "pdf")
 
 
@@ -67,7 +67,7 @@ def plain(name: str) -> str:
 
 def model_label(name: str) -> str:
     """The end of a long name, which tells models apart."""
-    return plain(name if len(name) <= LONGEST else "…" + name[1 - LONGEST :])
+    return plain(name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :])
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:

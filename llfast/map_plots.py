@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .drawing import (
-    LONGEST,
+    LONGEST_NAME,
     PALETTE,
     REST,
     any_letters,
@@ -106,7 +106,7 @@ def _groups(found: ModelMap, key: str) -> dict[str | None, list[int]]:
 
 def _short(name: str) -> str:
     """A name in a legend: long ones are cut, and none begins with what matplotlib leaves out."""
-    cut = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+    cut = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
     return plain(" " + cut if cut.startswith("_") else cut or "(empty)")
 
 

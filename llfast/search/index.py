@@ -324,11 +324,11 @@ class KLIndex:
         self._added.append(point)
         self._models.add(model)
         if same := self._models.in_another_dtype(model):
-            now = self._now()
+            now = self._take_snapshot()
             noise = half_variances(np.array([now.point(row) for row in same]) - point)
             self._noise_floor = max(self._noise_floor, float(noise.max()))
 
-    def _now(self) -> Snapshot:
+    def _take_snapshot(self) -> Snapshot:
         """What there is; call it with the lock."""
         return Snapshot(
             basis=self.basis,
@@ -346,7 +346,7 @@ class KLIndex:
     ) -> tuple[Snapshot, list[int | None]]:
         """What a search sees, and the rows of queries that are there, perhaps, by name."""
         with self._lock:
-            snapshot = self._now()
+            snapshot = self._take_snapshot()
             rows = [
                 self._models.row(query)
                 if isinstance(query, str)
