@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -114,17 +116,29 @@ def _label(figure: Any, axes: Any, found: ModelMap, legend: Any) -> None:
     """Put names beside the points, moved so that they cover as little as can be."""
     with needed("adjustText", "drawing a map needs adjustText; run `pip install 'llfast[map]'`"):
         from adjustText import adjust_text
-    logging.getLogger("adjustText").setLevel(logging.ERROR)  # it remarks on every long label
     figure.draw_without_rendering()  # labels are placed within the axes as they will be
     size = 8 if len(found.models) <= 30 else 6
     labels = [
         axes.text(x, y, model_label(model), fontsize=size, color="0.25")
         for model, (x, y) in zip(found.models, found.places.tolist(), strict=True)
     ]
-    adjust_text(
-        labels,
-        objects=[legend],
-        ax=axes,
-        expand=(1.15, 1.4),
-        arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "linestyle": ":"},
-    )
+    with _without_remarks():
+        adjust_text(
+            labels,
+            objects=[legend],
+            ax=axes,
+            expand=(1.15, 1.4),
+            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "linestyle": ":"},
+        )
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Nothing from adjustText on long names."""
+    logger = logging.getLogger("adjustText")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

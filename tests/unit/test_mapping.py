@@ -1,6 +1,7 @@
 """Maps of stores: what stays where it is, what is beside what, and lines."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -296,6 +297,7 @@ def test_long_names_are_told_apart_on_a_picture_and_leave_room(tmp_path, caplog)
     for row in range(6):
         assert f"cluster/model-{row} -->" in drawn, "matplotlib writes texts as comments, too"
     assert caplog.messages == []
+    assert logging.getLogger("adjustText").level == logging.NOTSET, "as it was"
 
 
 def test_a_dotted_line_leads_from_a_model_to_a_name_that_had_to_move(tmp_path):
