@@ -12,7 +12,10 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -108,6 +111,50 @@ __attribute__((target("avx512f,avx512bf16"))) void chains_avx512_bf16(float* sta
     _mm512_storeu_ps(state + chain * kLanes, x[chain]);
 }
 
+// Tiles of 16 x 16 sums, each of 32 products: four chains, for an instruction takes 16 cycles and
+// its sums are there after 52.
+constexpr int kTileChains = 4;
+
+__attribute__((target("amx-tile,amx-bf16"))) void chains_amx_bf16(float* state, float factor,
+                                                                  float addend) {
+  alignas(64) unsigned char config[64] = {1};
+  for (int tile = 0; tile < kTileChains + 2; ++tile) {
+    config[16 + 2 * tile] = 64;  // bytes a row
+    config[48 + tile] = 16;      // rows
+  }
+  alignas(64) std::uint16_t factors[2][16 * 32];
+  for (auto& tile : factors)
+    for (std::uint16_t& each : tile) {
+      float value = (&tile == &factors[0] ? factor : addend) * 0.03125f;
+      std::memcpy(&each, reinterpret_cast<const char*>(&value) + 2, sizeof each);  // its upper half
+    }
+  asm volatile("" ::: "memory");  // the compiler does not know that what follows reads memory
+  _tile_loadconfig(config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, factors[0], 64);
+  _tile_loadd(5, factors[1], 64);
+  for (std::int64_t loop = 0; loop < kLoops; ++loop) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  alignas(64) float sums[16 * 16];
+  _tile_stored(0, sums, 64);
+  _tile_release();
+  state[0] = sums[0];
+}
+
+// A process gets tiles from Linux when it asks for them.
+bool has_amx_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0 &&
+         (edx >> 24 & 1) != 0 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
 #endif
 
 struct MultiplyAdds {
@@ -124,6 +171,7 @@ MultiplyAdds multiply_adds(const std::string& set) {
     return {chains_avx512, kWideChains * 16};
   if (set == "avx512_bf16" && __builtin_cpu_supports("avx512bf16"))
     return {chains_avx512_bf16, kWideChains * 32};
+  if (set == "amx_bf16" && has_amx_bf16()) return {chains_amx_bf16, kTileChains * 16 * 16 * 32};
 #endif
   static_cast<void>(set);
   return {};
@@ -243,7 +291,7 @@ Word read_share(Reader read, const unsigned char* data, std::size_t lines) {
 extern "C" {
 
 // The sum of the threads' rates, over about `seconds`. `set` is portable (SSE2, a multiply and an
-// add), avx2, avx512 or avx512_bf16; 0 where this processor does not have it.
+// add), avx2, avx512, avx512_bf16 or amx_bf16; 0 where this processor does not have it.
 double fma_gflops(const char* set, int threads, double seconds) {
   const MultiplyAdds found = multiply_adds(set);
   if (found.run == nullptr) return 0;

@@ -14,6 +14,8 @@ FMA_SECONDS = 0.3
 # Which instructions multiply fastest where llfast computes with a set. Without a bf16 dot product
 # bf16 weights are converted, and multiplied in fp32.
 FASTEST_MULTIPLY_ADD = {
+    ("amx_bf16", torch.float32): "avx512",
+    ("amx_bf16", torch.bfloat16): "amx_bf16",
     ("avx512_bf16", torch.float32): "avx512",
     ("avx512_bf16", torch.bfloat16): "avx512_bf16",
 }

@@ -6,18 +6,13 @@
 // instructions.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 #include "group_kernel.h"
 #include "simd_types.h"
 #include "vector_math.h"
-
-#if defined(__clang__)
-#define LLFAST_UNROLL _Pragma("unroll")
-#else
-#define LLFAST_UNROLL _Pragma("GCC unroll 8")
-#endif
 
 namespace llfast {
 
@@ -35,13 +30,28 @@ struct GroupKernelOf {
   static constexpr std::int64_t kFewRows = 16;  // so few wait for memory, not for sums
   static constexpr float kInfinity = __builtin_huge_valf();
 
+  template <class T>
+  using Hidden = typename OperandsOf<S, T>::Hidden;
+
   static Kernels table() {
-    return {S::kDepthBytes, run<float>, run<BFloat16>, run<Float16>, merge};
+    return {{size<float>, run<float>},
+            {size<BFloat16>, run<BFloat16>},
+            {size<Float16>, run<Float16>},
+            merge};
   }
 
   template <class T>
-  static void run(const HeadProblem& problem, const GroupTask& task, const Scratch& scratch,
+  static TaskSize size(const HeadProblem& problem) {
+    const std::int64_t fitting = kHiddenBytes / layout_of<T>(problem, 1).hidden_bytes();
+    const std::int64_t rows =
+        smaller(smaller(fitting > 0 ? fitting : 1, problem.tokens), kBlockRows);
+    return {rows, layout_of<T>(problem, rows).bytes(), 1};
+  }
+
+  template <class T>
+  static void run(const HeadProblem& problem, const GroupTask& task, std::byte* memory,
                   const PartialArrays& parts) {
+    const Scratch scratch = layout_of<T>(problem, task.rows).scratch(memory);
     const Cut cut = cut_of<T>(problem, task.rows);
     copy_hidden<T>(problem, task, cut.depth, scratch);
     const std::int64_t begin = task.group * kGroup;
@@ -91,14 +101,22 @@ struct GroupKernelOf {
   }
 
  private:
+  static constexpr std::int64_t kBlockRows = 96;         // of a task; a multiple of every kRows
+  static constexpr std::int64_t kHiddenBytes = 2 << 20;  // of them
+
   static constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+  // Of so many rows, in the type that T is multiplied in.
+  template <class T>
+  static constexpr Layout layout_of(const HeadProblem& problem, std::int64_t rows) {
+    return {depth_of(problem.width, sizeof(Hidden<T>), S::kDepthBytes), sizeof(Hidden<T>), rows};
+  }
 
   // The task's hidden rows, padded with zeros, one block of depth after the other.
   template <class T>
   static void copy_hidden(const HeadProblem& problem, const GroupTask& task, const Depth& depth,
                           const Scratch& scratch) {
-    using Hidden = typename OperandsOf<S, T>::Hidden;
-    Hidden* to = static_cast<Hidden*>(scratch.hidden);
+    Hidden<T>* to = static_cast<Hidden<T>*>(scratch.hidden);
     for (std::int64_t begin = 0; begin < problem.width; begin += depth.size) {
       const std::int64_t size = smaller(depth.size, problem.width - begin);
       for (std::int64_t row = 0; row < task.rows; ++row, to += depth.row_size) {
@@ -116,9 +134,6 @@ struct GroupKernelOf {
     std::int64_t block_rows;  // of every register block but the last
     std::int64_t step_ahead;  // elements from one prefetch to the next
   };
-
-  template <class T>
-  using Hidden = typename OperandsOf<S, T>::Hidden;
 
   template <class T>
   static Cut cut_of(const HeadProblem& problem, std::int64_t rows) {

@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace llfast {
@@ -27,6 +31,21 @@ bool has_avx512() {
 }
 
 bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+
+// Tiles are kept for a process that asked for them: Linux's documentation, arch/x86/xstate.
+bool has_amx_bf16() {
+#if defined(__linux__)
+  constexpr unsigned kBFloat16 = 1u << 22;
+  constexpr unsigned kTile = 1u << 24;
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBFloat16) != 0 &&
+         (edx & kTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 std::vector<InstructionSet> detect() {
@@ -36,7 +55,10 @@ std::vector<InstructionSet> detect() {
     sets.push_back(InstructionSet::kAvx2);
     if (has_avx512()) {
       sets.push_back(InstructionSet::kAvx512);
-      if (has_avx512_bf16()) sets.push_back(InstructionSet::kAvx512BFloat16);
+      if (has_avx512_bf16()) {
+        sets.push_back(InstructionSet::kAvx512BFloat16);
+        if (has_amx_bf16()) sets.push_back(InstructionSet::kAmxBFloat16);
+      }
     }
   }
 #endif
@@ -47,6 +69,8 @@ std::vector<InstructionSet> detect() {
 
 const char* name_of(InstructionSet set) {
   switch (set) {
+    case InstructionSet::kAmxBFloat16:
+      return "amx_bf16";
     case InstructionSet::kAvx512BFloat16:
       return "avx512_bf16";
     case InstructionSet::kAvx512:

@@ -6,7 +6,7 @@
 
 namespace llfast {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512BFloat16 };
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512BFloat16, kAmxBFloat16 };
 
 const char* name_of(InstructionSet set);
 

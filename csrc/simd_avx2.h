@@ -11,6 +11,7 @@ struct Avx2 {
   using F32 = __m256;
   using I32 = std::int32_t __attribute__((vector_size(32)));
   static constexpr int kLanes = 8;
+  static constexpr bool kScales = false;
   static constexpr int kRows = 3;  // 3 x 4 sums, 3 hidden vectors and 1 of the head: 16 registers
   static constexpr std::int64_t kDepthBytes = 3072;
 

@@ -25,6 +25,9 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
 
+  static constexpr bool kScales = true;
+  static F32 scale(F32 x, F32 power) { return _mm512_scalef_ps(x, power); }
+
   static F32 mul_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 
   // The sums of four vectors: quarters 0 + 2 and 1 + 3, those two, then the four lanes left.

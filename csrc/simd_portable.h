@@ -12,6 +12,7 @@ struct Portable {
   using F32 = float __attribute__((vector_size(16)));
   using I32 = std::int32_t __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
+  static constexpr bool kScales = false;
   static constexpr int kRows = 2;  // hidden rows of the register block: 2 x 4 sums in 16 registers
   static constexpr std::int64_t kDepthBytes = 3072;
 

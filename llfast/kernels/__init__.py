@@ -29,9 +29,9 @@ __all__ = [
 def instruction_set(device: torch.device | str = "cpu") -> str:
     """What computes on a device.
 
-    On a CPU "avx512_bf16", "avx512", "avx2", "portable", or "torch", which stands for a package
-    without its C++ module; the environment variable `LLFAST_ISA` forces a slower set than the
-    processor has. On CUDA "triton sm_90" and the like, or "torch" where Triton cannot run.
+    On a CPU "amx_bf16", "avx512_bf16", "avx512", "avx2", "portable", or "torch", which stands for a
+    package without its C++ module; the environment variable `LLFAST_ISA` forces a slower set than
+    the processor has. On CUDA "triton sm_90" and the like, or "torch" where Triton cannot run.
 
     Raises: ValueError if `LLFAST_ISA` names none of this processor's.
     """
@@ -66,8 +66,8 @@ def token_logprobs(
     Returns: nats, in fp32. The bits of a row depend on that row, the head, the dtype and
         `instruction_set()` of the device, but neither on the other rows nor on the number of
         threads (the plain-torch twin promises no bits). A row with a NaN or an infinity is NaN and
-        harms no other. "avx512_bf16" takes subnormal bf16 numbers for zeros. On CUDA, where a look
-        at the targets would wait for the device, one outside [0, V) gives NaN.
+        harms no other. "avx512_bf16" and "amx_bf16" take subnormal bf16 numbers for zeros. On CUDA,
+        where a look at the targets would wait for the device, one outside [0, V) gives NaN.
 
     Raises:
         TypeError: if a dtype is not one of those above.

@@ -18,6 +18,9 @@
 #if defined(__AVX512BF16__)
 #include "simd_avx512_bf16.h"
 #endif
+#if defined(__AMX_BF16__)
+#include "amx_softmax.h"
+#endif
 #include "vector_math.h"
 
 namespace {

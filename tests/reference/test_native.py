@@ -25,6 +25,7 @@ TARGETS = {
     "avx2": ("Avx2", AVX2),
     "avx512": ("Avx512", AVX512),
     "avx512_bf16": ("Avx512BFloat16", [*AVX512, "-mavx512bf16"]),
+    "amx_bf16": ("AmxLanes", [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
 }
 
 
@@ -94,9 +95,9 @@ def test_exp_tanh_and_half_precision(sanitised, name):
     assert run(program).startswith("exp within")
 
 
-# One instruction for each register file that x86-64-v2 lacks: 32-byte vectors, 64-byte vectors and
-# masks. What is read of the disassembly is the operands.
-NEWER = re.compile(r"%[yz]mm|%k[0-7]|%[xyz]mm(1[6-9]|2\d|3[01])|\tv[a-z0-9]+ ")
+# One instruction for each register file that x86-64-v2 lacks: 32-byte vectors, 64-byte vectors,
+# tiles and masks. What is read of the disassembly is the operands.
+NEWER = re.compile(r"%[yzt]mm|%k[0-7]|%[xyz]mm(1[6-9]|2\d|3[01])|\tv[a-z0-9]+ ")
 
 
 def test_newer_instructions_stay_where_they_are_asked_for():
@@ -114,7 +115,10 @@ def test_newer_instructions_stay_where_they_are_asked_for():
         if NEWER.search(block):
             newer.add(head[1])
     assert functions > 100
-    dispatched = re.compile(r"llfast::(GroupKernelOf<llfast::Avx\w+>::|avx\w+_kernels\(\))")
+    dispatched = re.compile(
+        r"llfast::(GroupKernelOf<llfast::Avx\w+>::|AmxKernel::|PanelSoftmax::|a[vm]x\w+_kernels\(\))"
+    )
     assert any("Avx2" in name for name in newer)
     assert any("Avx512" in name for name in newer)
+    assert any("AmxKernel" in name for name in newer)
     assert {name for name in newer if not dispatched.search(name)} == set()
