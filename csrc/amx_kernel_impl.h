@@ -2,8 +2,8 @@
 // pragma.
 //
 // A task's words are multiplied a panel at a time, and a block of depth at a time, for which all of
-// its rows pass. Products take a tenth of the instructions that a core can begin: between them it
-// folds the softmax of the panel before, copies the next one, and asks for the one after that.
+// its rows pass, in pairs of blocks of kSide. Products take a tenth of the instructions that a core
+// can begin: between them it folds the softmax of the panel before, and fetches the next ones.
 #pragma once
 
 #include <immintrin.h>
@@ -40,6 +40,7 @@ class AmxKernel {
  private:
   static constexpr std::int64_t kBlockRows = 256;        // of a task, at most
   static constexpr std::int64_t kHiddenBytes = 2 << 20;  // of them
+  static constexpr std::int64_t kFewPairs = 4;           // up to 128 rows are few
   static constexpr std::int64_t kGroupsTogether = 4;     // for which they are copied once
   static constexpr std::int64_t kDepthSteps = 32;        // longer sums are less exact
   static constexpr std::int64_t kSpan = 512;             // words for which a block of depth stays
@@ -47,7 +48,7 @@ class AmxKernel {
   struct Scratch {
     std::int64_t* copied;  // 1 + the row that `hidden` begins with; 0 before there is any
     std::byte* hidden;     // (pairs, steps, 2) tiles
-    std::byte* words[2];   // (steps of a block of depth, 2) tiles: a panel, and the next
+    std::byte* words[2];   // (kPanel,) rows of a block of depth: a panel, and the next
     float* fresh;          // (kPanel, kPanel): products of a block of depth, to be added
     float* scores;         // (pairs, panels of a span, kPanel, kPanel)
     TokenLanes* lanes;     // (2 pairs,)
@@ -58,6 +59,7 @@ class AmxKernel {
     std::int64_t steps;        // of kStep elements
     std::int64_t depth_steps;  // in a block of depth
     std::int64_t span;         // words that pass a block of depth before the next block comes
+    std::int64_t word_bytes;
     std::int64_t words_at;
     std::int64_t fresh_at;
     std::int64_t scores_at;
@@ -70,9 +72,10 @@ class AmxKernel {
         : pairs((rows + kPanel - 1) / kPanel), steps(steps_of(problem)) {
       const std::int64_t depth_blocks = (steps + kDepthSteps - 1) / kDepthSteps;
       depth_steps = (steps + depth_blocks - 1) / depth_blocks;
-      span = depth_blocks > 1 ? kSpan : kPanel;
+      word_bytes = (depth_steps | 1) * kCacheLine;
+      span = depth_blocks > 1 && pairs > kFewPairs ? kSpan : kPanel;
       words_at = kCacheLine + pairs * steps * kPairBytes;
-      fresh_at = words_at + 2 * depth_steps * kPairBytes;
+      fresh_at = words_at + 2 * kPanel * word_bytes;
       scores_at = fresh_at + kPanel * kPanel * kFloat;
       lanes_at = scores_at + pairs * span * kPanel * kFloat;
       bytes = lanes_at + 2 * pairs * static_cast<std::int64_t>(sizeof(TokenLanes));
@@ -82,7 +85,7 @@ class AmxKernel {
       std::byte* const words = memory + words_at;
       return {reinterpret_cast<std::int64_t*>(memory),
               memory + kCacheLine,
-              {words, words + depth_steps * kPairBytes},
+              {words, words + kPanel * word_bytes},
               reinterpret_cast<float*>(memory + fresh_at),
               reinterpret_cast<float*>(memory + scores_at),
               reinterpret_cast<TokenLanes*>(memory + lanes_at)};
@@ -105,7 +108,8 @@ class AmxKernel {
       for (std::int64_t step = 0; step < layout.steps; ++step, to += kPairBytes) {
         __m512i pairs[kSide] = {};
         for (std::int64_t i = 0; i < smaller(kSide, task.rows - row); ++i) {
-          pairs[i] = load_step(from + (row + i) * problem.hidden_stride, step, problem.width);
+          pairs[i] = load_step(from + (row + i) * problem.hidden_stride + step * kStep,
+                               problem.width - step * kStep);
         }
         transpose(pairs);
         for (int i = 0; i < kSide; ++i) _mm512_store_si512(to + i * kCacheLine, pairs[i]);
@@ -121,45 +125,48 @@ class AmxKernel {
     std::int64_t steps;
   };
 
-  // The lines of memory of a piece, one after the other.
+  // The lines of memory of a piece, one after the other: some at each of so many calls.
   class Lines {
    public:
     Lines(const HeadProblem& problem, const Piece& piece, std::int64_t calls)
         : problem_(problem),
           piece_(piece),
-          each_(static_cast<int>((piece.words * piece.steps + calls - 1) / calls)),
-          row_(row(piece.begin)) {}
-
-    int each() const { return each_; }
-    bool left() const { return word_ < piece_.words; }
+          each_((piece.words * piece.steps + calls - 1) / calls),
+          row_(static_cast<const std::uint16_t*>(problem.lm_head) +
+               piece.begin * problem.lm_head_stride + piece.step * kStep) {}
 
     void prefetch() {
-      if (!left()) return;
-      _mm_prefetch(row_ + (piece_.step + step_) * kStep, _MM_HINT_T1);
-      advance();
+      go([](const std::uint16_t* from, std::int64_t, std::int64_t) {
+        _mm_prefetch(from, _MM_HINT_T1);
+      });
     }
 
-    void copy(std::byte* words) {
-      std::byte* const to = words + step_ * kPairBytes + word_ * kCacheLine;
-      _mm512_store_si512(to, load_step(row_, piece_.step + step_, problem_.width));
-      advance();
+    void copy(std::byte* words, std::int64_t stride) {
+      const std::int64_t width = problem_.width - piece_.step * kStep;
+      go([=](const std::uint16_t* from, std::int64_t word, std::int64_t step) {
+        _mm512_store_si512(words + word * stride + step * kCacheLine,
+                           load_step(from, width - step * kStep));
+      });
     }
 
    private:
-    const std::uint16_t* row(std::int64_t word) const {
-      return static_cast<const std::uint16_t*>(problem_.lm_head) + word * problem_.lm_head_stride;
-    }
-
-    void advance() {
-      if (++step_ < piece_.steps) return;
-      step_ = 0;
-      ++word_;
-      row_ += problem_.lm_head_stride;
+    template <class Do>
+    void go(const Do& visit) {
+      std::int64_t left = each_;
+      while (left > 0 && word_ < piece_.words) {
+        const std::int64_t end = smaller(step_ + left, piece_.steps);
+        left -= end - step_;
+        for (; step_ < end; ++step_) visit(row_ + step_ * kStep, word_, step_);
+        if (step_ < piece_.steps) return;
+        step_ = 0;
+        ++word_;
+        row_ += problem_.lm_head_stride;
+      }
     }
 
     const HeadProblem& problem_;
     Piece piece_;
-    int each_;
+    std::int64_t each_;
     const std::uint16_t* row_;
     std::int64_t word_ = 0;
     std::int64_t step_ = 0;
@@ -192,11 +199,17 @@ class AmxKernel {
   void run(const PartialArrays& parts) {
     const AmxTiles tiles;
     Piece piece = first_piece(begin_);
-    copy_words(piece, scratch_.words[0]);
-    for (int at = 0; piece.words > 0; at ^= 1) {
+    Words words = words_of(piece, 0);
+    if (words.copy != nullptr) {
+      Lines(problem_, piece, 1).copy(words.copy, words.row_bytes);
+      clear_words(piece, words);
+    }
+    for (int buffer = 1; piece.words > 0; buffer ^= 1) {
       const Piece next = piece_after(piece);
-      multiply(piece, next, scratch_.words[at], scratch_.words[at ^ 1]);
+      const Words next_words = words_of(next, buffer);
+      multiply(piece, words, next, next_words);
       piece = next;
+      words = next_words;
     }
     softmax_.finish();
     const std::int64_t first = problem_.first_word + begin_;
@@ -230,32 +243,47 @@ class AmxKernel {
     return span + layout_.span < end_ ? first_piece(span + layout_.span) : Piece{};
   }
 
-  void copy_words(const Piece& piece, std::byte* words) const {
-    Lines lines(problem_, piece, 1);
-    while (lines.left()) lines.copy(words);
-    clear_words(piece, words);
+  // Where the words of a piece are, or will be when they are copied: rows 64 bytes at a time.
+  struct Words {
+    const std::byte* first;
+    std::int64_t row_bytes;
+    std::byte* copy;  // null if they stay where they are
+  };
+
+  // Few tokens read words where they are, once; for more, rows are copied that may be far apart,
+  // or end within a step.
+  Words words_of(const Piece& piece, int buffer) const {
+    if (layout_.pairs <= kFewPairs && piece.words == kPanel &&
+        (piece.step + piece.steps) * kStep <= problem_.width) {
+      const std::int64_t row_bytes = 2 * problem_.lm_head_stride;
+      return {static_cast<const std::byte*>(problem_.lm_head) + piece.begin * row_bytes +
+                  piece.step * kCacheLine,
+              row_bytes, nullptr};
+    }
+    return {scratch_.words[buffer], layout_.word_bytes, scratch_.words[buffer]};
   }
 
-  // Words past the end.
-  static void clear_words(const Piece& piece, std::byte* words) {
+  void clear_words(const Piece& piece, const Words& words) const {
     for (std::int64_t word = piece.words; word < kPanel; ++word) {
       for (std::int64_t step = 0; step < piece.steps; ++step) {
-        _mm512_store_si512(words + step * kPairBytes + word * kCacheLine, _mm512_setzero_si512());
+        _mm512_store_si512(words.copy + word * words.row_bytes + step * kCacheLine,
+                           _mm512_setzero_si512());
       }
     }
   }
 
-  void multiply(const Piece& piece, const Piece& next, const std::byte* words,
-                std::byte* next_words) {
+  void multiply(const Piece& piece, const Words& words, const Piece& next,
+                const Words& next_words) {
     const std::int64_t calls = layout_.pairs * piece.steps;
-    Lines copied(problem_, next, calls);
-    Lines asked(problem_, next.words > 0 ? piece_after(next) : next, calls);
+    const bool copies = next_words.copy != nullptr && next.words > 0;
+    Lines copied(problem_, copies ? next : Piece{}, calls);
+    Lines asked(problem_, copies ? piece_after(next) : next, calls);
     // So many that a panel is folded before the products of another are stored in its place.
     const int folds = static_cast<int>((PanelSoftmax::kMostSteps + piece.steps - 1) / piece.steps);
     const auto beside = [&] {
       for (int i = 0; i < folds; ++i) softmax_.step();
-      for (int i = 0; i < copied.each() && copied.left(); ++i) copied.copy(next_words);
-      for (int i = 0; i < asked.each(); ++i) asked.prefetch();
+      copied.copy(next_words.copy, next_words.row_bytes);
+      asked.prefetch();
     };
     AmxTiles::written();
     const bool done = piece.step + piece.steps == layout_.steps;
@@ -266,9 +294,9 @@ class AmxKernel {
       float* const found = piece.step == 0 ? scores : scratch_.fresh;
       const bool both = task_.rows - pair * kPanel > kSide;
       if (both) {
-        AmxTiles::multiply_two(words, hidden, piece.steps, found, beside);
+        AmxTiles::multiply_two(words.first, words.row_bytes, hidden, piece.steps, found, beside);
       } else {
-        AmxTiles::multiply_one(words, hidden, piece.steps, found, beside);
+        AmxTiles::multiply_one(words.first, words.row_bytes, hidden, piece.steps, found, beside);
       }
       if (piece.step > 0) add(found, scores);
       if (done) {
@@ -276,8 +304,7 @@ class AmxKernel {
                        both ? 2 : 1);
       }
     }
-    while (copied.left()) copied.copy(next_words);
-    if (next.words > 0) clear_words(next, next_words);
+    if (copies) clear_words(next, next_words);
   }
 
   static void add(const float* from, float* to) {

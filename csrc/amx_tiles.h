@@ -42,23 +42,26 @@ class AmxTiles {
   // scores (kPanel, kPanel) = words . hidden over `steps` pairs of tiles, in one chain of products.
   // Between two steps, `beside` is called.
   template <class Beside>
-  static void multiply_two(const std::byte* words, const std::byte* hidden, std::int64_t steps,
-                           float* scores, const Beside& beside) {
+  static void multiply_two(const std::byte* words, std::int64_t word_stride,
+                           const std::byte* hidden, std::int64_t steps, float* scores,
+                           const Beside& beside) {
+    const std::byte* lower = words + kSide * word_stride;
     float* const below = scores + kSide * kPanel;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (std::int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, words, kTileStride);
+      _tile_loadd(4, words, word_stride);
       _tile_loadd(6, hidden, kTileStride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, hidden + kTileBytes, kTileStride);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, words + kTileBytes, kTileStride);
+      _tile_loadd(5, lower, word_stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      words += kPairBytes;
+      words += 64;
+      lower += 64;
       hidden += kPairBytes;
       beside();
     }
@@ -70,18 +73,21 @@ class AmxTiles {
 
   // The same for the first kSide rows alone.
   template <class Beside>
-  static void multiply_one(const std::byte* words, const std::byte* hidden, std::int64_t steps,
-                           float* scores, const Beside& beside) {
+  static void multiply_one(const std::byte* words, std::int64_t word_stride,
+                           const std::byte* hidden, std::int64_t steps, float* scores,
+                           const Beside& beside) {
+    const std::byte* lower = words + kSide * word_stride;
     float* const below = scores + kSide * kPanel;
     _tile_zero(0);
     _tile_zero(2);
     for (std::int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, words, kTileStride);
+      _tile_loadd(4, words, word_stride);
       _tile_loadd(6, hidden, kTileStride);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, words + kTileBytes, kTileStride);
+      _tile_loadd(5, lower, word_stride);
       _tile_dpbf16ps(2, 5, 6);
-      words += kPairBytes;
+      words += 64;
+      lower += 64;
       hidden += kPairBytes;
       beside();
     }
@@ -94,11 +100,10 @@ class AmxTiles {
   static constexpr std::int64_t kScoreStride = kPanel * sizeof(float);  // bytes
 };
 
-// Elements [step * kStep, ...) of a row of `width`, with zeros past its end.
-inline __m512i load_step(const std::uint16_t* row, std::int64_t step, std::int64_t width) {
-  const std::int64_t left = width - step * kStep;
-  if (left >= kStep) return _mm512_loadu_si512(row + step * kStep);
-  return _mm512_maskz_loadu_epi16((1u << left) - 1, row + step * kStep);
+// The elements of a step; zeros where only `left` of them belong to the row.
+inline __m512i load_step(const std::uint16_t* from, std::int64_t left) {
+  if (left >= kStep) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi16((1u << left) - 1, from);
 }
 
 // Sixteen rows of sixteen pairs: within 2 x 2, within quarters, then the quarters.
