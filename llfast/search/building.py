@@ -11,7 +11,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def build(
         textset_digest=selection.textset,
         convention=convention,
     )
-    basis = basis or Basis.fit(sample)
+    basis = with_groups(basis, store) if basis else Basis.fit(sample)
     placed = basis.place(values)
     refuse_large_rows(placed, sample.models)
     projection = None
@@ -109,6 +109,16 @@ def build(
     facts = facts_of(shards, known.removed, len(chosen))
     folder.mkdir(parents=True, exist_ok=True)  # it may have been removed since
     return write(folder, basis, projection, found(), facts)
+
+
+def with_groups(basis: Basis, store: Store) -> Basis:
+    """The basis with its texts' documents, which a later result may be the first to know.
+
+    Intervals depend on them, coordinates do not.
+    """
+    if basis.groups is None and (groups := store.texts(basis.textset_digest)["groups"]):
+        return replace(basis, groups=tuple(groups))
+    return basis
 
 
 def directions(

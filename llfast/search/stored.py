@@ -41,6 +41,7 @@ from .building import (
     only_builder,
     relabel,
     serves,
+    with_groups,
     write,
 )
 from .contents import Contents, blocks
@@ -199,7 +200,8 @@ class StoredIndex(KLIndex):
             with self._lock:
                 shards, models = self._shards, self._models
                 rows = [number for number in range(models.count) if number not in models.gone]
-            if len(rows) == len(self._segment) == models.count:
+            is_same = self.basis is self._segment.basis  # the texts' documents may be known since
+            if is_same and len(rows) == len(self._segment) == models.count:
                 if shards == self._segment.facts["shards"]:
                     return
                 if current(self.folder) == self._segment.folder.name:
@@ -289,6 +291,7 @@ class StoredIndex(KLIndex):
         vanished = {name for name, _ in self._shards.items() - shards.items()}
         if not new and not vanished:
             return 0
+        basis = with_groups(self.basis, self.store) if new else self.basis
         rows = self.store.read_shards(self.selection.textset, sorted(new))
         known = self._find_known()
         came, gone = self._changes(known, rows, vanished)
@@ -298,7 +301,7 @@ class StoredIndex(KLIndex):
                 self._models.remove(key.model)
             for row, point in zip(came, points, strict=True):
                 self._append(point, indexed(row))
-            self._shards = shards
+            self.basis, self._shards = basis, shards
             known.forget(gone)
             known.learn(came)
             known.move(rows)

@@ -10,7 +10,7 @@ import pytest
 from llfast import KLIndex, Store
 from llfast.search import contents, listing
 from llfast.search.building import only_builder
-from tests.indexes import assert_right, index_result, make_store, name
+from tests.indexes import N, assert_right, index_result, make_store, name
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
 
@@ -176,3 +176,27 @@ def test_an_index_of_which_all_is_gone_is_opened_empty(store):
     store.compact()
     opened = KLIndex.build(store, "certified")
     assert len(opened) == 0
+
+
+@pytest.mark.parametrize("way", ["refresh", "open", "merge", "add bounds", "compact"])
+def test_documents_that_a_later_result_is_the_first_to_know_count_in_intervals(store, way):
+    index = KLIndex.build(store, "exact")
+    digest, before = index.basis.digest, index.search(name(0), 1)[0].estimate
+    groups = tuple(f"document {row // 8}" for row in range(N))
+    store.add(index_result(24, groups=groups))
+    if way == "compact":  # the models that are left are those of the segment
+        store.remove([name(24)])
+        store.compact()
+    if way in ("refresh", "merge"):
+        index.refresh()
+    else:
+        index = KLIndex.build(store, "certified" if way == "add bounds" else "exact")
+    if way == "merge":
+        index.merge()
+    bases = [index.basis] if way in ("refresh", "open") else [index.basis, index.segment.basis]
+    for basis in bases:
+        assert (basis.digest, basis.groups) == (digest, groups)
+    after = index.search(name(0), 1)[0].estimate
+    assert after.value == before.value
+    assert after.interval != before.interval
+    assert_right(index, store)
