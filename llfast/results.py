@@ -66,6 +66,10 @@ class LogLikelihoods:
         logprobs: nats of each scored token, if asked for.
         provenance: head, device, instruction set, versions: what else decides the bits.
         metadata: the caller's own columns (family, parameters, ...).
+
+    Raises:
+        TypeError: if what must be an array of numbers, or a tuple of ids, is not.
+        ValueError: if shapes disagree, or a log-likelihood is not finite.
     """
 
     model: str
@@ -87,9 +91,13 @@ class LogLikelihoods:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ids, tuple):
+            raise TypeError(f"ids must be a tuple, got {self.ids!r:.60}")
         for name in ("loglikelihoods", "token_counts", "text_bytes", "truncated", "token_budgets"):
-            shape = getattr(self, name).shape
-            if shape != (len(self.ids),):
+            given = getattr(self, name)
+            if not isinstance(given, np.ndarray) or given.dtype.kind not in "biuf":
+                raise TypeError(f"{name} must be an array of numbers, got {given!r:.60}")
+            if (shape := given.shape) != (len(self.ids),):
                 raise ValueError(f"{name} must have shape ({len(self.ids)},), got {shape}")
         for name in ("groups", "logprobs"):
             rows = getattr(self, name)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ from .progress import progress_bar
 from .results import LogLikelihoods, ResultKey
 from .texts import TextSet
 from .traits import is_mixture_of_experts
-from .verify import Verification
+from .verify import Verification, manifest_path
 
 SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
 # Beyond what any chip needs; short batches are filled up to it with dummy rows.
@@ -201,7 +200,7 @@ def prepare(
 
     Raises:
         ValueError: for arguments that make no sense.
-        TypeError: for metadata that is not JSON.
+        TypeError: for metadata that is not JSON, or a `verify` that is no path.
         CheckpointError: if there is no tokenizer, or no digest to verify with.
     """
     if partial is not None and not source.revision:
@@ -362,11 +361,12 @@ def _bar(
 def _verification(
     source: ModelSource, verify: bool | str | PathLike[str], loading: LoadingStatistics
 ) -> Verification | None:
+    manifest = manifest_path(verify)
     if verify is False:
         return None
     if source.checkpoint is None:
         raise ValueError(f"verify must be False for a loaded model, got {verify!r}")
-    return Verification(source.checkpoint, None if verify is True else Path(verify), loading)
+    return Verification(source.checkpoint, manifest, loading)
 
 
 @contextlib.contextmanager

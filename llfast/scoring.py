@@ -93,7 +93,7 @@ def score(
         UnsupportedModelError: if it is of a kind that has no log-likelihood.
         ScoringError: if the numbers are not finite, or memory does not do for one text.
         ValueError: for arguments that make no sense.
-        TypeError: for metadata that is not JSON.
+        TypeError: for metadata that is not JSON, or a `verify` that is no path.
     """
     source = open_model(
         model,

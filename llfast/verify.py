@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Self
 
@@ -111,6 +112,19 @@ class Verification:
                 digest.update(buffer[:count])
                 self._statistics.verified_bytes += count
         return digest.hexdigest()
+
+
+def manifest_path(verify: bool | str | PathLike[str]) -> Path | None:
+    """The manifest to verify with; None without one.
+
+    Raises:
+        TypeError: if it is neither a truth value nor a path.
+    """
+    if isinstance(verify, bool):
+        return None
+    if not isinstance(verify, str | PathLike):
+        raise TypeError(f"verify must be True, False or the path of a manifest, got {verify!r}")
+    return Path(verify)
 
 
 def read_manifest(path: Path) -> Mapping[str, str]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from llfast.batches import CONVENTIONS
 from llfast.dtypes import parse_dtype
@@ -18,7 +17,7 @@ from llfast.remote import AnyPath, RemotePath
 from llfast.store import Store
 from llfast.storefiles import refuse_unwritable_store
 from llfast.texts import TextSet
-from llfast.verify import read_manifest
+from llfast.verify import manifest_path, read_manifest
 
 from .session import Opened, Session, open_request, options_of
 
@@ -169,11 +168,12 @@ def begin(
 
     Raises:
         ValueError: for a convention, dtype, way of having weights, or budget that there is not.
+        TypeError: for a `verify` that is no path.
         OSError: if a manifest cannot be read, or the store not be made.
     """
     budget_bytes = _check(requests, convention, dtype, weights, memory_budget)
-    if not isinstance(verify, bool):
-        read_manifest(Path(verify))
+    if (manifest := manifest_path(verify)) is not None:
+        read_manifest(manifest)
     if not store.folder.is_dir():
         refuse_unwritable_store(store.folder)
     _remove_leftovers(store.folder)

@@ -126,6 +126,25 @@ def test_numbers_that_are_not_finite_are_refused_by_text(value):
         make_result(loglikelihoods=np.array([-1.0, value, value]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loglikelihoods": [-1.0, -2.0, -3.0]}, r"loglikelihoods must be .*, got \[-1.0, -2.0"),
+        ({"loglikelihoods": np.array(["x", "y", "z"])}, "loglikelihoods must be .*, got array"),
+        ({"loglikelihoods": np.array([None] * 3)}, "loglikelihoods must be .*, got array"),
+        ({"token_counts": None}, "token_counts must be an array of numbers, got None"),
+        ({"text_bytes": (1, 2, 3)}, r"text_bytes must be .*, got \(1, 2, 3\)"),
+        ({"truncated": [False] * 3}, "truncated must be"),
+        ({"token_budgets": 512}, "token_budgets must be .*, got 512"),
+        ({"ids": ["a", "b", "c"]}, r"ids must be a tuple, got \['a', 'b', 'c'\]"),
+        ({"ids": None}, "ids must be a tuple, got None"),
+    ],
+)
+def test_what_is_no_array_is_refused_by_name(changes, message):
+    with pytest.raises(TypeError, match=message):
+        make_result(**changes)
+
+
 def test_unknown_fields_are_refused():
     with pytest.raises(TypeError, match="convetnion"):
         make_result(convetnion="paper")

@@ -201,6 +201,17 @@ def test_what_cannot_be_verified(folder):
         llfast.score(pair, TEXTS, verify=True)
 
 
+@pytest.mark.parametrize("verify", [None, 1, b"sums"])
+def test_what_is_no_manifest_is_refused_by_name(folder, tmp_path, untyped, verify):
+    message = f"verify must be True, False or the path of a manifest, got {verify!r}"
+    with pytest.raises(TypeError, match=message):
+        llfast.score(folder, TEXTS, verify=verify)
+    store, request = Store(tmp_path / "store"), ModelRequest(model=str(folder))
+    with pytest.raises(TypeError, match=message):
+        score_models([request], TextSet.from_texts(TEXTS), store, verify=verify)
+    assert not store.folder.exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
