@@ -165,7 +165,7 @@ def _open(
 ) -> tuple[StoredIndex | LogLikelihoodMatrix, dict[str, datetime]]:
     """The index of a store if there is one or its models are many; else its rows and dates."""
     digest = selection.textset
-    rows = [row for row in store.rows(digest) if row.key.layer is None]
+    rows = [row for row in store.rows(digest) if row.key.layer is None and row.error is None]
     n = len(store.texts(digest)["ids"])
     if 8 * len(rows) * n > _MOST_IN_MEMORY or StoredIndex.is_built(store, selection):
         return StoredIndex.open(store, selection, mode=mode), {}

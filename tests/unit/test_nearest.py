@@ -33,6 +33,23 @@ def test_when_a_model_came_is_known_with_an_index_and_without_one(store, where, 
     assert len(found()) == count
 
 
+def test_a_model_came_with_the_result_that_is_searched(store):
+    """Not with another version's, nor with the failure of one."""
+    rows = {row.key.model: row for row in store.rows()}
+    last = max(row.created for row in rows.values())
+    store.add(index_result(4, scoring_version=1))
+    store.add_failure(rows[name(3)].key._replace(scoring_version=1), "out of memory")
+    where = f"created > '{last:%Y-%m-%d %H:%M:%S.%f}'"
+
+    def found():
+        hits = find_nearest(name(0), store.folder, k=50, where=where, newest=True)[1]
+        return [hit.model for hit in hits]
+
+    assert found() == [name(4)]
+    build_index(store.folder, newest=True)
+    assert found() == [name(4)]
+
+
 def test_a_space_that_knows_no_times_has_no_condition_on_them(store):
     index = KLIndex.build(ModelSpace.fit(store.matrix()))
     with pytest.raises(SearchError, match='"created" not found'):
