@@ -39,6 +39,7 @@ class Checkpoint:
         weight_bytes: size of the weight files.
         stored_dtype: the safetensors dtype of most parameters ("BF16"); "" if pickled.
         quantised: how weights are, by transformers' name ("fp8"); "" if they are not.
+        bare_index: whether shards have an index without the metadata that transformers asks for.
         state: size, time of change and inode of config and weights when they were looked at.
         tensors: what is stored where, by name, file after file; empty if pickled.
         plain: the same once quantised weights are turned back, by the names that they then have.
@@ -52,6 +53,7 @@ class Checkpoint:
     weight_bytes: int
     stored_dtype: str
     quantised: str
+    bare_index: bool
     state: tuple[tuple[int, int, int], ...]
     # There may be a million. What they are follows from the files, which `state` tells apart.
     tensors: Mapping[str, StoredTensor] = field(repr=False, compare=False)
@@ -81,7 +83,7 @@ class Checkpoint:
         own = _PICKLES if pickled else f"{_WEIGHTS}.index.json" if index else _WEIGHTS
         _refuse_others(folder, config, own)
         state = _state(folder, weights)
-        tensors = {} if pickled else _stored_tensors(weights, index)
+        tensors = {} if pickled else _stored_tensors(weights, index.get("weight_map", {}))
         plain = {} if pickled else plain_weights(folder, config, tensors)
         counts: Counter[str] = Counter()
         for tensor in plain.values():
@@ -95,6 +97,7 @@ class Checkpoint:
             weight_bytes=sum(path.stat().st_size for path in weights),
             stored_dtype=max(counts, key=counts.__getitem__, default=""),
             quantised=quantised,
+            bare_index=_is_bare(index),
             state=state,
             tensors=tensors,
             plain=plain,
@@ -229,7 +232,7 @@ def _refuse_gguf(folder: Path) -> None:
 
 def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
     """Pickled weights, if there are any and they may be loaded."""
-    pickles, _ = _weight_files(folder, _PICKLES)
+    pickles, index = _weight_files(folder, _PICKLES)
     if not pickles:
         _refuse_gguf(folder)
         others = ", ".join(sorted(_names(folder, _OTHER_WEIGHTS))[:3])
@@ -242,41 +245,52 @@ def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
             f"{folder} must hold .safetensors weights, got pickled ones ({pickles[0].name}), which "
             "can run code when loaded; pass --allow-pickle if you trust them"
         )
+    if _is_bare(index):
+        raise CheckpointError(
+            f"{folder / _PICKLES}.index.json must hold metadata, which transformers asks for, got "
+            f'{short(index.get("metadata"))}; add "metadata": {{}}'
+        )
     for path in pickles:
         with path.open("rb") as file:
             refuse_pointer(path, file.read(8))
     return pickles
 
 
-def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
-    """The file of that name, else the shards that its index names, and which tensors it has where.
+def _is_bare(index: Mapping[str, Any]) -> bool:
+    """Whether transformers fails for want of metadata, in which it looks for nothing."""
+    return bool(index) and not isinstance(index.get("metadata"), dict)
+
+
+def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, Any]]:
+    """The file of that name, else the shards that its index names, and the index.
 
     Both are empty if there is neither.
     """
     if (folder / name).is_file():
         return [folder / name], {}
-    index = folder / f"{name}.index.json"
-    if not index.is_file():
+    path = folder / f"{name}.index.json"
+    if not path.is_file():
         return [], {}
-    weight_map = _read_json(index, unique=True).get("weight_map")
+    index = _read_json(path, unique=True)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} must hold a weight_map, got {short(weight_map)} for it")
+        raise CheckpointError(f"{path} must hold a weight_map, got {short(weight_map)} for it")
     # transformers goes by the end of the name whether it opens a file as a pickle.
     ending = Path(name).suffix
     for tensor, shard in weight_map.items():
         if not _is_file_name(shard):
             raise CheckpointError(
-                f"{index} must name files of its own folder, got {short(shard)} for {short(tensor)}"
+                f"{path} must name files of its own folder, got {short(shard)} for {short(tensor)}"
             )
         if not shard.endswith(ending):
             raise CheckpointError(
-                f"{index} must name {ending} files, got {short(shard)} for {short(tensor)}"
+                f"{path} must name {ending} files, got {short(shard)} for {short(tensor)}"
             )
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder} must hold every shard, got none named {shard}")
-    return [folder / shard for shard in shards], weight_map
+    return [folder / shard for shard in shards], index
 
 
 def _is_file_name(name: Any) -> bool:

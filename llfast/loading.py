@@ -37,10 +37,10 @@ def load_whole(
     options["ignore_mismatched_sizes"] = True  # `refuse_incomplete` refuses them by name
     auto = transformers.AutoModelForCausalLM
     try:
-        if checkpoint.quantised:
+        if checkpoint.quantised or checkpoint.bare_index:
             with torch.device("meta"):
                 kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
-            with _dequantised(checkpoint) as weights:
+            with _weights(checkpoint) as weights:
                 model, report = kind.from_pretrained(
                     None, config=config, state_dict=weights, **options
                 )
@@ -62,10 +62,11 @@ def load_whole(
 
 
 @contextlib.contextmanager
-def _dequantised(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+def _weights(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
     """What transformers asks for weights, by the names of a plain checkpoint; read when asked.
 
-    Not transformers' own way, which cuts some weights into the wrong blocks: see `quantised`.
+    Not transformers' own way, which cuts some quantised weights into the wrong blocks (see
+    `quantised`), and reads no index without metadata.
     """
     with contextlib.ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in checkpoint.weights}

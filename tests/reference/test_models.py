@@ -340,3 +340,29 @@ def test_code_beside_a_known_architecture_is_left_alone(llama, trap):
     assert same_weights(load(llama), make_model("llama"))
     score_paged(llama, ["one two three"])
     assert not list(trap.iterdir())
+
+
+@pytest.mark.parametrize("metadata", ["left out", None, []])
+def test_shards_whose_index_has_no_metadata_are_loaded_all_the_same(llama, metadata):
+    """transformers wants some, and looks at nothing in them."""
+    whole = load(llama)
+    expected = llfast.score(llama, TEXTS).values
+    (llama / "model.safetensors").unlink()
+    whole.save_pretrained(llama, max_shard_size="30KB")
+    path = llama / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    del index["metadata"]
+    path.write_text(json.dumps(index if metadata == "left out" else index | {"metadata": metadata}))
+    assert same_weights(load(llama), whole)
+    for weights in ("resident", "paged"):
+        found = llfast.score(llama, TEXTS, weights=weights).values
+        assert found.tobytes() == expected.tobytes()
+    shard = next(llama.glob("model-*.safetensors"))
+    weights = load_file(shard)
+    del index["weight_map"][(gone := min(weights))], weights[gone]
+    save_file(weights, shard, metadata={"format": "pt"})
+    path.write_text(json.dumps(index))
+    assert f"must hold every weight of LlamaForCausalLM, got 1 missing keys: {gone}" in refused(
+        llama
+    )

@@ -318,6 +318,11 @@ def test_pickles_are_refused_unless_allowed(tmp_path):
     assert "own folder, got '../x.bin'" in refused(folder, allow_pickle=True)
     index.write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
     assert "must name .bin files, got 'x.safetensors'" in refused(folder, allow_pickle=True)
+    index.write_text(json.dumps({"weight_map": {"a": "x.bin"}}))
+    (folder / "x.bin").write_bytes(b"\x80\x04.")
+    assert "must hold metadata, which transformers asks for, got None" in refused(
+        folder, allow_pickle=True
+    )
     # Where there are both, only the safe ones are looked at.
     assert not Checkpoint.open(make(folder), allow_pickle=True).pickled
 
