@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .results import KLEstimate
 from .trajectory import Trajectory
 
 _KL = "KL (bits/byte)"
+_CHARACTERS = 40  # that an axis has room for
 _SAYS, _WEIGHS = "C0", "C1"  # colours of the two spaces
 
 
@@ -48,7 +50,7 @@ def _draw_steps(axes: Any, trajectory: Trajectory) -> None:
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set(xscale="log", xlabel="optimiser step", ylabel=_KL)
     if any(estimate.value for estimate in trajectory.from_start):  # matplotlib has no log of none
-        axes.set_yscale("log")
+        _scale_by_powers(axes)
     _label_some(axes, trajectory.steps[1:].tolist())
     axes.set_title("KL of each checkpoint, 95 % intervals")
     axes.legend(frameon=False)
@@ -74,7 +76,7 @@ def _draw_distances(axes: Any, trajectory: Trajectory) -> None:
         for elapsed, values in curves:
             place.plot(elapsed, values, color=colour, alpha=0.25, linewidth=1)
         if curves:
-            place.set_yscale("log")
+            _scale_by_powers(place)
             every = np.concatenate([np.log10(values) for _, values in curves])
             ranges.append((place, float(every.min()), float(every.max())))
         if fit is not None:
@@ -119,13 +121,23 @@ def _draw_plane(figure: Any, axes: Any, trajectory: Trajectory) -> None:
     axes.set_title("The path: squared distance is KL in bits per byte")
 
 
+def _scale_by_powers(axes: Any) -> None:
+    """A logarithmic ordinate, with numbers at all ticks if it spans less than a power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.get_minor_formatter().minor_thresholds = (1, 1)
+
+
 def _label_some(axes: Any, steps: Sequence[int]) -> None:
-    """Name a few of the steps on a logarithmic axis, each about twice the one before."""
-    shown: list[int] = []
-    for step in sorted(steps):
-        if not shown or step >= 1.9 * shown[-1]:
-            shown.append(step)
-    axes.set_xticks(shown, [f"{step:,}" for step in shown])
+    """Name some of the steps on a logarithmic axis, as many as have room side by side."""
+    character = math.log(max(steps) / min(steps)) / _CHARACTERS
+    shown: dict[int, str] = {}
+    end = -math.inf  # of the name before
+    for step in sorted(set(steps)):
+        name = f"{step:,}"
+        half = (len(name) + 1) / 2 * character
+        if math.log(step) - half >= end:
+            shown[step], end = name, math.log(step) + half
+    axes.set_xticks([*shown], [*shown.values()])
     axes.set_xticks([], minor=True)
 
 

@@ -1,5 +1,6 @@
 """Trajectories against plain numpy, and against paths whose shape is known."""
 
+import itertools
 import json
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from llfast import LlfastWarning, SpaceError
+from llfast import LlfastWarning, SpaceError, trajectory_plots
 from llfast.intervals import group_codes, kl_estimate
 from llfast.trajectory import find_steps, follow
 from llfast.trajectory_plots import draw_trajectory
@@ -295,6 +296,47 @@ def test_a_picture_of_few_checkpoints_or_of_one_many_times(tmp_path, count):
             found = follow(matrix_of(values), range(count), weight_distances=distances)
             draw_trajectory(found, tmp_path / f"{name}.svg")
             assert f"to the next {count - 1} -->" in (tmp_path / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [1000 + 100 * row for row in range(K)],
+        [100_000 + 5000 * row for row in range(K)],
+        [10**9 + 10**8 * row for row in range(K)],
+        [2**row for row in range(K)],
+        [3**row for row in range(K)],
+        [0, *range(143_000 - K + 1, 143_000)],
+    ],
+)
+def test_some_steps_are_named_on_each_axis_and_no_name_covers_another(monkeypatch, steps):
+    figures = []
+    monkeypatch.setattr(trajectory_plots, "save_figure", lambda figure, _: figures.append(figure))
+    trajectory_plots.draw_trajectory(follow(matrix_of(walk()), steps), "t.png")
+    figures[0].draw_without_rendering()
+    for axes in figures[0].axes[:2]:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(boxes) >= 3
+        assert all(left.x1 + 2 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("level", [1.0, 3.5, 5.0, 9.0])
+def test_an_ordinate_of_less_than_a_power_of_ten_has_several_numbers(monkeypatch, level):
+    """Distances that are much alike, in both spaces."""
+    figures = []
+    monkeypatch.setattr(trajectory_plots, "save_figure", lambda figure, _: figures.append(figure))
+    rng = np.random.default_rng(0)
+    values = -900 + 60 * rng.standard_normal(N) + 3 * rng.standard_normal((5, N))
+    distances = level + 0.09 * level * np.abs(np.subtract.outer(range(5), range(5)))
+    np.fill_diagonal(distances, 0)
+    found = follow(matrix_of(values), STEPS[:5], weight_distances=distances)
+    trajectory_plots.draw_trajectory(found, "t.png")
+    figures[0].draw_without_rendering()
+    (axes,) = (each for each in figures[0].axes if "weights" in each.get_ylabel())
+    low, high = axes.get_ylim()
+    assert high / low < 10
+    labels = [label for label in axes.get_yticklabels(which="both") if label.get_text()]
+    assert sum(low <= label.get_position()[1] <= high for label in labels) >= 2
 
 
 def test_other_endings_are_refused(tmp_path):
