@@ -8,6 +8,7 @@ import pytest
 import llfast
 from llfast import Store, nearest, stored_layers
 from tests.architectures import build
+from tests.stores import run_with_mount
 from tests.tiny import make_adapter, make_tokenizer, save
 
 
@@ -154,3 +155,30 @@ def test_a_store_that_cannot_be_made_is_found_out_before_a_model_runs(
     store = texts_file / "store"  # in a file
     run = command("layers", checkpoints / "gpt2", "--texts", texts_file, "--store", store)
     assert f"Not a directory: '{store}'" in run.error
+
+
+def test_a_read_only_store_is_refused_before_a_model_runs(
+    layers, store, checkpoints, texts_file, content
+):
+    """What it has is shown all the same."""
+    assert layers("gpt2").code == 0
+    before = content(store)
+    code = f"""
+import sys
+from llfast import stored_layers
+from llfast.__main__ import main
+stored_layers.score_layers = lambda *_, **__: 1 / 0
+options = ["--texts", {str(texts_file)!r}, "--store", sys.argv[1]]
+for name in ("gpt2", "llama"):
+    sys.argv = ["llfast", "layers", {str(checkpoints)!r} + "/" + name, "--name", name, *options]
+    try:
+        main()
+    except SystemExit as leave:
+        print("code", leave.code)
+"""
+    run = run_with_mount('mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"', code, store)
+    assert run.stdout.startswith("skipped  gpt2 at 3 layers: in the store already")
+    assert [line for line in run.stdout.splitlines() if line.startswith("code")] == ["code 1"]
+    (line,) = run.stderr.splitlines()
+    assert line.endswith(f"The store cannot be written to: '{store}'")
+    assert content(store) == before
