@@ -72,14 +72,9 @@ def find_nearest(
         textset=opened.find_textset(textset), convention=convention, dtype=dtype, newest=newest
     )
     source, created = _open(opened, selection, mode)
-    names: Sequence[str]
-    find_revision: Callable[[str], str | None]
-    if isinstance(source, StoredIndex):
-        names, find_revision = source.names, source.find_revision
-        digest, convention = source.basis.textset_digest, source.basis.convention
-    else:
-        names, find_revision = source.models, _revisions(source).get
-        digest, convention = source.textset_digest, source.convention
+    names, find_revision = _names(source)
+    texts_of = source.basis if isinstance(source, StoredIndex) else source
+    digest, convention = texts_of.textset_digest, texts_of.convention
     if text_set is not None and text_set.digest != digest:
         raise SearchError(
             f"{texts} must be the texts that the store's models were scored on "
@@ -141,7 +136,9 @@ def find_kl(
     newest: bool = False,
     unit: str = "bits_per_byte",
 ) -> tuple[str, str, KLEstimate]:
-    """The KL divergence between two models of a store; arguments as for `find_nearest`.
+    """The KL divergence between two models of a store, as `find_nearest` tells it.
+
+    Arguments are as for that.
 
     Returns: the names that the store has for the two, and the estimate.
 
@@ -149,15 +146,20 @@ def find_kl(
         SearchError: if one of them is not in the store.
         StoreError: if the store does not have what is asked for.
     """
-    duplicates = "newest" if newest else "error"
-    matrix = Store(store).matrix(textset, convention, dtype, duplicates=duplicates)
-    names = []
+    opened = Store(store)
+    selection = Selection(
+        textset=opened.find_textset(textset), convention=convention, dtype=dtype, newest=newest
+    )
+    source, _ = _open(opened, selection, "auto")
+    names, find_revision = _names(source)
+    pair = []
     for model in (a, b):
-        name = _stored_name(model, matrix.models, _revisions(matrix).get)
+        name = _stored_name(model, names, find_revision)
         if name is None:
-            raise SearchError(_unknown(model, matrix.models))
-        names.append(name)
-    return names[0], names[1], ModelSpace.fit(matrix).kl(names[0], names[1], unit=unit)
+            raise SearchError(_unknown(model, names))
+        pair.append(name)
+    space = source if isinstance(source, StoredIndex) else ModelSpace.fit(source)
+    return pair[0], pair[1], space.kl(pair[0], pair[1], unit=unit)
 
 
 def _open(
@@ -180,9 +182,14 @@ def _open(
     }
 
 
-def _revisions(matrix: LogLikelihoodMatrix) -> dict[str, str]:
-    """The first model with each revision."""
-    return dict(zip(reversed(matrix.revisions), reversed(matrix.models), strict=True))
+def _names(
+    source: StoredIndex | LogLikelihoodMatrix,
+) -> tuple[Sequence[str], Callable[[str], str | None]]:
+    """The names of all models, and what finds the first of them by its revision."""
+    if isinstance(source, StoredIndex):
+        return source.names, source.find_revision
+    names = zip(reversed(source.revisions), reversed(source.models), strict=True)
+    return source.models, dict(names).get
 
 
 def _stored_name(

@@ -21,7 +21,7 @@ from jaxtyping import Float64
 from llfast.basis import Basis
 from llfast.intervals import half_variances
 from llfast.mixed import adds_bos_of
-from llfast.results import LogLikelihoods
+from llfast.results import KLEstimate, LogLikelihoods
 from llfast.space import ModelSpace
 from llfast.store import Store
 
@@ -192,6 +192,17 @@ class KLIndex:
         """The name of a model with these weights."""
         with self._lock:
             return self._models.find_revision(revision)
+
+    def kl(self, a: str, b: str, unit: str = "bits_per_byte") -> KLEstimate:
+        """The KL divergence between two models of the index, with its 95 % interval.
+
+        Raises:
+            ValueError: if there is no such unit.
+            SpaceError: if a model is not in the index, or bytes are asked for and not known.
+        """
+        snapshot, rows = self._snapshot([a, b])
+        one, other = (row for row in rows if row is not None)  # names have rows
+        return snapshot.kl(one, other, unit)
 
     # ------------------------------------------------------------------ searching
 

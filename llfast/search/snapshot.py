@@ -138,6 +138,10 @@ class Snapshot:
                 ),
             )
 
+    def kl(self, a: int, b: int, unit: str) -> KLEstimate:
+        """The KL divergence between two rows."""
+        return self._estimate(self.point(a), self.models[a].dtype, b, unit)
+
     def hits(self, asked: Asked, found: Found, unit: str, k: int | None = None) -> Hits:
         """The k nearest of what was found; all of it for None."""
         factor = self.basis.per_nat(unit)
@@ -152,7 +156,7 @@ class Snapshot:
                 divergence * factor,
                 unit,
                 partial(self._metadata, row),
-                partial(self._estimate, asked, row, unit),
+                partial(self._estimate, asked.query.point, asked.dtype, row, unit),
             )
             for divergence, name, row in order[:k]
         ]
@@ -165,10 +169,12 @@ class Snapshot:
     def _metadata(self, row: int) -> Mapping[str, Any]:
         return self.models[row].metadata
 
-    def _estimate(self, asked: Asked, row: int, unit: str) -> KLEstimate:
+    def _estimate(
+        self, point: Float64[np.ndarray, " N"], dtype: str, row: int, unit: str
+    ) -> KLEstimate:
         return self.basis.kl(
-            asked.query.point - self.point(row),
-            (asked.dtype, self.models[row].dtype),
+            point - self.point(row),
+            (dtype, self.models[row].dtype),
             unit,
             noise_floor=self.noise_floor,
         )

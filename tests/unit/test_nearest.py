@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llfast import KLIndex, ModelSpace, SearchError, TextSet
-from llfast.nearest import build_index, find_nearest
+from llfast.nearest import build_index, find_kl, find_nearest
 from tests.indexes import N, index_result, make_store, model_values, name
 from tests.spaces import make_matrix
 
@@ -48,6 +48,27 @@ def test_a_model_came_with_the_result_that_is_searched(store):
     assert found() == [name(4)]
     build_index(store.folder, newest=True)
     assert found() == [name(4)]
+
+
+def test_a_kl_is_the_one_that_a_search_tells(store):
+    """Also in the basis of an index that was built before other models came."""
+
+    def kls():
+        _, hits = find_nearest(name(0), store.folder, k=50)
+        return [(hit.model, hit.estimate) for hit in hits]
+
+    for build in (False, True):
+        if build:
+            build_index(store.folder)
+            store.add(index_result(24, values=model_values(24) - 300))
+        found = kls()
+        assert len(found) == 23 + build
+        for model, estimate in found[:2] + found[-2:]:
+            assert find_kl(name(0), model, store.folder) == (name(0), model, estimate)
+        kl = find_kl(name(1), name(1), store.folder, unit="nats_per_text")[2]
+        assert (kl.value, kl.unit) == (0, "nats_per_text")
+        with pytest.raises(SearchError, match="must be in the store, got 'model 99'; did you mean"):
+            find_kl(name(0), "model 99", store.folder)
 
 
 def test_a_space_that_knows_no_times_has_no_condition_on_them(store):
