@@ -128,11 +128,13 @@ def _read_parquet(path: Path) -> _Table:
         try:
             # Threads may hang when Python ends: https://github.com/apache/arrow/issues/50482.
             table = pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
+            of_pandas = table.schema.pandas_metadata or {}
         except (OSError, ValueError, pa.ArrowException) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise SpaceError(f"{path} must be a Parquet file, got: {line}") from None
     names, columns = table.column_names, [column.to_pylist() for column in table.columns]
-    if names and names[-1] == "__index_level_0__":  # where pandas puts the first
+    # Where pandas puts the first; under a name of its own, if the index has one.
+    if names and names[-1:] in (["__index_level_0__"], of_pandas.get("index_columns")):
         names, columns = ["index", *names[:-1]], [columns[-1], *columns[:-1]]
     return _from_columns(path, names, columns)
 

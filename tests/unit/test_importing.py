@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import io
+import json
 import math
 import pickle
 
@@ -175,6 +176,16 @@ def test_the_index_that_pandas_puts_last_holds_the_ids(tmp_path):
     pq.write_table(table, tmp_path / "m.parquet")
     matrix = load(tmp_path / "m.parquet")
     assert (matrix.models, matrix.ids) == (("a", "b"), ("11", "12"))
+
+
+@pytest.mark.parametrize("ids", [[11, 12], ["x", "y"]])
+def test_an_index_with_a_name_holds_the_ids_too(tmp_path, ids):
+    table = pa.table({"a": [0.5, 0.6], "b": [0.7, 0.8], "document": ids})
+    pandas = json.dumps({"index_columns": ["document"]})
+    pq.write_table(table.replace_schema_metadata({"pandas": pandas}), tmp_path / "m.parquet")
+    matrix = load(tmp_path / "m.parquet")
+    assert matrix.models == ("a", "b")
+    assert matrix.ids == tuple(map(str, ids))
 
 
 def test_ids_may_be_long_and_hold_anything(tmp_path):
