@@ -291,7 +291,7 @@ class Store:
         Raises:
             StoreError: if there is none or several.
         """
-        return only_textset(self.folder, self.textsets(), digest)
+        return only_textset(self.folder, self.textsets(), digest, self.rows)
 
     # ---------------------------------------------------------------- inside
 

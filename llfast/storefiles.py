@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from . import cache
 from .errors import RemoteError, StoreError
 from .files import atomic_write
 from .remote import AnyPath, RemotePath
+from .rows import StoredRow
 
 # Like all that begins with _ or ., no data to pyarrow, Spark and DuckDB.
 _MARKER = "_llfast-store.json"
@@ -97,13 +98,20 @@ def find_partial(folder: AnyPath, key: str) -> Path | None:
     return own / name if os.access(own, os.W_OK) else None
 
 
-def only_textset(folder: AnyPath, found: Sequence[str], digest: str | None) -> str:
-    """The one of several text sets whose digest begins so.
+def only_textset(
+    folder: AnyPath,
+    found: Sequence[str],
+    digest: str | None,
+    rows: Callable[[str], Sequence[StoredRow]] | None = None,
+) -> str:
+    """The one of several text sets whose digest begins so, and of whose `rows` one is a result.
 
     Raises:
         StoreError: if there is none or several.
     """
     found = [each for each in found if each.startswith(digest or "")]
+    if rows is not None and len(found) > 1:  # of some of them all results may have been removed
+        found = [each for each in found if any(row.error is None for row in rows(each))]
     if len(found) == 1:
         return found[0]
     if not found:

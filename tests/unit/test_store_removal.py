@@ -192,3 +192,22 @@ def test_any_order_of_actions_leaves_what_a_dictionary_would_have(tmp_path_facto
         if row.error is None:
             values = store.load(row).values
             np.testing.assert_array_equal(values, numbers(f"{expected[row.key.model]}"))
+
+
+def test_a_text_set_whose_results_are_all_removed_need_not_be_told_from_others(store):
+    store.add(make_result("a"))
+    store.add(make_result("b", textset_digest="other"))
+    with pytest.raises(StoreError, match="must be named where a store has several, got .*other"):
+        store.find_textset()
+    store.remove(["b"])
+    assert store.find_textset() == DIGEST
+    assert store.matrix().models == ("a",)
+    store.add_failure(make_result("b", textset_digest="other").key, "no memory")
+    store.compact()
+    assert store.find_textset() == DIGEST, "a failure is no result"
+    store.add(make_result("b", textset_digest="other"))
+    with pytest.raises(StoreError, match="must be named where a store has several, got .*other"):
+        store.find_textset()
+    store.remove(["a", "b"])
+    with pytest.raises(StoreError, match="must hold results, got none"):
+        store.find_textset()
