@@ -287,10 +287,11 @@ def _field(row: dict[str, str], name: str, otherwise: str) -> str:
 
 def _decode(data: bytes, where: str | Path) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
+        found = error.object[error.start]
         raise TextSetError(
-            f"{where} must be UTF-8, got byte 0x{data[error.start]:02x} at offset {error.start}"
+            f"{where} must be UTF-8, got byte 0x{found:02x} at offset {error.start}"
         ) from None
 
 

@@ -52,6 +52,20 @@ def test_bad_files_are_refused_by_line(tmp_path, content, message):
         TextSet.load(path)
 
 
+def test_windows_line_ends_and_byte_order_marks_are_no_part_of_texts(tmp_path):
+    texts = TextSet.from_texts(["a", "\ufeffb", "c\r\n"])
+    texts.save(tmp_path / "t.jsonl")
+    content = b"\xef\xbb\xbf" + (tmp_path / "t.jsonl").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "w.jsonl").write_bytes(content)
+    assert TextSet.load(tmp_path / "w.jsonl").digest == texts.digest
+    (tmp_path / "bad.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "\xff"}')
+    with pytest.raises(TextSetError, match="line 1 must be UTF-8, got byte 0xff at offset 10"):
+        TextSet.load(tmp_path / "bad.jsonl")
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf" + b"x" * 300)
+    found, _ = build_texts([tmp_path / "d.txt", tmp_path / "w.jsonl"])
+    assert found.texts == ("x" * 300,)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(TextSetError, match="at least one text"):
         TextSet.from_texts([])
