@@ -88,7 +88,7 @@ def map_page(found: ModelMap, *, title: str, colour: str | None = None) -> str:
         "lines": found.lines,
         "axes": found.axes,
         "unit": found.unit.replace("_per_", "/"),
-        "colour": colour,
+        "colour": colour[:_SHOWN],
         "palette": PALETTE,
         "rest": REST,
         "notes": found.notes,

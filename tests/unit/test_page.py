@@ -98,6 +98,7 @@ def test_family_colours_the_map_or_another_column_or_none():
     assert colour(rows, colour="size") == "size"
     assert colour([{"size": 3}, {}]) == "size"
     assert colour([{}, {}]) == ""
+    assert colour([{"y" * 9999: 3}, {}]) == "y" * 1000, "as its column is called"
     with pytest.raises(
         ValueError, match=r"must be a column of .* \(family, size, .*\), got 'parents'"
     ):
