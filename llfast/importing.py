@@ -254,7 +254,7 @@ def _text_bytes(
     if len(sizes) != n:
         raise SpaceError(f"text_bytes must be of {n} texts, got {len(sizes)} in {given}")
     wrong = sizes[~(np.isfinite(sizes) & (sizes > 0))]
-    if len(wrong):
+    if len(wrong) and texts is None:  # a text of a text set may be empty
         raise SpaceError(f"text_bytes must be finite and above 0, got {wrong[0]:g}")
     return sizes, texts
 

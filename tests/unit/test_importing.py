@@ -125,6 +125,16 @@ def test_a_text_set_gives_bytes_digest_and_order(write, tmp_path):
         load(write(MODELS, BITS[:, :2], ["x", "y"]), text_bytes=tmp_path / "texts.jsonl")
 
 
+@pytest.mark.parametrize("unit", ["nats", "bits_per_byte"])
+def test_a_text_of_a_text_set_may_be_empty(write, tmp_path, unit):
+    TextSet.from_texts(["a", "", "ccc"]).save(tmp_path / "t.jsonl")
+    values = np.array([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]])
+    path = write(["a", "b"], -values if unit == "nats" else values)
+    matrix = load(path, unit=unit, text_bytes=tmp_path / "t.jsonl")
+    assert matrix.text_bytes.tolist() == [1.0, 0.0, 3.0]
+    assert matrix.values[:, 1].tolist() == [0.0, 0.0]
+
+
 def test_what_is_imported_can_be_stored_and_searched(write, tmp_path):
     store = Store(tmp_path / "store")
     store.add_matrix(load(write(MODELS, BITS, ["x", "y", "z"], ["f", "f", "g"])))
