@@ -193,7 +193,7 @@ class LogLikelihoodMatrix:
             "models": tuple(models),
             "values": np.ascontiguousarray(values, dtype=np.float64),
             "text_bytes": np.asarray(text_bytes, dtype=np.float64),
-            "metadata": tuple(metadata) or tuple({} for _ in models),
+            "metadata": tuple(map(_plain, metadata)) or tuple({} for _ in models),
             "ids": tuple(ids) if ids is not None else None,
             "groups": tuple(groups) if groups is not None else None,
             "textset_digest": textset_digest,
@@ -275,6 +275,13 @@ class LogLikelihoodMatrix:
         """The (N,) log-likelihoods of one model, in nats; KeyError if it is not there."""
         values: Float64[np.ndarray, " N"] = self.values[self._rows[model]]
         return values
+
+
+def _plain(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metadata as JSON and SQL know it: numpy's numbers are Python's."""
+    if not any(isinstance(value, np.generic) for value in row.values()):
+        return row
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
 
 
 def _mean_bits_per_byte(

@@ -1,3 +1,4 @@
+import json
 import math
 
 import jaxtyping
@@ -175,6 +176,15 @@ def test_the_matrix_holds_what_it_is_given():
     assert (matrix.dtypes, matrix.revisions) == (("float32", "bfloat16"), ("1", "2"))
     with pytest.raises(KeyError, match="c"):
         matrix.row("c")
+
+
+def test_numbers_of_numpy_in_metadata_are_plain_ones():
+    rows = [{"step": np.int64(3), "size": np.float32(0.5), "ok": np.True_, "f": "x"}, {"step": 4}]
+    matrix = LogLikelihoodMatrix(["a", "b"], np.zeros((2, 1)), [1], rows)
+    assert json.dumps(matrix.metadata) == (
+        '[{"step": 3, "size": 0.5, "ok": true, "f": "x"}, {"step": 4}]'
+    )
+    assert type(rows[0]["step"]) is np.int64, "the caller's own stay as they are"
 
 
 def test_what_is_not_known_of_a_matrix_is_empty():
