@@ -290,6 +290,14 @@ def choose(
     return one_row_a_model(rows, convention, selection.dtype, None, duplicates, layers=False)
 
 
+def chooses_another(store: Store, selection: Selection, segment: Segment) -> bool:
+    """Whether a convention that was left to the store is by now another than a segment's."""
+    if selection.convention is not None or segment.basis.convention == "paper":
+        return False  # which comes first in any store
+    found, chosen = choose(store.rows(selection.textset), selection, None)
+    return bool(chosen) and found != segment.basis.convention
+
+
 def indexed(row: StoredRow) -> IndexedModel:
     """What an index keeps of a row."""
     return IndexedModel(

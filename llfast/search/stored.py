@@ -31,6 +31,7 @@ from .building import (
     Selection,
     build,
     choose,
+    chooses_another,
     current,
     directions,
     facts_of,
@@ -113,7 +114,8 @@ class StoredIndex(KLIndex):
         if not refit:
             with contextlib.suppress(SearchError):
                 segment = find(folder)
-        if segment is None or not serves(segment, mode):
+            refit = segment is not None and chooses_another(store, selection, segment)
+        if segment is None or refit or not serves(segment, mode):
             with only_builder(folder):
                 # Another builder may have been here meanwhile.
                 segment = None if refit else find_or_warn(folder)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llfast import KLIndex, ModelSpace, SearchError, TextSet
+from llfast import KLIndex, ModelSpace, SearchError, Store, StoreError, TextSet
 from llfast.nearest import build_index, find_kl, find_nearest
 from tests.indexes import N, index_result, make_store, model_values, name
 from tests.spaces import make_matrix
@@ -126,3 +126,30 @@ def test_another_layer_of_a_model_in_another_dtype_is_no_noise(store):
     index.add(index_result(100, model="half", revision="one", **half))
     flags = {hit.model: hit.estimate.below_noise_floor for hit in index.search("half", 50)}
     assert [flags[f"whole@layer={layer}"] for layer in range(2)] == [False, False]
+
+
+def test_an_index_is_of_no_convention_where_one_must_be_named(tmp_path):
+    store = Store(tmp_path / "store")
+    store.add(index_result(0, convention="imported"))
+    KLIndex.build(store)
+    store.add(index_result(1, convention="lm-eval"))
+    for build in (store.matrix, lambda: KLIndex.build(store)):
+        with pytest.raises(StoreError, match="convention must be named where a store has several"):
+            build()
+    assert len(KLIndex.build(store, convention="imported")) == 1
+
+
+def test_where_no_convention_is_named_an_index_follows_the_stores_own_choice(tmp_path):
+    """Models of a published matrix, an index, and then those that are scored here."""
+    store = Store(tmp_path / "store")
+    for number in range(6):
+        store.add(index_result(number, convention="imported"))
+    assert build_index(store.folder)["models"] == 6
+    before = KLIndex.build(store)
+    for number in range(20, 24):
+        store.add(index_result(number))
+    assert (before.refresh(), len(before)) == (0, 6), "one that is open goes on with its own"
+    for _ in range(2):
+        found = find_nearest(name(20), store.folder)[1]
+        assert {hit.model for hit in found} == set(store.matrix().models) - {name(20)}
+    assert len(KLIndex.build(store, convention="imported")) == 6
