@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .batches import CONVENTIONS
 from .errors import SearchError
 from .models import open_model
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
@@ -82,6 +83,11 @@ def find_nearest(
         )
     query: str | LogLikelihoods | None = _stored_name(model, names, find_revision)
     if query is None:
+        if convention not in CONVENTIONS:  # that of an imported matrix, or of token ids
+            raise SearchError(
+                f"{_unknown(model, names)} It cannot be scored as these are, under {convention!r}; "
+                f"import them under their own convention ({', '.join(CONVENTIONS)}) if it is known"
+            )
         if text_set is None:
             raise SearchError(
                 f"{_unknown(model, names)} To score it first, give the text set with --texts"

@@ -128,6 +128,20 @@ def test_another_layer_of_a_model_in_another_dtype_is_no_noise(store):
     assert [flags[f"whole@layer={layer}"] for layer in range(2)] == [False, False]
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_model_cannot_be_scored_as_an_imported_matrix_was(tmp_path, indexed):
+    texts = TextSet.from_texts(["text"] * N)
+    texts.save(tmp_path / "texts.jsonl")
+    store = Store(tmp_path / "store")
+    given = {"ids": texts.ids, "textset_digest": texts.digest, "text_bytes": texts.text_bytes}
+    store.add(index_result(0, convention="imported", **given))
+    if indexed:
+        build_index(store.folder)
+    for options in ({}, {"texts": tmp_path / "texts.jsonl"}):
+        with pytest.raises(SearchError, match="cannot be scored as these are, under 'imported'; "):
+            find_nearest("other", store.folder, **options)
+
+
 def test_an_index_is_of_no_convention_where_one_must_be_named(tmp_path):
     store = Store(tmp_path / "store")
     store.add(index_result(0, convention="imported"))
