@@ -364,14 +364,22 @@ def _result_fields(result: LogLikelihoods) -> dict[str, Any]:
 
 
 def _matrix_fields(matrix: LogLikelihoodMatrix, row: int) -> dict[str, Any]:
+    model, metadata = matrix.models[row], dict(matrix.metadata[row])
+    layer = metadata.get("layer")
+    # As a matrix of a store names a layer, and says whose it is.
+    if isinstance(layer, int) and model == f"{metadata.get('layer_of')}@layer={layer}":
+        model = metadata.pop("layer_of")
+        del metadata["layer"]
+    else:
+        layer = None
     key = ResultKey(
-        matrix.models[row],
+        model,
         matrix.revisions[row],
         matrix.textset_digest,
         matrix.convention,
         matrix.dtypes[row],
-        None,
+        layer,
         0,
     )
     values = {"loglikelihoods": matrix.values[row], "provenance": "{}"}
-    return row_fields(key, metadata=matrix.metadata[row]) | values
+    return row_fields(key, metadata=metadata) | values

@@ -191,6 +191,19 @@ def test_a_matrix_from_elsewhere_is_kept(store):
     assert loaded.text_bytes.tolist() == bytes_
 
 
+def test_layers_of_a_matrix_from_another_store_stay_layers(store):
+    other = Store(store.folder.parent / "other")
+    for layer in (None, 0, 1):
+        other.add(make_result("a", loglikelihoods=numbers(f"a {layer}"), layer=layer))
+    other.add(make_result("a copy", metadata={"layer": 0, "layer_of": "a"}))  # by its own account
+    matrix = other.matrix(layers=True)
+    store.add_matrix(matrix)
+    assert store.matrix().models == ("a", "a copy")
+    again = store.matrix(layers=True)
+    assert (again.models, again.metadata) == (matrix.models, matrix.metadata)
+    np.testing.assert_array_equal(again.values, matrix.values)
+
+
 # ------------------------------------------------------------------------------ which row counts
 
 
