@@ -135,7 +135,7 @@ def read_manifest(path: Path) -> Mapping[str, str]:
         OSError: if it cannot be read.
     """
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)

@@ -229,4 +229,7 @@ def test_a_manifest_that_is_none(tmp_path, text, message):
 def test_a_manifest_as_sha256sum_writes_it(tmp_path):
     path = tmp_path / "sums"
     path.write_text(f"# made today\n{'A' * 64} *one.safetensors\n\n{'b' * 64}  two three\n")
-    assert read_manifest(path) == {"one.safetensors": "a" * 64, "two three": "b" * 64}
+    found = {"one.safetensors": "a" * 64, "two three": "b" * 64}
+    assert read_manifest(path) == found
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_manifest(path) == found, "as it is after a Windows editor"
