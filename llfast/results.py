@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -275,6 +276,11 @@ class LogLikelihoodMatrix:
         """The (N,) log-likelihoods of one model, in nats; KeyError if it is not there."""
         values: Float64[np.ndarray, " N"] = self.values[self._rows[model]]
         return values
+
+
+def is_missing(value: object) -> bool:
+    """Whether a value of metadata is none: null, or NaN, as tables write what is not there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _plain(row: Mapping[str, Any]) -> Mapping[str, Any]:
