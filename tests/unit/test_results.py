@@ -5,7 +5,14 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from llfast import KLEstimate, LogLikelihoodMatrix, LogLikelihoods, SpaceError
+from llfast import (
+    KLEstimate,
+    LogLikelihoodMatrix,
+    LogLikelihoods,
+    SpaceError,
+    Store,
+    TextSet,
+)
 from llfast.results import RaggedArray, ResultKey
 from tests.spaces import make_matrix
 
@@ -176,6 +183,28 @@ def test_the_matrix_holds_what_it_is_given():
     assert (matrix.dtypes, matrix.revisions) == (("float32", "bfloat16"), ("1", "2"))
     with pytest.raises(KeyError, match="c"):
         matrix.row("c")
+
+
+@pytest.mark.parametrize(
+    ("ids", "groups"), [(np.arange(3), np.arange(3) // 2), ([0, 1, 2], [0, 0, 1])]
+)
+def test_ids_and_groups_that_are_numbers_are_those_that_a_text_set_has(tmp_path, ids, groups):
+    texts = TextSet.from_texts(["a", "bb", "ccc"], groups=["0", "0", "1"])
+    given = {"ids": ids, "groups": groups, "textset_digest": texts.digest, "convention": "paper"}
+    matrix = LogLikelihoodMatrix(["a"], np.zeros((1, 3)), texts.text_bytes, **given)
+    assert (matrix.ids, matrix.groups) == (texts.ids, texts.groups)
+    store = Store(tmp_path / "store")
+    store.add_matrix(matrix)
+    store.add(
+        make_result(
+            model="b",
+            ids=texts.ids,
+            text_bytes=texts.text_bytes,
+            textset_digest=texts.digest,
+            convention="paper",
+        )
+    )
+    assert store.matrix().models == ("a", "b")
 
 
 def test_numbers_of_numpy_in_metadata_are_plain_ones():
