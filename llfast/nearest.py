@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .batches import CONVENTIONS
+from .checkpoint import is_adapter
 from .errors import SearchError
 from .models import open_model
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
@@ -87,6 +88,11 @@ def find_nearest(
             raise SearchError(
                 f"{_unknown(model, names)} It cannot be scored as these are, under {convention!r}; "
                 f"import them under their own convention ({', '.join(CONVENTIONS)}) if it is known"
+            )
+        if is_adapter(Path(model)):  # it could not be told here what it belongs to
+            raise SearchError(
+                f"{_unknown(model, names)} Score an adapter first, with `llfast score "
+                "--adapter-base`"
             )
         if text_set is None:
             raise SearchError(
@@ -206,7 +212,9 @@ def _stored_name(
     if not Path(model).is_dir():
         return None
     normal = os.path.normpath(model)
-    return normal if normal in names else find_revision(open_model(model).revision)
+    if normal in names or is_adapter(Path(model)):
+        return normal if normal in names else None
+    return find_revision(open_model(model).revision)
 
 
 def _unknown(model: str, names: Sequence[str]) -> str:

@@ -142,6 +142,21 @@ def test_a_model_cannot_be_scored_as_an_imported_matrix_was(tmp_path, indexed):
             find_nearest("other", store.folder, **options)
 
 
+def test_an_adapter_is_found_by_its_name_and_scored_by_another_command(store, tmp_path):
+    """Of its folder alone, nobody knows the model that it was trained on."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    message = "must be in the store, .* Score an adapter first, with `llfast score --adapter-base`"
+    with pytest.raises(SearchError, match=message):
+        find_nearest(str(adapter), store.folder)
+    store.add(index_result(40, model="elsewhere/adapter"))
+    with pytest.raises(SearchError, match="did you mean elsewhere/adapter"):
+        find_nearest(str(adapter), store.folder)
+    store.add(index_result(41, model=str(adapter)))
+    assert find_nearest(f"{adapter}/", store.folder)[0] == str(adapter)
+
+
 def test_an_index_is_of_no_convention_where_one_must_be_named(tmp_path):
     store = Store(tmp_path / "store")
     store.add(index_result(0, convention="imported"))
