@@ -207,10 +207,18 @@ void check_tasks() {
 
 }  // namespace
 
-int main() {
+// `amx` checks that set alone, in bf16: with emulated tiles, also where the processor has none.
+int main(int count, char** words) {
+  const bool amx = count > 1 && std::string(words[1]) == "amx";
   check_tasks();
-  for (InstructionSet set : llfast::available_instruction_sets()) {
-    for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+  std::vector<InstructionSet> sets = llfast::available_instruction_sets();
+  std::vector<DType> dtypes = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  if (amx) {
+    sets = {InstructionSet::kAmxBFloat16};
+    dtypes = {DType::kBFloat16};
+  }
+  for (InstructionSet set : sets) {
+    for (DType dtype : dtypes) {
       check_head(set, dtype, 1, 1, 1, false);
       check_head(set, dtype, 1, 131, 17, true);
       check_head(set, dtype, 50, 1030, 33, true);
@@ -218,7 +226,9 @@ int main() {
       check_head(set, dtype, 8, 130, 1029, true);
       check_head(set, dtype, 3, 2100, 65, false, true);
       check_head(set, dtype, 100, 70, 1601, true, true);  // blocks of rows and of depth
-      check_head(set, dtype, 2, 5, 40000, true);  // blocks of depth that do not come out even
+      check_head(set, dtype, 2, 5, 40000, true);     // blocks of depth that do not come out even
+      check_head(set, dtype, 300, 1100, 64, false);  // more rows than a task has
+      check_head(set, dtype, 135, 600, 1100, true);  // too few for whole blocks, of two depths
     }
   }
   return failures == 0 ? 0 : 1;

@@ -78,6 +78,15 @@ def test_core_under_sanitisers(sanitised, sanitizers):
     run(sanitised(sanitizers, [*sources, HERE / "native_driver.cpp"], "-O1"))
 
 
+def test_amx_with_emulated_tiles(sanitised):
+    """Its kernel needs AVX-512 then, which more processors have."""
+    if "avx512" not in _native.available_instruction_sets():
+        pytest.skip("needs AVX-512, which this processor lacks")
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if "bindings" not in path.stem]
+    flags = ("-O1", "-include", str(HERE / "emulated_tiles.h"))
+    run(sanitised("address,undefined", [*sources, HERE / "native_driver.cpp"], *flags), "amx")
+
+
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_reader_under_sanitisers(sanitised, sanitizers, tmp_path):
     names = ["aligned_memory", "file_reader", "open_file", "parallel", "read_plan"]
