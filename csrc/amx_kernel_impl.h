@@ -31,7 +31,7 @@ class AmxKernel {
     const Layout layout(problem, task.rows);
     const Scratch scratch = layout.scratch(memory);
     if (*scratch.copied != task.row_begin + 1) {
-      copy_hidden(problem, task, layout, scratch.hidden);
+      copy_hidden(problem, task, layout.steps, scratch.hidden);
       *scratch.copied = task.row_begin + 1;
     }
     AmxKernel(problem, task, layout, scratch).run(parts);
@@ -98,14 +98,14 @@ class AmxKernel {
     return (problem.width + kStep - 1) / kStep;
   }
 
-  static void copy_hidden(const HeadProblem& problem, const GroupTask& task, const Layout& layout,
+  static void copy_hidden(const HeadProblem& problem, const GroupTask& task, std::int64_t steps,
                           std::byte* hidden) {
     const auto* from =
         static_cast<const std::uint16_t*>(problem.hidden) + task.row_begin * problem.hidden_stride;
-    for (std::int64_t row = 0; row < layout.pairs * kPanel; row += kSide) {
+    for (std::int64_t row = 0; row < task.rows; row += kSide) {
       std::byte* to =
-          hidden + row / kPanel * layout.steps * kPairBytes + row % kPanel / kSide * kTileBytes;
-      for (std::int64_t step = 0; step < layout.steps; ++step, to += kPairBytes) {
+          hidden + row / kPanel * steps * kPairBytes + row % kPanel / kSide * kTileBytes;
+      for (std::int64_t step = 0; step < steps; ++step, to += kPairBytes) {
         __m512i pairs[kSide] = {};
         for (std::int64_t i = 0; i < smaller(kSide, task.rows - row); ++i) {
           pairs[i] = load_step(from + (row + i) * problem.hidden_stride + step * kStep,
@@ -225,7 +225,7 @@ class AmxKernel {
   }
 
   Piece first_piece(std::int64_t begin) const {
-    return {begin, smaller(kPanel, end_ - begin), 0, smaller(layout_.depth_steps, layout_.steps)};
+    return {begin, smaller(kPanel, end_ - begin), 0, layout_.depth_steps};
   }
 
   // All panels of a span in one block of depth, then in the next; without words after the last.

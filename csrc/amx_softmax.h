@@ -53,8 +53,8 @@ class PanelSoftmax {
     last_ = blocks * kSteps;
   }
 
-  // So many steps at least fold a panel.
-  static constexpr int kSteps = 2 + kPanel / kWords;  // for each block of kSide tokens
+  // Steps that fold a panel: for one block of kSide tokens, and for both.
+  static constexpr int kSteps = 2 + kPanel / kWords;
   static constexpr int kMostSteps = 2 * kSteps;
 
   void step() {
@@ -120,11 +120,10 @@ class PanelSoftmax {
     for (int k = 0; k < kWords; ++k) sums_[k] = weighted_sums_[k] = F32{};
   }
 
-  static __mmask16 take_larger(F32 z, __m512i place, F32& max, __m512i& max_place) {
+  static void take_larger(F32 z, __m512i place, F32& max, __m512i& max_place) {
     const __mmask16 above = _mm512_cmp_ps_mask(z, max, _CMP_GT_OQ);
     max = _mm512_mask_mov_ps(max, above, z);
     max_place = _mm512_mask_mov_epi32(max_place, above, place);
-    return above;
   }
 
   void add_words(const float* scores) {

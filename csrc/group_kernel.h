@@ -22,9 +22,7 @@ constexpr int kWords = 4;
 // pairs of half-precision numbers included.
 constexpr std::int64_t kDepthStep = 32;
 
-// Copied rows end with zeros up to a multiple of the widest vector, and are 64 bytes further apart:
-// rows 4 KiB apart would all fall into the same few sets of L1.
-constexpr std::int64_t kCacheLine = 64;
+constexpr std::int64_t kCacheLine = 64;  // bytes
 
 // Rows [row_begin, row_begin + rows) over the words of a group; parts[group * T + row] is written.
 struct GroupTask {
@@ -35,8 +33,8 @@ struct GroupTask {
 
 struct TaskSize {
   std::int64_t rows;  // at most
-  // Of memory, which is on a cache line, and zero when a thread first uses it: padding never holds
-  // a stray NaN.
+  // Of memory, which is on a cache line, zero before a thread's first task, and then as its last
+  // task left it.
   std::int64_t scratch_bytes;
   std::int64_t groups;  // a block of rows visits so many before the next block visits them
 };
@@ -66,7 +64,9 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// How a row of D elements is cut and copied.
+// How a row of D elements is cut and copied. Copied rows end with zeros up to a multiple of the
+// widest vector, and are a cache line further apart: rows 4 KiB apart would all fall into the same
+// few sets of L1.
 struct Depth {
   std::int64_t blocks;
   std::int64_t size;      // elements in every block but the last, which may hold fewer

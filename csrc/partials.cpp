@@ -18,20 +18,18 @@ constexpr std::int64_t kProductsPerThread = 1 << 20;  // fewer do not repay star
 class AlignedBytes {
  public:
   explicit AlignedBytes(std::int64_t size)
-      : data_(static_cast<std::byte*>(
-            ::operator new(static_cast<std::size_t>(size),
-                           std::align_val_t{static_cast<std::size_t>(kCacheLine)}))) {
+      : data_(static_cast<std::byte*>(::operator new(static_cast<std::size_t>(size), kAlignment))) {
     std::fill_n(data_, size, std::byte{0});
   }
   AlignedBytes(const AlignedBytes&) = delete;
   AlignedBytes& operator=(const AlignedBytes&) = delete;
-  ~AlignedBytes() {
-    ::operator delete(data_, std::align_val_t{static_cast<std::size_t>(kCacheLine)});
-  }
+  ~AlignedBytes() { ::operator delete(data_, kAlignment); }
 
   std::byte* data() const { return data_; }
 
  private:
+  static constexpr std::align_val_t kAlignment{kCacheLine};
+
   std::byte* data_;
 };
 
