@@ -17,7 +17,7 @@ from llfast.kernels import reference as twin
 from llfast.kernels import token_logprobs
 from llfast.kernels.dispatch import folded_sums, statistics
 from llfast.kernels.inputs import HeadInputs
-from tests.heads import check_logprobs, make_case
+from tests.heads import SETS, check_logprobs, make_case
 
 SHAPES = (  # (T, V, D): aligned, ragged, odd, tiny; around each block of the kernel
     (1, 1, 1),
@@ -110,8 +110,8 @@ def test_one_word_is_certain(dtype, exact_kernels):
 
 
 @pytest.mark.parametrize("ruled_out", [(0, 1), (0, 128), (0, 1024), (100, 1300), (1, 1400)])
-def test_words_ruled_out_by_the_bias(ruled_out, exact_kernels):
-    hidden, lm_head, targets = make_case((8, 1400, 20), torch.float32)
+def test_words_ruled_out_by_the_bias(ruled_out, dtype, exact_kernels):
+    hidden, lm_head, targets = make_case((8, 1400, 20), dtype)
     targets[0], targets[1] = 0, 1399
     bias = torch.zeros(1400)
     bias[slice(*ruled_out)] = -math.inf
@@ -121,8 +121,8 @@ def test_words_ruled_out_by_the_bias(ruled_out, exact_kernels):
     assert (token_logprobs(hidden, lm_head, targets, bias=bias) == -math.inf).all()
 
 
-def test_all_words_but_one_or_all_ruled_out(exact_kernels):
-    hidden, lm_head, targets = make_case((3, 1400, 20), torch.float32)
+def test_all_words_but_one_or_all_ruled_out(dtype, exact_kernels):
+    hidden, lm_head, targets = make_case((3, 1400, 20), dtype)
     bias = torch.full((1400,), -math.inf)
     assert token_logprobs(hidden, lm_head, targets, bias=bias).isnan().all()
     bias[1030] = 0.0
@@ -241,6 +241,42 @@ def test_offsets_past_2_to_the_31(tmp_path, exact_kernels):
     targets = torch.tensor([0, 1, 2])
     assert torch.equal(token_logprobs(rows, far, targets), token_logprobs(rows, rows, targets))
     assert torch.equal(token_logprobs(far, rows, targets), token_logprobs(rows, rows, targets))
+
+
+GUARDED = """
+import ctypes, mmap, os, sys
+import torch
+from llfast.kernels import token_logprobs
+
+def at_the_end_of_a_page(matrix):
+    size = matrix.numel() * matrix.element_size()
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    room = torch.frombuffer(
+        memory, dtype=matrix.dtype, count=matrix.numel(), offset=pages * mmap.PAGESIZE - size
+    )
+    return room.view(matrix.shape).copy_(matrix)
+
+for instructions in sys.argv[1:]:
+    os.environ["LLFAST_ISA"] = instructions
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for tokens, vocabulary, width in ((1, 5, 3), (3, 64, 33), (40, 70, 64), (150, 96, 1100)):
+            hidden = torch.randn(tokens, width).to(dtype)
+            lm_head = torch.randn(vocabulary, width).to(dtype)
+            targets = torch.zeros(tokens, dtype=torch.int64)
+            ends = [at_the_end_of_a_page(matrix) for matrix in (hidden, lm_head)]
+            found = token_logprobs(*ends, targets)
+            assert torch.equal(found, token_logprobs(hidden, lm_head, targets))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page")
+def test_nothing_is_read_behind_the_last_row():
+    """A head may end where a mapped file does; sanitisers do not see what loads of tiles read."""
+    command = [sys.executable, "-c", GUARDED, *SETS]
+    subprocess.run(command, check=True, timeout=120)
 
 
 def test_int32_targets_parameters_and_no_tokens():
