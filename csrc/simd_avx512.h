@@ -25,6 +25,7 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
 
+  // x * 2^power in one instruction, also where 2^power has no fp32 of its own.
   static constexpr bool kScales = true;
   static F32 scale(F32 x, F32 power) { return _mm512_scalef_ps(x, power); }
 

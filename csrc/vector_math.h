@@ -23,7 +23,6 @@ inline typename S::F32 clamp_exponent(typename S::F32 x) {
 template <class S>
 inline typename S::F32 exp_nonpositive(typename S::F32 x) {
   using F32 = typename S::F32;
-  [[maybe_unused]] typedef typename S::I32 I32;
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
   const F32 rounding = splat<S>(12582912.0f);
   const F32 shifted = S::mul_add(x, splat<S>(1.44269504088896341f), rounding);
@@ -40,7 +39,8 @@ inline typename S::F32 exp_nonpositive(typename S::F32 x) {
   if constexpr (S::kScales) {
     return S::scale(p, n);
   } else {
-    // 2^n as two factors, because 2^-150 has no fp32 of its own.
+    // 2^n as two factors, because 2^-150 has no fp32 of its own: the same bits.
+    using I32 = typename S::I32;
     const I32 power = (I32)shifted - (I32)rounding;
     const I32 half = power >> 1;
     return p * (F32)((half + 127) << 23) * (F32)((power - half + 127) << 23);
