@@ -294,9 +294,9 @@ class AmxKernel {
       float* const found = piece.step == 0 ? scores : scratch_.fresh;
       const bool both = task_.rows - pair * kPanel > kSide;
       if (both) {
-        AmxTiles::multiply_two(words.first, words.row_bytes, hidden, piece.steps, found, beside);
+        AmxTiles::multiply<true>(words.first, words.row_bytes, hidden, piece.steps, found, beside);
       } else {
-        AmxTiles::multiply_one(words.first, words.row_bytes, hidden, piece.steps, found, beside);
+        AmxTiles::multiply<false>(words.first, words.row_bytes, hidden, piece.steps, found, beside);
       }
       if (piece.step > 0) add(found, scores);
       if (done) {

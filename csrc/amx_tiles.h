@@ -39,60 +39,41 @@ class AmxTiles {
     __asm__ volatile("" ::: "memory");  // NOLINT(portability-no-assembler): a word to the compiler
   }
 
-  // scores (kPanel, kPanel) = words . hidden over `steps` pairs of tiles, in one chain of products.
-  // Between two steps, `beside` is called.
-  template <class Beside>
-  static void multiply_two(const std::byte* words, std::int64_t word_stride,
-                           const std::byte* hidden, std::int64_t steps, float* scores,
-                           const Beside& beside) {
+  // scores (kPanel, kPanel) = words . hidden over `steps` pairs of tiles, in one chain of products;
+  // of the first kSide rows alone without kBoth. Between two steps, `beside` is called.
+  template <bool kBoth, class Beside>
+  static void multiply(const std::byte* words, std::int64_t word_stride, const std::byte* hidden,
+                       std::int64_t steps, float* scores, const Beside& beside) {
     const std::byte* lower = words + kSide * word_stride;
     float* const below = scores + kSide * kPanel;
     _tile_zero(0);
-    _tile_zero(1);
     _tile_zero(2);
-    _tile_zero(3);
-    for (std::int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, words, word_stride);
-      _tile_loadd(6, hidden, kTileStride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, hidden + kTileBytes, kTileStride);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, lower, word_stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-      words += 64;
-      lower += 64;
-      hidden += kPairBytes;
-      beside();
+    if constexpr (kBoth) {
+      _tile_zero(1);
+      _tile_zero(3);
     }
-    _tile_stored(0, scores, kScoreStride);
-    _tile_stored(1, scores + kSide, kScoreStride);
-    _tile_stored(2, below, kScoreStride);
-    _tile_stored(3, below + kSide, kScoreStride);
-  }
-
-  // The same for the first kSide rows alone.
-  template <class Beside>
-  static void multiply_one(const std::byte* words, std::int64_t word_stride,
-                           const std::byte* hidden, std::int64_t steps, float* scores,
-                           const Beside& beside) {
-    const std::byte* lower = words + kSide * word_stride;
-    float* const below = scores + kSide * kPanel;
-    _tile_zero(0);
-    _tile_zero(2);
     for (std::int64_t step = 0; step < steps; ++step) {
       _tile_loadd(4, words, word_stride);
       _tile_loadd(6, hidden, kTileStride);
       _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kBoth) {
+        _tile_loadd(7, hidden + kTileBytes, kTileStride);
+        _tile_dpbf16ps(1, 4, 7);
+      }
       _tile_loadd(5, lower, word_stride);
       _tile_dpbf16ps(2, 5, 6);
-      words += 64;
-      lower += 64;
+      if constexpr (kBoth) _tile_dpbf16ps(3, 5, 7);
+      words += kCacheLine;
+      lower += kCacheLine;
       hidden += kPairBytes;
       beside();
     }
     _tile_stored(0, scores, kScoreStride);
     _tile_stored(2, below, kScoreStride);
+    if constexpr (kBoth) {
+      _tile_stored(1, scores + kSide, kScoreStride);
+      _tile_stored(3, below + kSide, kScoreStride);
+    }
   }
 
  private:
