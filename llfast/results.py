@@ -152,7 +152,7 @@ class LogLikelihoodMatrix:
         models: (K,) unique names.
         values: (K, N) nats, finite.
         text_bytes: (N,) bytes of each raw text; may be one constant when unknown.
-        metadata: (K,) one mapping a model.
+        metadata: (K,) one mapping a model; NaN is null there, as tables write what is missing.
         ids: (N,) ids of the texts, if known.
         groups: (N,) the document of each text, if known.
         textset_digest: which texts these are.
@@ -194,7 +194,7 @@ class LogLikelihoodMatrix:
             "models": tuple(models),
             "values": np.ascontiguousarray(values, dtype=np.float64),
             "text_bytes": np.asarray(text_bytes, dtype=np.float64),
-            "metadata": tuple(map(_plain, metadata)) or tuple({} for _ in models),
+            "metadata": tuple(map(plain_metadata, metadata)) or tuple({} for _ in models),
             "ids": tuple(map(str, ids)) if ids is not None else None,
             "groups": tuple(map(str, groups)) if groups is not None else None,
             "textset_digest": textset_digest,
@@ -278,16 +278,15 @@ class LogLikelihoodMatrix:
         return values
 
 
-def is_missing(value: object) -> bool:
-    """Whether a value of metadata is none: null, or NaN, as tables write what is not there."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def plain_metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metadata as JSON and SQL know it: numpy's numbers are Python's, and NaN is null.
 
-
-def _plain(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Metadata as JSON and SQL know it: numpy's numbers are Python's."""
-    if not any(isinstance(value, np.generic) for value in row.values()):
+    NaN is how tables write what is not there.
+    """
+    if not any(isinstance(value, np.generic | float) for value in row.values()):
         return row
-    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in plain.items()}
 
 
 def _mean_bits_per_byte(

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import StoreError
 from .remote import AnyPath
-from .results import ResultKey
+from .results import ResultKey, plain_metadata
 
 _MOST_LISTED = 20  # rows in an error, which is one line
 _OWN_NAME = re.compile(r"[0-9]{20}-[0-9a-f]{16}\.parquet")  # as `shards.write_shard` gives them
@@ -230,7 +230,7 @@ def refuse_incomplete(row: StoredRow) -> None:
 
 def matrix_metadata(row: StoredRow) -> dict[str, Any]:
     """The caller's own columns, whether the tokenizer adds BOS if that is known, and the layer."""
-    found, adds_bos = dict(row.metadata), row.provenance.get("adds_bos")
+    found, adds_bos = dict(plain_metadata(row.metadata)), row.provenance.get("adds_bos")
     if adds_bos is not None:
         found["adds_bos"] = adds_bos
     if row.key.layer is not None:

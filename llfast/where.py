@@ -18,7 +18,6 @@ from jaxtyping import Bool
 
 from .errors import SearchError, needed
 from .files import as_utf8
-from .results import is_missing
 
 _MOST_CHARACTERS = 10_000
 _MOST_BRACKETS = 200  # DuckDB's parser needs seconds for thousands, one in the other
@@ -56,9 +55,8 @@ def model_table(
     """What is known of K models, a row each, for `select_rows`.
 
     Whole numbers are BIGINT, numbers DOUBLE, truth values BOOLEAN, times TIMESTAMP in UTC, all else
-    text, nested values as JSON; what a model lacks is NULL, and so is NaN, as tables write that.
-    SQL does not tell cases apart: a key that is one of the names before it is called
-    `metadata.<key>`.
+    text, nested values as JSON; what a model lacks is NULL. SQL does not tell cases apart: a key
+    that is one of the names before it is called `metadata.<key>`.
 
     Args:
         fixed: columns of K values that are there in any case.
@@ -162,9 +160,6 @@ def _without_places(node: Any) -> Any:
 
 def _column(values: Sequence[Any]) -> pa.Array:
     kinds = {type(value) for value in values if value is not None}
-    if float in kinds:
-        values = [None if is_missing(value) else value for value in values]
-        kinds = {type(value) for value in values if value is not None}
     if kinds == {datetime}:
         naive = [each and each.astimezone(UTC).replace(tzinfo=None) for each in values]
         return pa.array(naive, pa.timestamp("us"))

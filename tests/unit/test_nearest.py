@@ -1,5 +1,7 @@
 """From a store and a name to nearest models, with an index and without one."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -182,3 +184,27 @@ def test_where_no_convention_is_named_an_index_follows_the_stores_own_choice(tmp
         found = find_nearest(name(20), store.folder)[1]
         assert {hit.model for hit in found} == set(store.matrix().models) - {name(20)}
     assert len(KLIndex.build(store, convention="imported")) == 6
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("size > 1", {1}),
+        ("size is null", {2, 3}),
+        ("cast(step as varchar) = '3'", {1}),  # whole numbers with gaps stay whole
+        ("family is null", {2, 3}),
+        ("not family = 'f'", set()),
+    ],
+)
+def test_what_tables_write_as_nan_a_model_lacks(tmp_path, indexed, where, expected):
+    store = Store(tmp_path / "store")
+    lacking = {"size": math.nan, "step": math.nan, "family": math.nan}
+    every = [{"family": "g"}, {"size": 2.5, "step": 3, "family": "f"}, lacking, {}]
+    for number, metadata in enumerate(every):
+        store.add(index_result(number, metadata=metadata))
+    if indexed:
+        build_index(store.folder)
+    hits = find_nearest(name(0), store.folder, k=9, where=where)[1]
+    assert {hit.model for hit in hits} == {name(number) for number in expected}
+    assert all(hit.metadata.get("size", 0) == hit.metadata.get("size", 0) for hit in hits), "no NaN"

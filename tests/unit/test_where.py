@@ -1,7 +1,6 @@
 """Conditions on models: what they choose, by Python's own lights, and what they may not do."""
 
 import json
-import math
 import operator
 import sys
 from datetime import UTC, datetime
@@ -79,22 +78,6 @@ MODELS = [
 )
 def test_conditions_choose_rows(where, numbers):
     assert chosen(MODELS, where) == [MODELS[number][0]["model"] for number in numbers]
-
-
-@pytest.mark.parametrize(
-    ("where", "numbers"),
-    [
-        ("size > 1", [0]),
-        ("size is null", [1, 2]),
-        ("cast(step as varchar) = '3'", [0]),  # whole numbers with gaps stay whole
-        ("family is null", [1, 2]),
-        ("not family = 'f'", []),
-    ],
-)
-def test_what_tables_write_as_nan_a_model_lacks(where, numbers):
-    lacking = {"size": math.nan, "step": math.nan, "family": math.nan}
-    rows = [make_row("a", size=2.5, step=3, family="f"), make_row("b", **lacking), make_row("c")]
-    assert chosen(rows, where) == [rows[number][0]["model"] for number in numbers]
 
 
 def test_a_table_may_come_from_elsewhere():
