@@ -12,7 +12,6 @@
 #include <vector>
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -148,12 +147,9 @@ __attribute__((target("amx-tile,amx-bf16"))) void chains_amx_bf16(float* state, 
   state[0] = sums[0];
 }
 
-// A process gets tiles from Linux when it asks for them.
-bool has_amx_bf16() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0 &&
-         (edx >> 24 & 1) != 0 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-}
+// Linux gives a process tiles when it asks for them, if there are any; all that have them know
+// bf16.
+bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 #endif
 
@@ -171,7 +167,7 @@ MultiplyAdds multiply_adds(const std::string& set) {
     return {chains_avx512, kWideChains * 16};
   if (set == "avx512_bf16" && __builtin_cpu_supports("avx512bf16"))
     return {chains_avx512_bf16, kWideChains * 32};
-  if (set == "amx_bf16" && has_amx_bf16()) return {chains_amx_bf16, kTileChains * 16 * 16 * 32};
+  if (set == "amx_bf16" && may_use_tiles()) return {chains_amx_bf16, kTileChains * 16 * 16 * 32};
 #endif
   static_cast<void>(set);
   return {};

@@ -92,8 +92,6 @@ class AmxKernel {
     }
   };
 
-  static constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
   static constexpr std::int64_t steps_of(const HeadProblem& problem) {
     return (problem.width + kStep - 1) / kStep;
   }
@@ -108,10 +106,10 @@ class AmxKernel {
       for (std::int64_t step = 0; step < steps; ++step, to += kPairBytes) {
         __m512i pairs[kSide] = {};
         for (std::int64_t i = 0; i < smaller(kSide, task.rows - row); ++i) {
-          pairs[i] = load_step(from + (row + i) * problem.hidden_stride + step * kStep,
-                               problem.width - step * kStep);
+          pairs[i] = AmxTiles::load_step(from + (row + i) * problem.hidden_stride + step * kStep,
+                                         problem.width - step * kStep);
         }
-        transpose(pairs);
+        AmxTiles::transpose(pairs);
         for (int i = 0; i < kSide; ++i) _mm512_store_si512(to + i * kCacheLine, pairs[i]);
       }
     }
@@ -145,7 +143,7 @@ class AmxKernel {
       const std::int64_t width = problem_.width - piece_.step * kStep;
       go([=](const std::uint16_t* from, std::int64_t word, std::int64_t step) {
         _mm512_store_si512(words + word * stride + step * kCacheLine,
-                           load_step(from, width - step * kStep));
+                           AmxTiles::load_step(from, width - step * kStep));
       });
     }
 
@@ -285,7 +283,7 @@ class AmxKernel {
       copied.copy(next_words.copy, next_words.row_bytes);
       asked.prefetch();
     };
-    AmxTiles::written();
+    AmxTiles::finish_stores();
     const bool done = piece.step + piece.steps == layout_.steps;
     const std::int64_t place = piece.begin - begin_;
     for (std::int64_t pair = 0; pair < layout_.pairs; ++pair) {

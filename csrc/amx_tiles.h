@@ -27,7 +27,7 @@ class AmxTiles {
       config[16 + 2 * tile] = 64;  // bytes a row
       config[48 + tile] = 16;      // rows
     }
-    written();
+    finish_stores();
     _tile_loadconfig(config);
   }
   AmxTiles(const AmxTiles&) = delete;
@@ -35,7 +35,7 @@ class AmxTiles {
   ~AmxTiles() { _tile_release(); }
 
   // What was stored is in memory before tiles are loaded.
-  static void written() {
+  static void finish_stores() {
     __asm__ volatile("" ::: "memory");  // NOLINT(portability-no-assembler): a word to the compiler
   }
 
@@ -76,41 +76,41 @@ class AmxTiles {
     }
   }
 
+  // The elements of a step; zeros where only `left` of them belong to the row.
+  static __m512i load_step(const std::uint16_t* from, std::int64_t left) {
+    if (left >= kStep) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi16((1u << left) - 1, from);
+  }
+
+  // Sixteen rows of sixteen pairs: within 2 x 2, within quarters, then the quarters.
+  static void transpose(__m512i* rows) {
+    __m512i t[kSide];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    __m512i u[kSide];
+    for (int i = 0; i < 16; i += 4) {
+      u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i a = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88);
+      const __m512i b = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd);
+      const __m512i c = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
+      const __m512i d = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
+      rows[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+      rows[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
+      rows[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
+      rows[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+  }
+
  private:
   static constexpr std::int64_t kTileStride = 64;                       // bytes
   static constexpr std::int64_t kScoreStride = kPanel * sizeof(float);  // bytes
 };
-
-// The elements of a step; zeros where only `left` of them belong to the row.
-inline __m512i load_step(const std::uint16_t* from, std::int64_t left) {
-  if (left >= kStep) return _mm512_loadu_si512(from);
-  return _mm512_maskz_loadu_epi16((1u << left) - 1, from);
-}
-
-// Sixteen rows of sixteen pairs: within 2 x 2, within quarters, then the quarters.
-inline void transpose(__m512i* rows) {
-  __m512i t[kSide];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  __m512i u[kSide];
-  for (int i = 0; i < 16; i += 4) {
-    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i a = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88);
-    const __m512i b = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
-    rows[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    rows[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    rows[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-    rows[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
 
 }  // namespace llfast

@@ -64,6 +64,8 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
 // How a row of D elements is cut and copied. Copied rows end with zeros up to a multiple of the
 // widest vector, and are a cache line further apart: rows 4 KiB apart would all fall into the same
 // few sets of L1.

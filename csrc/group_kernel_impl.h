@@ -104,8 +104,6 @@ struct GroupKernelOf {
   static constexpr std::int64_t kBlockRows = 96;         // of a task; a multiple of every kRows
   static constexpr std::int64_t kHiddenBytes = 2 << 20;  // of them
 
-  static constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
   // Of so many rows, in the type that T is multiplied in.
   template <class T>
   static constexpr Layout layout_of(const HeadProblem& problem, std::int64_t rows) {

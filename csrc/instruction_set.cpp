@@ -4,10 +4,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 namespace llfast {
@@ -34,7 +32,6 @@ bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
 // Tiles are kept for a process that asked for them: Linux's documentation, arch/x86/xstate.
 bool has_amx_bf16() {
-#if defined(__linux__)
   constexpr unsigned kBFloat16 = 1u << 22;
   constexpr unsigned kTile = 1u << 24;
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
@@ -42,9 +39,6 @@ bool has_amx_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBFloat16) != 0 &&
          (edx & kTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
 #endif
 
