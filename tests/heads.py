@@ -40,9 +40,17 @@ def force(name, monkeypatch):
     else:
         monkeypatch.setattr(dispatch.cpu, "native", lambda: None)
     if name in INTERPRETED:
-        from triton.runtime.interpreter import InterpreterBuilder
+        from triton.runtime import interpreter
 
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", _multiply)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patch(tensor, scope):
+            patch_tensor(tensor, scope)
+            # Triton 3.6 takes int() of an array of one number, which numpy 2.4 refuses.
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
         monkeypatch.setattr(dispatch, "reference", cuda)
         monkeypatch.setattr(cuda, "chip_of", lambda _: INTERPRETED[name])
         monkeypatch.setattr(cuda, "on_device", lambda _: contextlib.nullcontext())
