@@ -6,11 +6,13 @@ be scored; the source that it returns reads them when it is asked to.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from .loading import load_whole, merge_adapter, one_line, quiet, refuse_incomple
 
 # What a scoring run reads from the Hub: never code, never pickles, unless asked for.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -279,15 +282,11 @@ def find_folder(
         )
     from huggingface_hub import errors, snapshot_download
 
-    files = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    files = [*_HUB_FILES]
+    files += ["*.py"] * trust_remote_code + ["*.bin"] * allow_pickle
+    download = partial(snapshot_download, given, revision=revision, allow_patterns=files)
     try:
-        folder = Path(
-            snapshot_download(
-                given,
-                revision=revision,
-                allow_patterns=[*files, "*.bin"] if allow_pickle else files,
-            )
-        )
+        folder = Path(download())
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"revision must be one of {given}'s, got {revision!r}") from None
     except errors.GatedRepoError:
@@ -296,6 +295,12 @@ def find_folder(
             "run `hf auth login`"
         ) from None
     except Exception as error:
+        # Of a commit, huggingface_hub 1 wants a list of files, which older caches lack; a name has
+        # been looked up in the cache by now.
+        if _COMMIT.fullmatch(revision or ""):
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                folder = Path(download(local_files_only=True))
+                return folder, folder.name
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
             f"model must be a checkpoint folder or Hub id, got {given}{at}: there is no such "
