@@ -138,8 +138,7 @@ def linear_layers_of_score(model: Any) -> AbstractContextManager[None]:
     """The path that `score()` lets the model's linear layers take."""
     output = model.get_output_embeddings()
     path = linear_path(model.device, model.dtype, model=model, leave_out=output)
-    rows = default_token_budget(model.device, model.config)
-    return linear_layers(model, path, rows=rows, leave_out=output)
+    return linear_layers(model, path, leave_out=output)
 
 
 def matmul_flops(bench: Bench) -> float:

@@ -287,7 +287,7 @@ class _Resident:
             head = find_head(model, probe_tokens(model))
             output = None if head is None else head.module
             linear = linear_path(job.device, job.dtype, model=model, leave_out=output)
-            with linear_layers(model, linear, rows=job.token_budget, leave_out=output):
+            with linear_layers(model, linear, leave_out=output):
                 yield cls(job, Ready(model=model, linear=linear, head=head))
 
     def run(self, is_open: Callable[[int, Batch], bool]) -> Iterator[list[Finished]]:
@@ -363,7 +363,6 @@ class _Paged:
                         self._equals,
                         memory_bytes=memory_bytes(first),
                         may_keep=self._auto,
-                        rows=first.token_budget,
                         statistics=first.statistics,
                     )
                 )

@@ -160,7 +160,7 @@ def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     layer = torch.nn.Linear(inner, columns, bias=False, device=device, dtype=dtype)
     given = torch.randn(rows, inner, device=device).to(dtype)
     times: list[float] = []
-    with linear_layers(layer, linear_path(device, dtype), rows=rows, leave_out=None):
+    with linear_layers(layer, linear_path(device, dtype), leave_out=None):
         stop = time.perf_counter() + _MEASURE_SECONDS
         while len(times) < 3 or time.perf_counter() < stop:
             start = time.perf_counter()

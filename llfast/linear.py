@@ -42,6 +42,9 @@ _PACKED_PAYS = frozenset(
 # Packed weights may take so much of the machine's memory: all of it, not what is free, or a restart
 # could find another path, and other bits.
 _MEMORY_SHARE = 0.25
+# Packed for calls of so many rows, whatever they have: oneDNN 3.10 (torch 2.11) packs some weights
+# differently for 64 rows than for 100, which changes bits; 3.12 (torch 2.13) does not.
+_PACKED_FOR_ROWS = 512
 
 
 def linear_path(
@@ -74,9 +77,7 @@ def linear_path(
 
 
 @contextlib.contextmanager
-def linear_layers(
-    model: nn.Module, path: str, *, rows: int, leave_out: nn.Module | None
-) -> Iterator[None]:
+def linear_layers(model: nn.Module, path: str, *, leave_out: nn.Module | None) -> Iterator[None]:
     """Let a model's linear layers take a path for a while, then give them back as they were.
 
     Packed weights are a copy: a change of a weight in the meantime is not seen. Layers whose weight
@@ -85,7 +86,6 @@ def linear_layers(
     Args:
         model: it may hold `nn.Linear` and transformers' `Conv1D`; all else is left alone.
         path: what `linear_path` returned.
-        rows: how many rows the layers will mostly be given; for their speed, not their bits.
         leave_out: a layer that is not packed.
 
     Raises: ScoringError if oneDNN cannot pack a weight, for want of memory.
@@ -98,7 +98,7 @@ def linear_layers(
                     continue
                 transposed = isinstance(layer, Conv1D)
                 if (weight, transposed) not in packed:
-                    packed[weight, transposed] = _pack(weight.T if transposed else weight, rows)
+                    packed[weight, transposed] = _pack(weight.T if transposed else weight)
                 forward = _packed_forward(layer, packed[weight, transposed])
                 stack.enter_context(replaced_forward(layer, forward))
         yield
@@ -153,9 +153,10 @@ def _packed_forward(layer: Any, packed: Tensor) -> Callable[..., Tensor]:
 
 
 # The two operators have no public names.
-def _pack(weight: Float32[Tensor, "out in"], rows: int) -> Tensor:
+def _pack(weight: Float32[Tensor, "out in"]) -> Tensor:
+    pack = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
     try:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)  # noqa: SLF001
+        packed: Tensor = pack(weight.detach().contiguous(), _PACKED_FOR_ROWS)
     except RuntimeError as error:
         raise ScoringError(
             f"memory must hold the packed weights of linear layers, got {error}; free some of it"
@@ -180,7 +181,7 @@ def _packing_works() -> bool:
     with torch.inference_mode():
         expected = functional.linear(hidden, weight, bias)
         try:
-            out = _packed_linear(hidden, _pack(weight, len(hidden)), bias)
+            out = _packed_linear(hidden, _pack(weight), bias)
             if (out - expected).abs().max().item() < 1e-4:
                 return True
         except (AttributeError, TypeError, RuntimeError, ScoringError) as error:

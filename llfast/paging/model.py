@@ -99,7 +99,6 @@ def open_waves(
     *,
     memory_bytes: int,
     may_keep: bool,
-    rows: int,
     statistics: LoadingStatistics,
 ) -> Iterator[Waves]:
     """Read what stays in memory, and be ready to score.
@@ -110,7 +109,6 @@ def open_waves(
         equals: for each, what is read in the stead of its own tensors, see `relatives`.
         memory_bytes: for weights, and for what suspended forwards hold.
         may_keep: let the layers of a single model stay once they are read, if they all fit.
-        rows: how many rows linear layers will mostly be given.
         statistics: what is filled in.
 
     Raises:
@@ -132,7 +130,6 @@ def open_waves(
             members,
             pages,
             statistics,
-            rows=rows,
             most_table_rows=_most_table_rows(models, counts),
         )
         name = models[0].name if len(models) == 1 else f"{len(models)} models"

@@ -40,7 +40,6 @@ class Weights:
         pages: Pages,
         statistics: LoadingStatistics,
         *,
-        rows: int,
         most_table_rows: int,
     ) -> None:
         """Prepare; `with` reads what stays in memory.
@@ -49,11 +48,10 @@ class Weights:
             members: models with layers of the same names, in one dtype on one device.
             pages: of the files of all.
             statistics: filled in.
-            rows: how many rows linear layers will mostly be given.
             most_table_rows: a table of words that has no more is read at once, to the host.
         """
         self._members, self._pages, self._statistics = members, pages, statistics
-        self._rows, self._most_table_rows = rows, most_table_rows
+        self._most_table_rows = most_table_rows
         self.keep = False
         self.plan = Plan(members, pages.slot_bytes)
         self.next_member: int | None = None
@@ -261,6 +259,4 @@ class Weights:
                 yield members, tile
 
     def _linear_layers(self, member: Member, module: nn.Module) -> Any:
-        return linear_layers(
-            module, member.linear, rows=self._rows, leave_out=member.units.head.module
-        )
+        return linear_layers(module, member.linear, leave_out=member.units.head.module)

@@ -40,8 +40,8 @@ def make_layer(shape, *, bias=True, kind=nn.Linear):
     return layer
 
 
-def run(layer, hidden, path="packed", rows=512):
-    with torch.inference_mode(), linear_layers(layer, path, rows=rows, leave_out=None):
+def run(layer, hidden, path="packed"):
+    with torch.inference_mode(), linear_layers(layer, path, leave_out=None):
         return layer(hidden)
 
 
@@ -95,7 +95,7 @@ def test_a_row_has_the_same_bits_at_every_place_and_in_every_batch(shape, bias):
     rows = 512
     layer = make_layer(shape, bias=bias)
     hidden = torch.randn(rows, shape[0])
-    with torch.inference_mode(), linear_layers(layer, "packed", rows=rows, leave_out=None):
+    with torch.inference_mode(), linear_layers(layer, "packed", leave_out=None):
         whole = layer(hidden)
         for count in range(16, rows + 1, 16):
             assert torch.equal(layer(hidden[:count]), whole[:count]), count
@@ -109,8 +109,7 @@ def test_a_row_has_the_same_bits_at_every_place_and_in_every_batch(shape, bias):
         hidden[7] = torch.nan
         others = torch.arange(rows) != 7
         assert torch.equal(layer(hidden)[others], whole[others])
-    for hint in (16, 100, 1 << 20):  # what the weights were packed for is no part of a number
-        assert torch.equal(run(layer, hidden[others], rows=hint), whole[others]), hint
+    assert torch.equal(run(layer, hidden[others]), whole[others]), "weights are packed anew"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -159,7 +158,7 @@ def test_everything_is_given_back_on_every_way_out(calls):
     model = make_model("gpt2")
     own = vars(model.transformer.h[0].mlp.c_fc)["forward"] = lambda hidden: hidden
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    packed = linear_layers(model, "packed", rows=64, leave_out=model.lm_head)
+    packed = linear_layers(model, "packed", leave_out=model.lm_head)
     with pytest.raises(KeyboardInterrupt), packed:
         assert sum("forward" in vars(module) for module in model.modules()) == 8
         raise KeyboardInterrupt
@@ -181,11 +180,11 @@ def test_everything_is_given_back_if_packing_fails(monkeypatch):
     model = make_model("llama")
     pack, packed = linear._pack, []
 
-    def fail_late(weight, rows):
+    def fail_late(weight):
         packed.append(weight)
         if len(packed) == 5:
             raise RuntimeError("can't allocate memory")
-        return pack(weight, rows)
+        return pack(weight)
 
     monkeypatch.setattr(linear, "_pack", fail_late)
     with pytest.raises(RuntimeError, match="can't allocate"):
@@ -252,7 +251,7 @@ def test_layers_with_weights_of_their_own_kind_are_left_alone(kind, calls):
     runs = kind not in ("meta", "mixed")
     with torch.inference_mode():
         expected = layer(own) if runs else None
-        with linear_layers(nn.ModuleList([layer, usual]), "packed", rows=16, leave_out=None):
+        with linear_layers(nn.ModuleList([layer, usual]), "packed", leave_out=None):
             assert vars(layer).get("forward") is before
             if runs:
                 assert torch.equal(layer(own), expected)
@@ -267,11 +266,11 @@ def test_a_shared_weight_is_packed_and_counted_once(monkeypatch):
     model = nn.ModuleList([first, second, third, nn.Embedding(48, 32)])
     model[3].weight = first.weight
     pack, packed = linear._pack, []
-    monkeypatch.setattr(linear, "_pack", lambda w, rows: packed.append(w.shape) or pack(w, rows))
+    monkeypatch.setattr(linear, "_pack", lambda w: packed.append(w.shape) or pack(w))
     with torch.inference_mode():
         hidden = torch.randn(16, 32)
         expected = [layer(hidden) for layer in model[:3]]
-        with linear_layers(model, "packed", rows=16, leave_out=third):
+        with linear_layers(model, "packed", leave_out=third):
             found = [layer(hidden) for layer in model[:3]]
             assert torch.equal(model[3](torch.tensor(3)), first.weight[3])
     assert packed == [(48, 32)]
@@ -287,7 +286,7 @@ def test_unusual_calls_do_what_they_always_did(calls):
     layer, conv = make_layer((32, 48)), make_layer((32, 48), kind=Conv1D)
     hidden = torch.randn(4, 32)
     expected, expected_conv = layer(hidden).detach(), conv(hidden).detach()
-    with linear_layers(nn.ModuleList([layer, conv]), "packed", rows=16, leave_out=None):
+    with linear_layers(nn.ModuleList([layer, conv]), "packed", leave_out=None):
         assert layer(hidden).requires_grad, "packed weights have no gradient"
         with torch.inference_mode():
             assert torch.equal(layer(input=hidden), expected)
@@ -331,7 +330,7 @@ def test_the_table_is_all_that_decides():
         assert linear_path(CPU, torch.float32, model=model, processor=processor) == "torch"
     assert linear_path(CPU, torch.bfloat16, processor=ZEN5) == "torch"
     assert linear_path(torch.device("cuda"), torch.float32, processor=ZEN5) == "torch"
-    with linear_layers(model, "torch", rows=16, leave_out=None):
+    with linear_layers(model, "torch", leave_out=None):
         assert not [module for module in model.modules() if "forward" in vars(module)]
 
 

@@ -64,7 +64,6 @@ def running(paged, memory_bytes=1 << 30):
             [{}],
             memory_bytes=memory_bytes,
             may_keep=False,
-            rows=32,
             statistics=LoadingStatistics(),
         ) as found,
     ):
