@@ -40,21 +40,26 @@ def force(name, monkeypatch):
     else:
         monkeypatch.setattr(dispatch.cpu, "native", lambda: None)
     if name in INTERPRETED:
-        from triton.runtime import interpreter
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
-        patch_tensor = interpreter._patch_lang_tensor
-
-        def patch(tensor, scope):
-            patch_tensor(tensor, scope)
-            # Triton 3.6 takes int() of an array of one number, which numpy 2.4 refuses.
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+        mend_interpreter(monkeypatch)
         monkeypatch.setattr(dispatch, "reference", cuda)
         monkeypatch.setattr(cuda, "chip_of", lambda _: INTERPRETED[name])
         monkeypatch.setattr(cuda, "on_device", lambda _: contextlib.nullcontext())
     assert instruction_set() == name
+
+
+def mend_interpreter(monkeypatch):
+    """One order of products, and integers that numpy 2.4 lets Triton 3.6 have."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        # Triton 3.6 takes int() of an array of one number, which has an axis.
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
 
 
 def _multiply(_, a, b, added, *__):
