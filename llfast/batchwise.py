@@ -14,6 +14,7 @@ from .batches import Batch, TokenizedTexts, plan_batches
 from .errors import LlfastWarning, ScoringError
 from .forward import BatchInputs, ToHost
 from .head import Head, hidden_states, run_model
+from .pointwise import text_by_text
 from .traits import is_mixture_of_experts, rope_limits, vocabulary_rows
 
 Item = TypeVar("Item")
@@ -92,8 +93,10 @@ class Batchwise:
         """Of all scored tokens of a batch, text after text, where the model is."""
         inputs = BatchInputs.of(self._tokens, batch, self._model.device)
         if self._head is None:
-            return _own_logprobs(run_model(self._model, inputs.input_ids), inputs)
-        with hidden_states(self._head) as collected:
+            with text_by_text(inputs.input_ids):
+                logits = run_model(self._model, inputs.input_ids)
+            return _own_logprobs(logits, inputs)
+        with hidden_states(self._head) as collected, text_by_text(inputs.input_ids):
             run_model(self._model, inputs.input_ids)
         return self._head.token_logprobs(inputs.scored(collected[0]), inputs.targets)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import greenlet
@@ -36,12 +36,21 @@ class Forward(greenlet.greenlet):
         at_head: Callable[[Tensor], Tensor] | None = None,
         *,
         member: int = 0,
+        during: AbstractContextManager[Any] | None = None,
     ) -> None:
-        """Args: call: runs the model. at_head: what the head returns; None stops to ask."""
+        """Prepare.
+
+        Args:
+            call: runs the model.
+            at_head: what the head returns; None stops to ask.
+            member: the number of the model.
+            during: is entered for as long as the call runs, and left while it is suspended.
+        """
         super().__init__(call)
         # A greenlet begins with an empty context; transformers keeps things in it.
         self.gr_context = contextvars.copy_context()
         self.at_head = at_head
+        self._during = nullcontext() if during is None else during
         self.member = member
         self.stopped_at: str | None = None
         self.result: Any = None
@@ -50,7 +59,8 @@ class Forward(greenlet.greenlet):
     def resume(self, answer: Tensor | None = None) -> None:
         """Go on to the next stop, or to the end."""
         modes = _modes()
-        value = self.switch() if answer is None else self.switch(answer)
+        with self._during:
+            value = self.switch() if answer is None else self.switch(answer)
         assert _modes() == modes, "a model must leave torch's modes as they are between layers"
         if self.dead:
             assert not isinstance(value, greenlet.GreenletExit), "a forward was ended by others"

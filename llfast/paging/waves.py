@@ -20,6 +20,7 @@ from llfast.errors import CannotPageError
 from llfast.forward import BatchInputs
 from llfast.head import Head, run_model
 from llfast.kernels import PartialLogprobs
+from llfast.pointwise import text_by_text
 
 from .questions import Questions, Subject
 from .states import StateMeter
@@ -193,7 +194,8 @@ class Waves:
             run_model(subject.model, inputs.input_ids)
             return _Body(seen[0], inputs.targets)
 
-        return Forward(call, at_head, member=task.member)
+        by_text = text_by_text(inputs.input_ids)
+        return Forward(call, at_head, member=task.member, during=by_text)
 
     def _lead(self, forward: Forward) -> list[str]:
         """Take one forward through the first layer; the names of what it went through."""

@@ -73,6 +73,27 @@ def test_packed_linear_layers_of_real_width(kind, monkeypatch):
     assert packed == {text: pytest.approx(value, abs=1e-2) for text, value in plain.items()}
 
 
+@pytest.fixture
+def seven_threads():
+    """Tensors are cut for them inside of rows, and inside of vectors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_that_cut_tensors_anywhere(seven_threads, tmp_path):
+    sizes = WIDE["llama"] | {"hidden_size": 256, "num_attention_heads": 4}
+    model, tokenizer = make_model("llama", **sizes), make_tokenizer(adds_bos=True)
+    whole = check(model, tokenizer, 30)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = random_texts(30)
+    backwards = TextSet.from_texts(list(texts.values())[::-1], list(texts)[::-1])
+    paged = llfast.score(tmp_path, backwards, token_budget=1024, weights="paged")
+    assert dict(zip(backwards.ids, paged.values.tolist(), strict=True)) == whole
+
+
 def test_a_mixture_of_experts_runs_one_text_a_batch():
     model = make_model(
         "mixtral",

@@ -8,17 +8,16 @@ import llfast
 PACKAGE = Path(llfast.__file__).parent
 # Imports run one way: a module may import those to the left of it only.
 ORDER = (
-    "errors memory redaction s3 remote "
-    "files cache texts results batches kernels safetensors_file quantised "
-    "checkpoint weight_distances processor dtypes loading models head forward linear traits lens "
-    "paging partial progress devices borrowing batchwise engines verify runs scoring layers rows "
-    "shards scans compaction storefiles store where importing scores intervals diffusion basis "
-    "mixed spacefile space stored_layers prediction trajectory search estimate model_list "
-    "outcomes fleet nearest trajectory_scoring drawing relations comparison comparison_plots "
-    "dendrogram neighbours placing places page map_plots mapping map_files trajectory_plots "
-    "zoo_corpora zoo_training zoo_plan zoo demo output about cli_options bench cli_bench "
-    "cli_texts cli_fleet_status cli_fleet cli_index cli_layers cli_compare cli_map cli_predict "
-    "cli_trajectory cli __main__"
+    "errors memory redaction s3 remote files cache texts results batches kernels safetensors_file "
+    "quantised checkpoint weight_distances processor dtypes loading models head forward pointwise "
+    "linear traits lens paging partial progress devices borrowing batchwise engines verify runs "
+    "scoring layers rows shards scans compaction storefiles store where importing scores intervals "
+    "diffusion basis mixed spacefile space stored_layers prediction trajectory search estimate "
+    "model_list outcomes fleet nearest trajectory_scoring drawing relations comparison "
+    "comparison_plots dendrogram neighbours placing places page map_plots mapping map_files "
+    "trajectory_plots zoo_corpora zoo_training zoo_plan zoo demo output about cli_options bench "
+    "cli_bench cli_texts cli_fleet_status cli_fleet cli_index cli_layers cli_compare cli_map "
+    "cli_predict cli_trajectory cli __main__"
 ).split()
 ONLY_IN = {
     "duckdb": {"where"},

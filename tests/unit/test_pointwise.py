@@ -1,0 +1,72 @@
+"""Operations that torch computes in another way at the end of a thread's piece of a tensor."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from llfast.pointwise import text_by_text
+
+OPERATIONS = {
+    "silu": functional.silu,
+    "gelu": lambda x: functional.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "softplus": functional.softplus,
+    "glu": functional.glu,
+    "power": lambda x: torch.pow(x.abs(), 0.7),
+    "power of a vector": lambda x: torch.pow(x.abs(), torch.full((x.shape[-1],), 0.7)),
+    "power of a batch": lambda x: torch.pow(x.abs(), 0.3 + x.abs()),
+    "scaled sum": lambda x: torch.add(x.bfloat16(), x.bfloat16(), alpha=0.3),
+    "in place": lambda x: functional.silu(x.clone(), inplace=True),
+    "into a tensor": lambda x: torch.sigmoid(x, out=torch.empty_like(x)),
+    "flattened": lambda x: functional.silu(x.view(-1, x.shape[-1])).view_as(x),
+}
+PLACED = {"into a tensor"}  # nothing is done about it, for no model does it
+
+
+def batch(texts, *shape):
+    """The same text again and again; of a size that leaves each of them another remainder."""
+    torch.manual_seed(0)
+    return torch.randn(1, *shape).expand(texts, *shape).contiguous()
+
+
+def ids(texts):
+    return torch.zeros(texts, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_text_has_the_same_bits(name):
+    x = batch(5, 333, 34)
+    with torch.inference_mode():
+        plain = OPERATIONS[name](x)
+        with text_by_text(ids(5)):
+            found = OPERATIONS[name](x)
+    torch.testing.assert_close(found, plain)
+    assert (found == found[:1]).all() or name in PLACED
+
+
+def test_torch_still_needs_this():
+    """If it does not, `pointwise.py` can go."""
+    x = batch(5, 333, 34)
+    assert any((OPERATIONS[name](x) != OPERATIONS[name](x)[:1]).any() for name in OPERATIONS)
+
+
+def test_results_are_laid_out_as_those_of_torch():
+    x = batch(4, 6, 8).transpose(1, 2)
+    with torch.inference_mode(), text_by_text(ids(4)):
+        assert functional.silu(x).stride() == x.stride()
+        assert functional.silu(x.to(torch.bfloat16)).dtype == torch.bfloat16
+        assert torch.sigmoid(torch.ones(4, 3, dtype=torch.int32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, 7), (3, 7), (7,)])
+def test_what_has_no_texts_is_left_alone(shape):
+    x = torch.linspace(-2, 2, max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()]
+    x = x.view(shape)
+    expected = torch.sigmoid(x)
+    with torch.inference_mode(), text_by_text(ids(4)):
+        assert torch.equal(torch.sigmoid(x), expected)
+
+
+def test_one_text_and_other_devices_are_left_alone():
+    for each in (ids(1), ids(4).to("meta")):
+        assert not hasattr(text_by_text(each), "__torch_dispatch__")
