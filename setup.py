@@ -22,7 +22,7 @@ setup(
                 "-fvisibility=hidden",
                 "-ffp-contract=off",
             ],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
         )
     ],
 )

@@ -178,7 +178,8 @@ std::optional<ReadStatistics> FileReader::read(std::byte* memory, std::int64_t m
     };
   };
   const auto tasks = static_cast<std::int64_t>(plan.tasks.size()) - 1;
-  if (!run_tasks(tasks, options_.threads, make_worker, interrupted)) return std::nullopt;
+  const bool finished = run_tasks(tasks, options_.threads, Helpers::kNew, make_worker, interrupted);
+  if (!finished) return std::nullopt;
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   return ReadStatistics{bytes, totals.read_bytes, totals.cached_bytes, elapsed.count()};
 }

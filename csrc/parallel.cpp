@@ -1,5 +1,8 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -33,9 +36,23 @@ class Crew {
   std::vector<std::thread> threads_;
 };
 
+// How compilers enter a parallel region: `body(data)` on at most so many threads, the calling one
+// among them. GCC's runtime has it, and those of LLVM and Intel have it for GCC's sake.
+using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+const pid_t loaded_in = getpid();
+
+// Null where the process has no OpenMP, and after a fork: the runtime would wait for threads that
+// the child does not have.
+ParallelRegion parallel_region() {
+  static const auto region = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return getpid() == loaded_in ? region : nullptr;
+}
+
 }  // namespace
 
-bool run_tasks(std::int64_t tasks, int threads, const std::function<Worker()>& make_worker,
+bool run_tasks(std::int64_t tasks, int threads, Helpers helpers,
+               const std::function<Worker()>& make_worker,
                const std::function<bool()>& interrupted) {
   std::atomic<std::int64_t> next{0};
   std::atomic<bool> stop{false};
@@ -64,10 +81,23 @@ bool run_tasks(std::int64_t tasks, int threads, const std::function<Worker()>& m
   };
 
   bool was_interrupted = false;
-  {
+  const auto crew_size = static_cast<int>(std::min<std::int64_t>(threads, tasks));
+  const ParallelRegion region =
+      helpers == Helpers::kOpenMp && crew_size > 1 ? parallel_region() : nullptr;
+  if (region != nullptr) {
+    const std::thread::id caller = std::this_thread::get_id();
+    std::function<void()> body = [&] {
+      if (std::this_thread::get_id() == caller) {
+        was_interrupted = work(interrupted);
+      } else {
+        work(nullptr);
+      }
+    };
+    region([](void* data) { (*static_cast<std::function<void()>*>(data))(); }, &body,
+           static_cast<unsigned>(crew_size), 0);
+  } else {
     Crew crew(stop);
-    const std::int64_t helpers = std::min<std::int64_t>(threads, tasks) - 1;
-    for (std::int64_t i = 0; i < helpers; ++i) crew.add([&work] { work(nullptr); });
+    for (int i = 1; i < crew_size; ++i) crew.add([&work] { work(nullptr); });
     was_interrupted = work(interrupted);
     crew.join();
   }

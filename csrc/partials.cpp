@@ -91,7 +91,9 @@ bool head_partials(const HeadProblem& problem, const PartialArrays& parts, Instr
       kernel.run(problem, {row, rows, first + left % together}, scratch->data(), parts);
     };
   };
-  return run_tasks(blocks * groups, threads, make_worker, interrupted);
+  // After an operation of torch, its threads spin for some milliseconds: new ones would have to
+  // share the cores with them.
+  return run_tasks(blocks * groups, threads, Helpers::kOpenMp, make_worker, interrupted);
 }
 
 void fold_partials(const PartialArrays& parts, std::int64_t count, std::int64_t tokens,

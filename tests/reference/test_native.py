@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from llfast import _native
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-FLAGS = ["-std=c++17", "-g1", "-ffp-contract=off", f"-I{CSRC}", "-pthread"]
+FLAGS = ["-std=c++17", "-g1", "-ffp-contract=off", f"-I{CSRC}", "-pthread", "-rdynamic"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 TARGETS = {
@@ -85,6 +86,25 @@ def test_amx_with_emulated_tiles(sanitised):
     sources = [path for path in sorted(CSRC.glob("*.cpp")) if "bindings" not in path.stem]
     flags = ("-O1", "-include", str(HERE / "emulated_tiles.h"))
     run(sanitised("address,undefined", [*sources, HERE / "native_driver.cpp"], *flags), "amx")
+
+
+def test_heads_after_a_fork():
+    """What waits in the OpenMP runtime for work, which heads share with torch, does not survive."""
+    script = """
+import os, signal, torch
+from llfast import token_logprobs
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+hidden, lm_head, targets = torch.randn(64, 64), torch.randn(4096, 64), torch.arange(64)
+before = token_logprobs(hidden, lm_head, targets)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if torch.equal(token_logprobs(hidden, lm_head, targets), before) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    run(sys.executable, "-c", script)
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
