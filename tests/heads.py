@@ -10,6 +10,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 
+from llfast.bench.truth import gpu_roundings
 from llfast.kernels import TokenStatistics, cuda, dispatch, instruction_set
 
 try:
@@ -29,8 +30,8 @@ INTERPRETED = {
 if "TRITON_INTERPRET" not in os.environ:  # conftest.py says when
     INTERPRETED = {}
 # Added to twice the error of same-dtype torch: so many fp32 roundings (2**-24, relative) of the
-# largest logit or result, which no fp32 arithmetic avoids.
-FLOOR_ROUNDINGS = {"plain": 2, "softcap": 4}
+# largest logit or result, which no fp32 arithmetic avoids; on a GPU those of `gpu_roundings`, too.
+FLOOR_ROUNDINGS = {"plain": 2, "softcap": 4, "statistics": 4}
 
 
 def force(name, monkeypatch):
@@ -131,17 +132,23 @@ def check_logprobs(function, hidden, lm_head, targets, **options):
     assert torch.equal(found.isnan(), truth.isnan())
     numbers = torch.cat([logits.flatten(), truth]).abs()
     largest = numbers[numbers.isfinite()].amax().item()
-    floor = FLOOR_ROUNDINGS["softcap" if options.get("softcap") else "plain"] * largest * 2**-24
+    roundings = FLOOR_ROUNDINGS["softcap" if options.get("softcap") else "plain"]
+    roundings += gpu_roundings(hidden.device, hidden.dtype, hidden.shape[1])
+    floor = roundings * largest * 2**-24
     error = (found - truth)[finite].abs()
     limit = 2 * (oracle - truth)[finite].abs().max() + floor if finite.any() else 0
     assert (error <= limit).all(), f"off by {error.max():.2e}, limit {limit:.2e}"
 
 
-def check_statistics(found, logits, rounded, targets):
-    """Every statistic errs at most twice as much as that of `rounded`, torch's logits in fp32."""
+def check_statistics(found, logits, rounded, targets, roundings=0):
+    """Every statistic errs at most twice as much as that of `rounded`, torch's logits in fp32.
+
+    And so many roundings, besides those of all arithmetic; see `gpu_roundings`.
+    """
     truth = fp64_statistics(logits, targets)
     oracle = fp64_statistics(rounded.double(), targets)
-    floor = 4 * max(logits.abs().max().item(), math.log(logits.shape[1]), 1e-6) * 2**-24
+    roundings += FLOOR_ROUNDINGS["statistics"]
+    floor = roundings * max(logits.abs().max().item(), math.log(logits.shape[1]), 1e-6) * 2**-24
     for name in STATISTICS[:-1]:
         error = (getattr(found, name) - truth[name]).abs().max().item()
         limit = 2 * (oracle[name] - truth[name]).abs().max().item() + floor

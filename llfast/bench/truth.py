@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,10 +13,13 @@ from torch import Tensor
 from .problems import Problem
 
 LARGEST_ERROR_RATIO = 4.0  # of llfast's to that of a product in fp32
-# Of the largest number, 2**-24 each: no arithmetic in fp32 avoids them.
+# Of the largest number, 2**-24 each: no arithmetic in fp32 avoids them. See `gpu_roundings`, too.
 FLOOR_ROUNDINGS = 2
 IN_FP32 = "product in fp32"
-_PIECE = 4096  # rows of lm_head that are converted at once
+# Rows of lm_head that are multiplied at once. On CUDA so many that tiles of the product keep every
+# multiprocessor busy: with fewer, torch may cut the width into parts, whose sums are chains as much
+# shorter, and as much more exact, than any kernel of one pass can have.
+_PIECES = {"cpu": 4096, "cuda": 1 << 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Truth:
     logprobs: Float64[Tensor, " n"]
     in_fp32: Float64[Tensor, " n"]
     largest: float  # magnitude of a logit or log-probability
+    roundings: float  # of it, 2**-24 each, that are allowed for
 
     @staticmethod
     def of(problem: Problem, most_rows: int) -> Truth:
@@ -40,7 +45,9 @@ class Truth:
         rows = spread.round().long().unique()  # type: ignore[no-untyped-call]
         logprobs, largest = _logprobs(problem, rows, torch.float64)
         in_fp32, _ = _logprobs(problem, rows, torch.float32)
-        return Truth(rows, logprobs, in_fp32, max(largest, float(logprobs.abs().max())))
+        largest = max(largest, float(logprobs.abs().max()))
+        more = gpu_roundings(problem.device, problem.hidden.dtype, problem.shape[2])
+        return Truth(rows, logprobs, in_fp32, largest, FLOOR_ROUNDINGS + more)
 
     @property
     def fp32_error(self) -> float:
@@ -57,14 +64,27 @@ class Truth:
 
     def why_wrong(self, error: float) -> str | None:
         """What is wrong with an error of llfast's, given as the largest; None if nothing is."""
-        floor = FLOOR_ROUNDINGS * self.largest * 2.0**-24
+        floor = self.roundings * self.largest * 2.0**-24
         limit = LARGEST_ERROR_RATIO * self.fp32_error + floor
         if error <= limit:  # NaN is not
             return None
         return (
             f"llfast's error must be at most {limit:.3g} nats, {LARGEST_ERROR_RATIO:.0f} times "
-            f"that of a product in fp32 and {FLOOR_ROUNDINGS} roundings, got {error:.3g}"
+            f"that of a product in fp32 and {self.roundings:.0f} roundings, got {error:.3g}"
         )
+
+
+def gpu_roundings(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """Those of a kernel on a GPU that torch's product need not make; 0 on a CPU.
+
+    It may cut the width into parts, or sum in another order. Exponentials and quotients are off by
+    two each. Of 16 products in half precision, tensor cores cut off what they add up to, always
+    toward zero (Khattak and Mikaitis, arXiv 2512.07004), so that errors add up; a chain of sums in
+    fp32 is rounded to nearest, and errors add up as their squares do.
+    """
+    if device.type != "cuda":
+        return 0.0
+    return 4 + (math.sqrt(width) if dtype == torch.float32 else width / 16)
 
 
 def error_ratio(errors: Mapping[str, Mapping[str, float]]) -> float:
@@ -80,8 +100,9 @@ def _logprobs(
     lse = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=problem.device)
     target_logits = torch.empty_like(lse)
     largest = torch.zeros((), dtype=torch.float64, device=problem.device)
-    for start in range(0, len(problem.lm_head), _PIECE):
-        words = slice(start, start + _PIECE)
+    step = _PIECES[problem.device.type]
+    for start in range(0, len(problem.lm_head), step):
+        words = slice(start, start + step)
         logits = _product(hidden, problem.lm_head[words], product_dtype).to(torch.float64)
         if problem.bias is not None:
             logits += problem.bias[words].to(torch.float64)
