@@ -24,6 +24,7 @@ from readme_search import search
 from readme_summary import REPORTS, summary
 from readme_throughput import throughput
 
+from llfast.bench.cases import GRAPH_TOKENS
 from llfast.map_plots import draw_map
 from llfast.page import ModelMap
 from llfast.placing import classical_mds
@@ -249,9 +250,9 @@ def _kernel_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     text = (
         f"{chip['gpu'] or chip['processor']} ({found['kernel']}), {found['dtype']}, "
         f"{', '.join(ran)}; medians of at least three interleaved repetitions, of ratios within "
-        "one. Up to 256 tokens are timed as CUDA graphs, where a way can be captured. The copy "
-        f"counts bytes read and bytes written. Largest error against fp64: {off:.1e} nats; of a "
-        f"product in fp32 {off_in_fp32:.1e}."
+        f"one. Up to {GRAPH_TOKENS:,} tokens are timed as CUDA graphs, if a way can be captured. "
+        "The copy counts bytes read and bytes written. Largest error against fp64: "
+        f"{off:.1e} nats; of a product in fp32 {off_in_fp32:.1e}."
     )
     if extra is not None:
         text += f" Memory beyond inputs and output: at most {extra:.1f} MiB."

@@ -18,7 +18,9 @@ from .truth import IN_FP32, Truth, error_ratio
 
 CHECKED_ROWS = 256
 MOST_LOGITS_BYTES = 40 << 30
-GRAPH_TOKENS = 256  # up to so many, calls are timed as CUDA graphs
+# Up to so many, calls are timed as CUDA graphs: a narrow head's product takes a quarter of a
+# millisecond then, in which Python can hardly launch a call.
+GRAPH_TOKENS = 2048
 FEW_TOKENS = 128  # up to so many, a call is held against a copy of as many bytes
 EAGER = "llfast, eager"
 _COPY = "copy"
