@@ -41,4 +41,8 @@ def test_all_of_it_runs(bench, tmp_path, monkeypatch, capsys):
     assert found["same_bits"] is True
     for run in (*found["runs"]["cold"], *found["runs"]["cached"]):
         assert run["nbytes"] >= 0.9 * found["weight_bytes"]
-    assert "cold over resident" in capsys.readouterr().out
+    shares = [run["cached_bytes"] / run["nbytes"] for run in found["runs"]["cold"]]
+    assert found["cold_share_cached"]["max"] == pytest.approx(max(shares), rel=1e-3)
+    out = capsys.readouterr().out
+    assert "cold over resident" in out
+    assert "% of them cached" in out
