@@ -30,6 +30,10 @@ from .units import find_units
 from .waves import Waves
 from .weights import Weights
 
+# Of the room for suspended forwards, a table of words may take so much; from the host, the rows of
+# each batch would be gathered and copied while a GPU has nothing to do.
+_SHARE_FOR_TABLE = 1 / 3
+
 
 class PagedModel:
     """A model without weights, and all that is known of them before one is read.
@@ -136,6 +140,8 @@ def open_waves(
         is_alone = len(models) == 1
         room = share_out(weights.plan, memory_bytes, may_keep=may_keep and is_alone, name=name)
         weights.keep = room.keeps_weights
+        weights.keep_table = weights.table_bytes <= _SHARE_FOR_TABLE * room.states_bytes
+        states_bytes = room.states_bytes - (weights.table_bytes if weights.keep_table else 0)
         check = None
         if not is_alone:
             alone = models[0].room(memory_bytes, may_keep=may_keep)
@@ -155,11 +161,11 @@ def open_waves(
             )
             for member, own in zip(members, tokens, strict=True)
         ]
-        yield Waves(subjects, weights, statistics, room_bytes=room.states_bytes, check=check)
+        yield Waves(subjects, weights, statistics, room_bytes=states_bytes, check=check)
 
 
 def _most_table_rows(models: Sequence[PagedModel], tokens: Sequence[int]) -> int:
-    """Where memory_budget is for a device's memory alone, the host's may hold a table.
+    """Where memory_budget is for a device's memory alone, the host's may hold a table at least.
 
     Not of every one of several models. With fewer tokens than rows, these are fewer to read.
     """

@@ -33,8 +33,8 @@ class LoadingStatistics:
 
     Attributes:
         pages: every read of a page, in order.
-        rows_bytes: read of the embedding where it does not stay on the device: single rows, or all
-            of them at once.
+        rows_bytes: read of the embedding where it is in no page: single rows, or all of them at
+            once.
         shared_bytes: needed, but there already: read for another model that has the same.
         compared_bytes: read to find out what models share; the next time it is known.
         waves: how often the model was gone through.

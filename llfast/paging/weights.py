@@ -23,6 +23,7 @@ from .skeleton import get_tensor
 from .slots import move_to
 from .statistics import LoadingStatistics
 from .tables import Rows, RowsOnDemand
+from .units import StoredEmbedding
 
 
 class Weights:
@@ -32,6 +33,7 @@ class Weights:
         plan: which pages there are.
         next_member: whose layer the next wave will ask for first; None if there is none.
         keep: whether layers stay once they are there; for one member only.
+        keep_table: whether a table of words that is read at once stays where the model is.
     """
 
     def __init__(
@@ -48,11 +50,11 @@ class Weights:
             members: models with layers of the same names, in one dtype on one device.
             pages: of the files of all.
             statistics: filled in.
-            most_table_rows: a table of words that has no more is read at once, to the host.
+            most_table_rows: a table of words that has no more is read at once.
         """
         self._members, self._pages, self._statistics = members, pages, statistics
         self._most_table_rows = most_table_rows
-        self.keep = False
+        self.keep = self.keep_table = False
         self.plan = Plan(members, pages.slot_bytes)
         self.next_member: int | None = None
         self._lead: tuple[int, ...] = (0,)  # who goes first
@@ -81,13 +83,9 @@ class Weights:
             skeleton.evict(name for name in skeleton.places if name not in units.kept_places)
             self._stack.enter_context(self._linear_layers(member, skeleton.model))
             if units.embedding is not None:
-                # Also where layers are kept: the rows of some texts come faster than a table.
-                table = member.read(units.embedding.weight)
-                if table.shape[0] <= self._most_table_rows:
-                    cache.hold(table)
-                rows = RowsOnDemand(skeleton, cache, units.embedding, table)
-                self._stack.enter_context(rows)
+                self._provide_words(member, units.embedding, cache)
         self._statistics.kept_bytes = self.plan.kept_places_bytes
+        self._statistics.kept_bytes += self.table_bytes if self.keep_table else 0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,6 +95,30 @@ class Weights:
         self._tile_weights.clear()
         for member in self._members:
             member.skeleton.evict(member.units.kept_places)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of tables of words that are read at once, as models have them."""
+        return sum(
+            member.skeleton.places[embedding.place].empty.nbytes
+            for member in self._members
+            if (embedding := member.units.embedding) is not None and self._is_read(embedding)
+        )
+
+    def _is_read(self, embedding: StoredEmbedding) -> bool:
+        """At once, and not by rows."""
+        return embedding.weight.shape[0] <= self._most_table_rows
+
+    def _provide_words(self, member: Member, embedding: StoredEmbedding, cache: Rows) -> None:
+        """Also where layers are kept: the rows of some texts come faster than a table."""
+        skeleton, table = member.skeleton, member.read(embedding.weight)
+        if self._is_read(embedding) and self.keep_table:
+            skeleton.put([embedding.place], {embedding.weight.name: self._pages.table(table)})
+            self._stack.callback(skeleton.evict, [embedding.place])
+            return
+        if self._is_read(embedding):
+            cache.hold(table)
+        self._stack.enter_context(RowsOnDemand(skeleton, cache, embedding, table))
 
     @property
     def held(self) -> Iterable[Tensor]:

@@ -13,6 +13,7 @@ from llfast.checkpoint import Checkpoint
 from llfast.errors import LlfastWarning, UnsupportedModelError
 from llfast.paging import model as paged_model
 from llfast.paging import units
+from llfast.paging.tables import Rows
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import SIZES, TEXTS, make_model, make_tokenizer, quiet, save
 
@@ -102,6 +103,33 @@ def test_a_table_that_is_read_at_once(stored, tied, tmp_path, tokenizer, monkeyp
         statistics = check_waves(folder, dtype="float32")
         assert (statistics.rows_bytes == table.nbytes) == is_whole
         assert statistics.waves == plain.waves, "it takes nothing of the budget"
+
+
+@pytest.mark.usefixtures("everything_pages")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_table_that_is_read_at_once_stays_where_the_model_is(
+    stored, tied, tmp_path, tokenizer, monkeypatch
+):
+    """If it leaves room for texts: no batch then waits for the host to gather its rows."""
+    model = make_model("llama", tie_word_embeddings=tied).to(stored)
+    folder = save(model, tokenizer, tmp_path / "m")
+    rows = len(model.get_input_embeddings().weight)
+    options = {"dtype": "float32"}
+    expected, plain = paged(folder, **options)
+    monkeypatch.setattr(paged_model, "_most_table_rows", lambda *_: rows)
+    gathered = []
+    own = Rows.read
+    monkeypatch.setattr(Rows, "read", lambda *given: gathered.append(1) or own(*given))
+    table_bytes = 4 * rows * model.config.hidden_size
+    least = least_budget(folder, FEW, **OPTIONS, **options)
+    for room, stays in ((3 * table_bytes, True), (3 * table_bytes - 1, False)):
+        gathered.clear()
+        result, statistics = paged(folder, memory_budget=least - 1 + room, **options)
+        check_same(result, expected)
+        assert bool(gathered) != stays
+        assert statistics.kept_bytes == plain.kept_bytes + stays * table_bytes
+        assert statistics.rows_bytes == rows * model.config.hidden_size * stored.itemsize
 
 
 @pytest.mark.usefixtures("everything_pages")
