@@ -50,7 +50,7 @@ def product_rates(
         product = partial(torch.mm, hidden, layer.weight.T, out=out)
         seconds[TORCH_MM] += count * _seconds(product, device)
         if packed:
-            with linear_layers(layer, PACKED, rows=height, leave_out=None):
+            with linear_layers(layer, PACKED, leave_out=None):
                 seconds[PACKED_PRODUCT] += count * _seconds(partial(layer, hidden), device)
     return {name: flops / each for name, each in seconds.items()}
 
