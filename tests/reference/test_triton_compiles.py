@@ -87,7 +87,8 @@ def test_log_probabilities_alone_take_fewer_instructions(heads):
     compared = [found for found in by_kernel.values() if len(found) > 1]
     assert len(compared) == 4
     for found in compared:
-        assert found[""] < 0.85 * found["statistics"], by_kernel
+        # Triton 3.9: 0.73 to 0.81; Triton 3.6: 0.75 to 0.87.
+        assert found[""] < 0.9 * found["statistics"], by_kernel
 
 
 def test_spilled_registers_stay_few(found):
