@@ -19,6 +19,11 @@ from .trajectory import Trajectory
 _KL = "KL (bits/byte)"
 _CHARACTERS = 40  # that an axis has room for
 _SAYS, _WEIGHS = "C0", "C1"  # colours of the two spaces
+# Two checkpoints have one distance, which is no line, and is in one place in both spaces.
+_POINT = {
+    _SAYS: {"marker": "o", "markersize": 5},
+    _WEIGHS: {"marker": "s", "markersize": 11, "fillstyle": "none"},
+}
 
 
 def draw_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
@@ -41,13 +46,17 @@ def draw_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> Non
 
 def _draw_steps(axes: Any, trajectory: Trajectory) -> None:
     """KL of each checkpoint from the one before it and from the first, with 95 % intervals."""
-    for label, marker, estimates, colour in (
-        ("from the checkpoint before", "o", trajectory.from_previous, "C2"),
-        ("from the first", "s", trajectory.from_start, "C3"),
+    # The first of both is the same: the smaller marker is on top of the larger one.
+    for label, marker, size, order, estimates, colour in (
+        ("from the checkpoint before", "o", 4, 3, trajectory.from_previous, "C2"),
+        ("from the first", "s", 6, 2, trajectory.from_start, "C3"),
     ):
         steps, values, low, high = _above_zero(trajectory.steps[1:], estimates)
-        axes.plot(steps, values, marker=marker, markersize=4, color=colour, label=label)
+        style = {"marker": marker, "markersize": size, "zorder": order}
+        axes.plot(steps, values, color=colour, label=label, **style)
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        if len(steps) == 1:  # between two of which there would be an area
+            axes.plot(steps * 2, [*low, *high], color=colour, alpha=0.5)
     axes.set(xscale="log", xlabel="optimiser step", ylabel=_KL)
     if any(estimate.value for estimate in trajectory.from_start):  # matplotlib has no log of none
         _scale_by_powers(axes)
@@ -73,8 +82,10 @@ def _draw_distances(axes: Any, trajectory: Trajectory) -> None:
     ranges, handles = [], []
     for name, colour, distances, fit, place in spaces:
         curves = list(_curves(trajectory, distances))
+        are_points = all(len(values) == 1 for _, values in curves)
+        style = _POINT[colour] if are_points else {"alpha": 0.25, "linewidth": 1}
         for elapsed, values in curves:
-            place.plot(elapsed, values, color=colour, alpha=0.25, linewidth=1)
+            place.plot(elapsed, values, color=colour, **style)
         if curves:
             _scale_by_powers(place)
             every = np.concatenate([np.log10(values) for _, values in curves])
@@ -104,17 +115,19 @@ def _draw_plane(figure: Any, axes: Any, trajectory: Trajectory) -> None:
     figure.colorbar(points, ax=axes, label="optimiser step")
     for row in (0, -1):
         x, y = places[row]  # classical scaling puts the middle of all at 0
-        right = x >= 0
         axes.annotate(
             f"step {steps[row]:,}",
             (x, y),
-            (9 if right else -9, 9 if y >= 0 else -9),
+            (0, 12 if y >= 0 else -12),
             textcoords="offset points",
-            ha="left" if right else "right",
+            ha="center",
             va="center",
             fontsize=9,
         )
-    axes.margins(0.3)
+    low, high = places.min(axis=0), places.max(axis=0)
+    edge = 0.3 * (high - low).max()  # with margins, two places would be too near to the edges
+    axes.update_datalim([low - edge, high + edge])
+    axes.margins(0 if edge else 0.3)
     axes.locator_params(nbins=5)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xlabel="first axis (√ bits/byte)", ylabel="second axis (√ bits/byte)")

@@ -298,6 +298,32 @@ def test_a_picture_of_few_checkpoints_or_of_one_many_times(tmp_path, count):
             assert f"to the next {count - 1} -->" in (tmp_path / f"{name}.svg").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:there is no diffusion exponent")
+@pytest.mark.parametrize("change", [1e-4, 3.0])
+def test_a_picture_of_two_checkpoints_has_a_point_a_space_and_both_ends(monkeypatch, change):
+    """Of one distance there is no line, and of two places no plane."""
+    figures = []
+    monkeypatch.setattr(trajectory_plots, "save_figure", lambda figure, _: figures.append(figure))
+    values = walk(k=1) + change * np.random.default_rng(0).standard_normal((2, N))
+    weights = np.array([[0, 7.0], [7.0, 0]])
+    found = follow(matrix_of(values), [139_000, 143_000], weight_distances=weights)
+    trajectory_plots.draw_trajectory(found, "t.png")
+    figures[0].draw_without_rendering()
+    steps, says, plane = figures[0].axes[:3]
+    (weighs,) = (axes for axes in figures[0].axes if "weights" in axes.get_ylabel())
+    for axes, truth in ((says, found.kl[0, 1]), (weighs, 7.0)):
+        (point,) = (line for line in axes.get_lines() if line.get_marker() != "None")
+        assert (point.get_xdata().tolist(), point.get_ydata().tolist()) == ([4000], [truth])
+        low, high = axes.get_ylim()
+        assert low < truth < high
+    spans = [line.get_ydata().tolist() for line in steps.get_lines() if len(line.get_ydata()) > 1]
+    assert spans == [list(found.from_start[0].interval)] * 2
+    start, end = plane.transData.transform(plane.collections[0].get_offsets())
+    assert np.hypot(*(end - start)) > 100
+    for box in (name.get_window_extent() for name in plane.texts):
+        assert plane.bbox.x0 < box.x0 < box.x1 < plane.bbox.x1
+
+
 @pytest.mark.parametrize(
     "steps",
     [
