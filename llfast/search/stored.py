@@ -291,9 +291,9 @@ class StoredIndex(KLIndex):
         shards = self.store.shards(self.selection.textset)
         new = {name for name, _ in shards.items() - self._shards.items()}
         vanished = {name for name, _ in self._shards.items() - shards.items()}
-        if not new and not vanished:
+        basis = with_groups(self.basis, self.store) if shards else self.basis
+        if not new and not vanished and basis is self.basis:
             return 0
-        basis = with_groups(self.basis, self.store) if new else self.basis
         rows = self.store.read_shards(self.selection.textset, sorted(new))
         known = self._find_known()
         came, gone = self._changes(known, rows, vanished)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llfast import KLIndex, Store
 from llfast.search import contents, listing
 from llfast.search.building import only_builder
+from llfast.storefiles import write_texts
 from tests.indexes import N, assert_right, index_result, make_store, name
 
 pytest.importorskip("faiss", reason="faiss is an extra: pip install 'llfast[cpu]'")
@@ -199,4 +201,22 @@ def test_documents_that_a_later_result_is_the_first_to_know_count_in_intervals(s
     after = index.search(name(0), 1)[0].estimate
     assert after.value == before.value
     assert after.interval != before.interval
+    assert_right(index, store)
+
+
+@pytest.mark.parametrize("way", ["refresh", "open", "merge"])
+def test_documents_that_came_without_a_result_count_in_intervals(store, way):
+    """A writer that was killed, or an older llfast, can have left them behind."""
+    index = KLIndex.build(store, "exact")
+    groups = tuple(f"document {row // 8}" for row in range(N))
+    texts = store.texts("texts")
+    path = store.partition("texts") / "_texts.json"
+    write_texts(path, texts["ids"], np.array(texts["text_bytes"]), groups)
+    if way == "open":
+        index = KLIndex.build(store, "exact")
+    assert index.refresh() == 0
+    if way == "merge":
+        index.merge()
+        assert index.segment.basis.groups == groups
+    assert index.basis.groups == groups
     assert_right(index, store)
