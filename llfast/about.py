@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, cache
+from .checkpoint import is_adapter
 from .errors import StoreError
 from .remote import is_remote
 from .rows import StoredRow
@@ -27,8 +28,14 @@ _PACKAGES = (
 )
 
 
-def describe(target: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def describe(
+    target: str | None, adapter_base: str | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts by name, and rows of a table, about a store, a checkpoint, or (None) this machine.
+
+    Args:
+        target: a folder, a Hub id, or s3://bucket/prefix.
+        adapter_base: the model that a LoRA adapter belongs to.
 
     Raises:
         StoreError: if a folder is neither store nor checkpoint.
@@ -41,9 +48,16 @@ def describe(target: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if not store.folder.is_dir():
             raise StoreError(f"{store.folder} must be a store, got nothing there")
         return _store(store)
-    if (Path(target) / "config.json").exists() or not Path(target).exists():
-        return _checkpoint(target), []
+    if adapter_base is not None or _is_model(Path(target)):
+        return _checkpoint(target, adapter_base), []
     return _store(Store(target))
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether it is no store, but a model, or what `open_model` has the right words for."""
+    if (folder / "config.json").exists() or not folder.exists():
+        return True
+    return is_adapter(folder) or any(folder.glob("*.gguf"))
 
 
 def _machine() -> dict[str, Any]:
@@ -70,13 +84,15 @@ def _machine() -> dict[str, Any]:
     return facts
 
 
-def _checkpoint(target: str) -> dict[str, Any]:
+def _checkpoint(target: str, adapter_base: str | None) -> dict[str, Any]:
     from .models import open_model
 
-    source = open_model(target)
+    source = open_model(target, adapter_base=adapter_base)
     assert source.checkpoint is not None
+    base = {} if adapter_base is None else {"adapter base": adapter_base}
     return {
         "model": source.name,
+        **base,
         "revision": source.revision,
         "architecture": ", ".join(source.config.architectures or [source.config.model_type]),
         "parameters": source.checkpoint.parameters,

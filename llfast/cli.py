@@ -313,12 +313,15 @@ def info_command(
     target: Annotated[
         str | None, typer.Argument(help="A store or a checkpoint; nothing: this machine.")
     ] = None,
+    adapter_base: AdapterBase = None,
     as_json: AsJson = False,
 ) -> None:
     """What a store or a checkpoint holds, or what llfast runs on here."""
     from .about import describe
 
-    facts, rows = describe(target)
+    if target is None and adapter_base is not None:
+        raise UsageError("--adapter-base goes with the adapter that belongs to it")
+    facts, rows = describe(target, adapter_base)
     if as_json:
         print_json({**facts, "rows": rows})
         return

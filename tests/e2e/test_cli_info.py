@@ -2,8 +2,11 @@
 
 import re
 
+import pytest
+
 import llfast
 from llfast import Store
+from tests.tiny import make_adapter
 
 
 def test_info_of_a_store(command, filled, texts):
@@ -35,6 +38,20 @@ def test_info_of_a_checkpoint(command, checkpoints):
     shown = command("info", checkpoints / "llama").out
     assert f"{facts['parameters']:,}" in shown
     assert re.search(r"weight bytes +\d+\.\d KiB\n", shown)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_info_of_an_adapter_and_the_model_that_it_belongs_to(command, checkpoints, tmp_path):
+    adapter, base = make_adapter(tmp_path / "adapter"), checkpoints / "llama"
+    asked = command("info", adapter)
+    assert (asked.code, asked.out) == (1, "")
+    assert asked.error.endswith("pass the model it was trained on with --adapter-base")
+    facts = command("info", adapter, "--adapter-base", base, "--json").json
+    assert (facts["model"], facts["adapter base"]) == (str(adapter), str(base))
+    assert facts["revision"] == llfast.score(adapter, ["a"], adapter_base=str(base)).revision
+    for given in ((), (base,)):
+        run = command("info", *given, "--adapter-base", base)
+        assert (run.code, run.out) == (1 if given else 2, "")
 
 
 def test_info_of_nothing_tells_of_this_machine(command):
