@@ -71,9 +71,10 @@ def related_pairs(
     wanted: defaultdict[int, list[tuple[int, _Rows]]] = defaultdict(list)
     rng = np.random.default_rng(seed)
     for code, total in enumerate(totals.values(), 1):
-        numbers = np.arange(total)
-        if total > most_pairs:
+        if total > most_pairs:  # of 20,000 models there may be 200 million, which are not listed
             numbers = np.sort(rng.choice(total, most_pairs, replace=False))
+        else:
+            numbers = np.arange(total)
         ends = counts[:, code].cumsum()
         rows = np.searchsorted(ends, numbers, side="right")
         places = numbers - (ends - counts[:, code])[rows]

@@ -1,6 +1,7 @@
 """Pairs by relation, against the definitions tried on every pair, one after the other."""
 
 import math
+import tracemalloc
 from collections import Counter
 from itertools import combinations
 from math import comb
@@ -245,6 +246,20 @@ def test_of_many_pairs_some_are_drawn_and_all_are_counted():
     for relation, pairs in found.pairs.items():
         for a, b in pairs[::50]:
             assert relation_of(models[a], models[b], everyone) == relation
+
+
+def test_pairs_that_are_not_drawn_are_not_listed_either():
+    """Of 4,000 models there are 8 million, which would take 64 MB as numbers."""
+    models = [f"m{number}" for number in range(4000)]
+    metadata = [{"family": model} for model in models]
+    tracemalloc.start()
+    try:
+        found = related_pairs(models, metadata)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.totals == {"random": comb(4000, 2)}
+    assert most < 20e6
 
 
 def test_every_pair_is_drawn_as_often_as_every_other():
