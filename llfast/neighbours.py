@@ -21,7 +21,8 @@ def nearest_rows(
     """For each query the nearest rows, and their squared Euclidean distances, nearest first.
 
     Candidates are found by ‖x‖² + ‖y‖² - 2xy, one matrix product for all, which is off by 1e-16 of
-    ‖x‖² + ‖y‖²; what is returned is computed from differences. Ties go to the lower row.
+    ‖x‖² + ‖y‖²; what is returned is computed from differences. Ties go to the lower row, however
+    many they are.
 
     Args:
         queries: Q points.
@@ -37,14 +38,19 @@ def nearest_rows(
     count = min(count, available)
     indices = np.empty((len(queries), count), dtype=np.int64)
     squared = np.empty((len(queries), count))
+    # Twice what the product can be off, by N + 2 roundings of no more than both norms' squares.
+    sizes = np.square(queries).sum(axis=1) + np.square(rows).sum(axis=1).max()
+    errors = 2 * (rows.shape[1] + 2) * np.finfo(np.float64).eps * sizes
     for start, distances in _blocks(queries, rows):
         if others:
             own = np.arange(len(distances))
             distances[own, start + own] = np.inf
         kept = min(count + _SPARE, available)
         candidates = np.argpartition(distances, kept - 1, axis=1)[:, :kept]
-        candidates.sort(axis=1)
-        for at, chosen in enumerate(candidates, start):
+        for at, (near, own) in enumerate(zip(candidates, distances, strict=True), start):
+            # Of those that may tie with the last that is wanted, the lowest are among these.
+            limit = np.partition(own[near], count - 1)[count - 1] + errors[at]
+            chosen = np.union1d(near, np.flatnonzero(own <= limit)[:kept])
             exact = np.square(rows[chosen] - queries[at]).sum(axis=1)
             order = np.argsort(exact, kind="stable")[:count]
             indices[at], squared[at] = chosen[order], exact[order]

@@ -43,6 +43,21 @@ def test_those_that_are_the_same_come_by_their_number():
     assert not squared.any()
 
 
+def test_of_many_that_are_the_same_the_lowest_are_the_nearest():
+    """Among others, a product of rows finds them at distances that differ by their rounding."""
+    rng = np.random.default_rng(0)
+    rows = 60 * rng.standard_normal((500, 300))
+    same = np.sort(rng.choice(500, 100, replace=False))
+    rows[same] = rows[same[0]]
+    found, squared = nearest_rows(rows, rows, 5, others=True)
+    for row in same:
+        assert found[row].tolist() == [other for other in same[:6] if other != row][:5]
+    assert not squared[same].any()
+    order, _ = sorted_distances(rows[:7], rows)
+    others = [[row for row in near if row != own][:5] for own, near in enumerate(order.tolist())]
+    assert found[:7].tolist() == others
+
+
 @pytest.mark.parametrize(("count", "rows"), [(0, 5), (1, 1)])
 def test_nothing_to_choose_from_is_refused(count, rows):
     with pytest.raises(ValueError, match="count must be at least 1 of other rows"):
