@@ -257,13 +257,15 @@
   }
 
   function whole() {
-    const range = (values) => {
+    const ends = (values) => {
       let low = Infinity, high = -Infinity;
       for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
-      const edge = 0.06 * (high - low) || 1;
-      return [low - edge, high + edge];
+      return [low, high];
     };
-    return { x: range(data.x), y: range(data.y) };
+    const x = ends(data.x), y = ends(data.y);
+    // Both have one scale, and models in a line have no extent across it.
+    const edge = 0.06 * Math.max(x[1] - x[0], y[1] - y[0]) || 1;
+    return { x: [x[0] - edge, x[1] + edge], y: [y[0] - edge, y[1] + edge] };
   }
 
   let flight = 0;

@@ -127,6 +127,16 @@ def test_beside_a_model_that_is_looked_for_others_are_in_sight_on_a_small_map(br
     assert ((low < x) & (x < high) & (bottom < y) & (y < top)).sum() >= 4
 
 
+def test_two_models_are_apart_however_near_they_are(browser, tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(N) - 700 + 1e-4 * rng.standard_normal((2, N))
+    write_map(make_map(make_matrix(values), method="pca"), tmp_path / "two.html", title="Two")
+    with opened(browser, tmp_path / "two.html", viewport={"width": 1200, "height": 800}) as page:
+        (x, y), (other_x, other_y) = page.where(0), page.where(1)
+        assert np.hypot(other_x - x, other_y - y) > 400
+        assert not page.troubles
+
+
 def test_the_wheel_zooms_and_a_drag_moves(page, made):
     row = alone(made[1])
     x, y = page.where(row)
