@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from .drawing import check_picture, model_label, new_figure, save_figure
+from .drawing import check_picture, legend_label, model_label, new_figure, save_figure
 from .errors import needed
 
 _MOST_MODELS = 400  # names stay large enough to be read, and the picture small enough to be opened
-_COLUMNS = 6  # of the legend
+_COLUMNS = 6  # of the legend, at most
+_CHARACTERS = 120  # that a line of the legend has room for, nine of them a column before its name
 _NARROWEST = 1e-6  # of the highest join: what is below is rounding, or as good as the same
 _GREY = "0.45"
 # Told apart by most eyes, and dark enough for names on white.
@@ -95,7 +96,9 @@ def draw_dendrogram(
     sizes = Counter(family for family in families_of if family)
     several = [family for family, size in sizes.most_common() if size > 1]
     colours = {each: _COLOURS[row % len(_COLOURS)] for row, each in enumerate(several)}
-    figure = new_figure(10, 1.2 + 0.17 * len(models) + 0.2 * -(-(len(colours) + 1) // _COLUMNS))
+    longest = max((len(legend_label(family)) for family in colours), default=0)
+    columns = min(_COLUMNS, max(1, _CHARACTERS // (longest + 9)))
+    figure = new_figure(10, 1.2 + 0.17 * len(models) + 0.2 * -(-(len(colours) + 1) // columns))
     axes = figure.add_subplot()
     leaves = _hierarchy().leaves_list(joins).tolist()
     axes.set_ylim(-0.5, len(models) - 0.5)
@@ -119,10 +122,10 @@ def draw_dendrogram(
         _line(axes, [height, height], [low, high], colours.get(both, _GREY))
         drawn.append((height, (low + high) / 2, both))
     for family, colour in colours.items():
-        axes.plot([], [], color=colour, linewidth=3, label=model_label(family))
+        axes.plot([], [], color=colour, linewidth=3, label=legend_label(family))
     if not colours.keys() >= set(families_of):
         axes.plot([], [], color=_GREY, linewidth=3, label="others")
-    figure.legend(loc="outside lower center", ncols=_COLUMNS, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
@@ -141,7 +144,7 @@ def _scale(axes: Any, heights: Float64[np.ndarray, " joins"], unit: str) -> floa
     floor = max(least / 2, highest * _NARROWEST)
     low, high = math.log10(floor), math.log10(highest)
     axes.set_xlim(high + 0.02 * (high - low), low)
-    named = (1, 2, 5) if high - low < 2 else (1,)
+    named = range(1, 10) if high - low < 0.7 else (1, 2, 5) if high - low < 2 else (1,)
     for digits, minor in ((named, False), (range(1, 10), True)):
         powers = range(math.floor(low), math.ceil(high) + 1)
         ticks = [digit * 10.0**power for power in powers for digit in digits]

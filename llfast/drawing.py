@@ -70,6 +70,12 @@ def model_label(name: str) -> str:
     return plain(name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :])
 
 
+def legend_label(name: str) -> str:
+    """The beginning of a long name; none begins with what matplotlib leaves out of legends."""
+    cut = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    return plain(" " + cut if cut.startswith("_") else cut or "(empty)")
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure, atomically.
 

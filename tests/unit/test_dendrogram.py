@@ -125,6 +125,14 @@ def test_joins_that_are_next_to_nothing_are_at_the_right_end(figures):
     assert f"below {floor:.2g} at the right end" in axes.get_xlabel()
 
 
+@pytest.mark.parametrize("height", [0.0011, 0.19, 0.41, 4.9, 5.5, 99.0])
+def test_there_is_a_number_on_every_scale(figures, height):
+    """Also on one that goes from twice a number to five times, as of two models."""
+    axes, *_ = drawn(figures, ["a", "b"], np.array([[0, height], [height, 0]]))
+    right, left = sorted(axes.get_xlim())
+    assert any(right < place < left for place in axes.get_xticks())
+
+
 def test_a_picture_grows_with_its_models(figures):
     heights = []
     for count in (2, 50, 400):
@@ -153,6 +161,19 @@ def test_names_are_in_one_line_and_long_ones_cut_at_their_beginning(figures):
     cut = next(name for name in names if name.startswith("…"))
     assert len(cut) == 60
     assert cut.endswith("longlong-v2")
+
+
+def test_every_family_is_in_the_legend_and_the_legend_in_the_picture(figures):
+    """matplotlib leaves out what begins with a line, and cuts what is too wide."""
+    names = ["_own", "W" * 30, *("organisation/of-many-words-" + each for each in "abcdef")]
+    models = [f"m{row}" for row in range(2 * len(names))]
+    families = {model: names[row // 2] for row, model in enumerate(models)}
+    axes, _, _, legend = drawn(figures, models, make_kl(len(models)), **families)
+    assert [each.strip() for each in legend] == names
+    figure = axes.figure
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
 def test_models_that_are_all_the_same_are_joined_at_0(figures):
