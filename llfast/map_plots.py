@@ -5,27 +5,30 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from .drawing import (
-    LONGEST_NAME,
     PALETTE,
     REST,
     any_letters,
     check_picture,
+    legend_label,
     model_label,
     new_figure,
     plain,
     save_figure,
 )
 from .errors import needed
-from .page import ModelMap, colour_column
+from .page import Cell, ModelMap, colour_column, column_cells
 
 _MOST_LABELS = 100
+_DIGITS = re.compile(r"(\d+)")
 
 
 def draw_map(
@@ -57,18 +60,19 @@ def draw_map(
     axes = figure.add_subplot()
     for line in found.lines:
         axes.plot(*found.places[list(line)].T, color="0.8", linewidth=1, zorder=1)
-    size = 60 if len(found.models) <= 30 else 40 if few else 9
-    groups = _groups(found, column)
+    style = {"s": 60 if len(found.models) <= 30 else 40 if few else 9, "linewidth": 0, "zorder": 2}
+    cells = column_cells(found.metadata, column) if column else ["models"] * len(found.models)
+    if (numbers := _many_numbers(cells)) is None:
+        groups = _groups(cells)
+    else:
+        known = np.isfinite(numbers)
+        points = axes.scatter(*found.places[known].T, c=numbers[known], cmap="viridis", **style)
+        figure.colorbar(points, ax=axes, label=legend_label(column))
+        groups = {} if known.all() else {None: np.flatnonzero(~known).tolist()}
     shades = {**dict(zip(groups, PALETTE, strict=False)), None: REST}
     for group, rows in groups.items():
-        axes.scatter(
-            *found.places[rows].T,
-            s=size,
-            color=shades[group],
-            label="others" if group is None else _short(group),
-            linewidth=0,
-            zorder=2,
-        )
+        label = "others" if group is None else legend_label(group)
+        axes.scatter(*found.places[rows].T, color=shades[group], label=label, **style)
     axes.margins(0.12 if few else 0.03)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_title(plain(title))
@@ -78,41 +82,52 @@ def draw_map(
     else:
         axes.set(xlabel=found.axes[0], ylabel=found.axes[1])
     many = len(groups) > 8
-    legend = axes.legend(
-        title=_short(column or "models"),
-        frameon=False,
-        fontsize=8 if many else 10,
-        **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}),
-    )
+    legend = None
+    if groups and column:
+        legend = axes.legend(
+            title=legend_label(column),
+            frameon=False,
+            fontsize=8 if many else 10,
+            **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}),
+        )
     if few:
         with any_letters():
             _label(figure, axes, found, legend)
     save_figure(figure, path)
 
 
-def _groups(found: ModelMap, key: str) -> dict[str | None, list[int]]:
-    """Rows by value of a key, the largest groups first, and the rest by themselves at the end.
+def _groups(cells: Sequence[Cell]) -> dict[str | None, list[int]]:
+    """Rows by what is in a column, the largest groups first, as a page has them, and the rest last.
 
     Those are of the smallest groups, if there are more than colours, and have no value (None).
     """
-    rows: dict[str | None, list[int]] = defaultdict(list)
-    for row, each in enumerate(found.metadata):
-        value = each.get(key)
-        rows[None if value is None else str(value)].append(row)
-    unknown = rows.pop(None, [])
-    order = sorted(rows, key=lambda name: (-len(rows[name]), str(name)))
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, cell in enumerate(cells):
+        if cell is not None:
+            whole = isinstance(cell, float) and cell.is_integer()
+            rows[str(int(cell) if whole else cell)].append(row)
+    unknown = [row for row, cell in enumerate(cells) if cell is None]
+    order = sorted(rows, key=lambda name: (-len(rows[name]), _in_order(name), name))
     rest = [row for name in order[len(PALETTE) :] for row in rows[name]] + unknown
-    groups = {name: rows[name] for name in order[: len(PALETTE)]}
+    groups: dict[str | None, list[int]] = {name: rows[name] for name in order[: len(PALETTE)]}
     return groups | ({None: rest} if rest else {})
 
 
-def _short(name: str) -> str:
-    """A name in a legend: long ones are cut, and none begins with what matplotlib leaves out."""
-    cut = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
-    return plain(" " + cut if cut.startswith("_") else cut or "(empty)")
+def _in_order(name: str) -> list[str | int]:
+    """What names are sorted by: numbers in them count as such, and cases are alike."""
+    parts = _DIGITS.split(name.casefold())  # every other one is a number
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
-def _label(figure: Any, axes: Any, found: ModelMap, legend: Any) -> None:
+def _many_numbers(cells: Sequence[Cell]) -> Float64[np.ndarray, " K"] | None:
+    """A column of numbers, NaN where there is none, if there are more of them than colours."""
+    known = {cell for cell in cells if cell is not None}
+    if len(known) <= len(PALETTE) or any(isinstance(cell, str) for cell in known):
+        return None
+    return np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64)
+
+
+def _label(figure: Any, axes: Any, found: ModelMap, legend: Any | None) -> None:
     """Put names beside the points, moved so that they cover as little as can be."""
     with needed("adjustText", "drawing a map needs adjustText; run `pip install 'llfast[map]'`"):
         from adjustText import adjust_text
@@ -125,7 +140,7 @@ def _label(figure: Any, axes: Any, found: ModelMap, legend: Any) -> None:
     with _without_remarks():
         adjust_text(
             labels,
-            objects=[legend],
+            objects=None if legend is None else [legend],
             ax=axes,
             expand=(1.15, 1.4),
             arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "linestyle": ":"},

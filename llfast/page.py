@@ -26,6 +26,7 @@ from .errors import needed
 from .results import KLEstimate
 
 _SHOWN = 1000  # characters of a cell, or of a column's name
+Cell = str | int | float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,10 +137,12 @@ def colour_column(metadata: Sequence[Mapping[str, Any]], colour: str | None) -> 
 
 def _columns(metadata: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """A value a model of every key of the metadata that says something."""
-    return {
-        name[:_SHOWN]: [_cell(row.get(name)) for row in metadata]
-        for name in _column_names(metadata)
-    }
+    return {name[:_SHOWN]: column_cells(metadata, name) for name in _column_names(metadata)}
+
+
+def column_cells(metadata: Sequence[Mapping[str, Any]], name: str) -> list[Cell]:
+    """What a map shows of a key of the metadata, a value a model; None where there is none."""
+    return [_cell(row.get(name)) for row in metadata]
 
 
 def _column_names(metadata: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -150,7 +153,7 @@ def _column_names(metadata: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted((name for name in known if name), key=lambda name: name != "family")
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: Any) -> Cell:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -5,10 +5,12 @@ import logging
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from llfast import KLIndex, LlfastWarning, ModelSpace, SpaceError, Store
-from llfast.drawing import PALETTE
+from llfast import KLIndex, LlfastWarning, ModelSpace, SpaceError, Store, map_plots
+from llfast.drawing import PALETTE, REST
 from llfast.map_files import map_store
 from llfast.map_plots import draw_map
 from llfast.mapping import lines_of, make_map
@@ -284,6 +286,53 @@ def test_pictures_of_few_models_and_of_those_without_family(tmp_path, ending):
         }
         family = tuple(bytes.fromhex(PALETTE[0][1:]))
         assert {family, (138, 145, 156)} <= colours  # of the family, and those without
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures instead of files."""
+    drawn = []
+    monkeypatch.setattr(map_plots, "save_figure", lambda figure, _: drawn.append(figure))
+    return drawn
+
+
+def drawn_groups(figures, metadata):
+    """The shade of each model on a picture, and the words of its legend."""
+    values = np.random.default_rng(0).standard_normal((len(metadata), N)) - 700
+    found = make_map(make_matrix(values, metadata=metadata), method="pca")
+    draw_map(found, "map.png")
+    figure = figures.pop()
+    figure.draw_without_rendering()
+    axes, shades = figure.axes[0], {}
+    for points in axes.collections:
+        colours = np.resize(points.get_facecolor(), (len(points.get_offsets()), 4))
+        for place, colour in zip(points.get_offsets().data.tolist(), colours, strict=True):
+            row = np.abs(found.places - place).sum(axis=1).argmin()
+            shades[int(row)] = to_hex(colour)
+    legend = axes.get_legend()
+    words = [] if legend is None else [each.get_text() for each in legend.get_texts()]
+    return [shades[row] for row in range(len(metadata))], words, figure
+
+
+def test_many_numbers_are_a_scale_of_colours(figures):
+    """As on a page; of a few, each has a colour of its own, in their order."""
+    count = 2 * len(PALETTE)
+    many = [{"step": row or None} for row in range(count)]
+    shades, words, figure = drawn_groups(figures, many)
+    assert words == ["others"]
+    assert shades[0] == REST
+    truth = colormaps["viridis"](np.linspace(0, 1, count - 1))
+    assert shades[1:] == [to_hex(colour) for colour in truth]
+    assert figure.axes[1].get_ylabel() == "step"
+    few = [{"step": float(row % 11)} for row in range(22)]
+    shades, words, _ = drawn_groups(figures, few)
+    assert words == [str(row) for row in range(11)]
+    assert shades == [*PALETTE[:11]] * 2
+
+
+def test_models_of_which_nothing_is_known_have_a_colour_and_no_legend(figures):
+    shades, words, _ = drawn_groups(figures, [{}] * 5)
+    assert (set(shades), words) == ({PALETTE[0]}, [])
 
 
 @pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # of adjustText
