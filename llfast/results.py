@@ -41,6 +41,11 @@ class ResultKey(NamedTuple):
     layer: int | None
     scoring_version: int
 
+    @property
+    def label(self) -> str:
+        """The name that it is shown under, which is a layer's own."""
+        return self.model if self.layer is None else f"{self.model}@layer={self.layer}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LogLikelihoods:

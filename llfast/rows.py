@@ -50,8 +50,7 @@ class StoredRow:
     @property
     def label(self) -> str:
         """The name that it is shown under."""
-        layer = self.key.layer
-        return self.key.model if layer is None else f"{self.key.model}@layer={layer}"
+        return self.key.label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

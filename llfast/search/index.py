@@ -297,15 +297,18 @@ class KLIndex:
     # ------------------------------------------------------------------ changing
 
     def add(self, result: LogLikelihoods) -> None:
-        """Add a model, in the place of any of the same name.
+        """Add a model, in the place of any of the same name; a layer is named as in a matrix.
 
         Raises:
             SpaceError: if it was scored on other texts or under another convention.
             SearchError: if it is too large for fp32.
         """
-        adds_bos = adds_bos_of(result)
-        metadata = dict(result.metadata) | ({} if adds_bos is None else {"adds_bos": adds_bos})
-        model = IndexedModel(result.model, result.revision, result.dtype, metadata)
+        metadata, adds_bos = dict(result.metadata), adds_bos_of(result)
+        if adds_bos is not None:
+            metadata["adds_bos"] = adds_bos
+        if result.layer is not None:
+            metadata |= {"layer": result.layer, "layer_of": result.model}
+        model = IndexedModel(result.key.label, result.revision, result.dtype, metadata)
         point = self._project(result)
         with self._lock:
             self._append(point, model)
@@ -361,7 +364,7 @@ class KLIndex:
             rows = [
                 self._models.row(query)
                 if isinstance(query, str)
-                else self._models.find(query.model)
+                else self._models.find(query.key.label)
                 for query in queries
             ]
         return snapshot, rows

@@ -145,7 +145,7 @@ class StoredIndex(KLIndex):
     # ------------------------------------------------------------------ changing
 
     def add(self, result: LogLikelihoods) -> None:
-        """Put a result into the store, durably, and into the index.
+        """Put a result into the store, durably, and into the index, which has no layers.
 
         Raises:
             OSError: if it cannot be written.
@@ -368,7 +368,7 @@ class StoredIndex(KLIndex):
 
     def _refuse_second(self, result: LogLikelihoods) -> None:
         with self._lock:
-            row = self._models.find(result.model)
+            row = self._models.find(result.key.label)
             known = None if row is None else self._key(self._models[row])
         if known in (None, result.key) or self.selection.newest:
             return

@@ -93,6 +93,20 @@ def test_layers_of_models_are_no_models_of_an_index(store):
         assert_right(each, store)
 
 
+def test_a_layer_is_added_beside_its_model(store):
+    layer, label = index_result(3, layer=1, values=model_values(40)), f"{name(3)}@layer=1"
+    index = KLIndex.build(ModelSpace.fit(store.matrix()))
+    index.add(layer)
+    assert len(index) == 25
+    assert [hit.model for hit in index.search(name(0), 50, where="layer = 1")] == [label]
+    assert index.kl(name(3), label).value > 0
+    assert label not in {hit.model for hit in index.search(layer, 50)}
+    stored = KLIndex.build(store)
+    stored.add(layer)
+    assert_right(stored, store)
+    assert label in store.matrix(layers=True).models
+
+
 def fails_once(monkeypatch, place, attribute, before):
     """Have something happen at the next call of a function."""
     whole = getattr(place, attribute)
