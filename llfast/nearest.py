@@ -98,18 +98,24 @@ def find_nearest(
             raise SearchError(
                 f"{_unknown(model, names)} To score it first, give the text set with --texts"
             )
-        query = score(model, text_set, convention=convention, dtype=dtype or "auto")
     if isinstance(source, StoredIndex):
         index: KLIndex = source
     else:  # for one question, reading all takes less than finding bounds, or asking a GPU
         mode = "exact" if mode == "auto" else mode
         index = KLIndex.of_space(ModelSpace.fit(source), mode, device="cpu", created=created)
-    hits = (
-        index.search(query, k, unit=unit, where=where)
-        if radius is None
-        else index.range_search(query, radius, unit=unit, where=where)
-    )
-    return query if isinstance(query, str) else query.model, hits
+    del source, texts_of  # a model may need the memory of numbers that are in the index now
+
+    def ask(query: str | LogLikelihoods) -> Hits:
+        if radius is None:
+            return index.search(query, k, unit=unit, where=where)
+        return index.range_search(query, radius, unit=unit, where=where)
+
+    if query is None:
+        for known in names[:1]:  # so that a wrong unit or condition is told before a model runs
+            ask(known)
+        assert text_set is not None
+        query = score(model, text_set, convention=convention, dtype=dtype or "auto")
+    return query if isinstance(query, str) else query.model, ask(query)
 
 
 def build_index(

@@ -1,11 +1,12 @@
 """From a store and a name to nearest models, with an index and without one."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
-from llfast import KLIndex, ModelSpace, SearchError, Store, StoreError, TextSet
+from llfast import KLIndex, ModelSpace, SearchError, Store, StoreError, TextSet, nearest
 from llfast.nearest import build_index, find_kl, find_nearest
 from tests.indexes import N, index_result, make_store, model_values, name
 from tests.spaces import make_matrix
@@ -142,6 +143,31 @@ def test_a_model_cannot_be_scored_as_an_imported_matrix_was(tmp_path, indexed):
     for options in ({}, {"texts": tmp_path / "texts.jsonl"}):
         with pytest.raises(SearchError, match="cannot be scored as these are, under 'imported'; "):
             find_nearest("other", store.folder, **options)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit": "bits"}, "unit must be one of bits_per_byte, nats_per_text, got 'bits'"),
+        ({"where": "famly = 'llama'"}, "where must be a SQL condition over model, "),
+        ({"radius": math.nan}, "radius must be at least 0, got nan"),
+        ({"k": 0}, "k must be at least 1, got 0"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_refused_before_a_model_runs(
+    tmp_path, monkeypatch, indexed, options, message
+):
+    texts = TextSet.from_texts(["text"] * N)
+    texts.save(tmp_path / "texts.jsonl")
+    store = Store(tmp_path / "store")
+    given = {"ids": texts.ids, "textset_digest": texts.digest, "text_bytes": texts.text_bytes}
+    store.add(index_result(0, **given))
+    if indexed:
+        build_index(store.folder)
+    monkeypatch.setattr(nearest, "score", lambda *_, **__: pytest.fail("a model ran"))
+    with pytest.raises((ValueError, SearchError), match=re.escape(message)):
+        find_nearest("other", store.folder, texts=tmp_path / "texts.jsonl", **options)
 
 
 def test_an_adapter_is_found_by_its_name_and_scored_by_another_command(store, tmp_path):
