@@ -184,10 +184,11 @@ def _open(
     store: Store, selection: Selection, mode: str
 ) -> tuple[StoredIndex | LogLikelihoodMatrix, dict[str, datetime]]:
     """The index of a store if there is one or its models are many; else its rows and dates."""
+    if StoredIndex.is_built(store, selection):  # reading all rows takes longer than opening it
+        return StoredIndex.open(store, selection, mode=mode), {}
     digest = selection.textset
     rows = [row for row in store.rows(digest) if row.key.layer is None and row.error is None]
-    n = len(store.texts(digest)["ids"])
-    if 8 * len(rows) * n > _MOST_IN_MEMORY or StoredIndex.is_built(store, selection):
+    if 8 * len(rows) * len(store.texts(digest)["ids"]) > _MOST_IN_MEMORY:
         return StoredIndex.open(store, selection, mode=mode), {}
     duplicates = "newest" if selection.newest else "error"
     matrix = store.matrix(digest, selection.convention, selection.dtype, duplicates=duplicates)

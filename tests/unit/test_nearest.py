@@ -170,6 +170,17 @@ def test_a_question_that_makes_no_sense_is_refused_before_a_model_runs(
         find_nearest("other", store.folder, texts=tmp_path / "texts.jsonl", **options)
 
 
+def test_with_an_index_the_rows_of_a_store_are_not_read(store, monkeypatch):
+    """Of 100,000 models that takes seconds, for one question."""
+    truth = find_nearest(name(0), store.folder)[1]
+    build_index(store.folder)
+    monkeypatch.setattr(Store, "rows", lambda *_: pytest.fail("rows were read"))
+    assert [hit.model for hit in find_nearest(name(0), store.folder)[1]] == [
+        hit.model for hit in truth
+    ]
+    assert find_kl(name(0), truth[0].model, store.folder)[2].value == pytest.approx(truth[0].kl)
+
+
 def test_an_adapter_is_found_by_its_name_and_scored_by_another_command(store, tmp_path):
     """Of its folder alone, nobody knows the model that it was trained on."""
     adapter = tmp_path / "adapter"
