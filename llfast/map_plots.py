@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from .errors import needed
 from .page import Cell, ModelMap, colour_column, column_cells
 
 _MOST_LABELS = 100
+_LONG = 20  # characters of a group's name
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -75,20 +77,21 @@ def draw_map(
         axes.scatter(*found.places[rows].T, color=shades[group], label=label, **style)
     axes.margins(0.12 if few else 0.03)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set_title(plain(title))
+    figure.suptitle(textwrap.fill(plain(title), 8 * width))
     if found.axes is None:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     else:
         axes.set(xlabel=found.axes[0], ylabel=found.axes[1])
-    many = len(groups) > 8
     legend = None
     if groups and column:
+        # Of many groups, or long names, a legend on the map would lie on models.
+        aside = len(groups) > 8 or max(len(group or "") for group in groups) > _LONG
         legend = axes.legend(
             title=legend_label(column),
             frameon=False,
-            fontsize=8 if many else 10,
-            **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}),
+            fontsize=8 if aside else 10,
+            **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if aside else {}),
         )
     if few:
         with any_letters():

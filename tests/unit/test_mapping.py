@@ -330,6 +330,22 @@ def test_many_numbers_are_a_scale_of_colours(figures):
     assert shades == [*PALETTE[:11]] * 2
 
 
+def test_a_legend_of_long_names_lies_beside_the_map_and_a_long_title_in_the_picture(figures):
+    values = np.random.default_rng(0).standard_normal((20, N)) - 700
+    metadata = [{"family": f"organisation/of-many-words-{row % 3}"} for row in range(20)]
+    found = make_map(make_matrix(values, metadata=metadata), method="pca")
+    draw_map(found, "map.png", title="many words " * 30)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend, title = (
+        each.get_window_extent() for each in (axes.get_legend(), figure.get_children()[-1])
+    )
+    assert axes.bbox.x1 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert figure.bbox.x0 <= title.x0 < title.x1 <= figure.bbox.x1
+    assert axes.bbox.y1 <= title.y0 < title.y1 <= figure.bbox.y1
+
+
 def test_models_of_which_nothing_is_known_have_a_colour_and_no_legend(figures):
     shades, words, _ = drawn_groups(figures, [{}] * 5)
     assert (set(shades), words) == ({PALETTE[0]}, [])
