@@ -160,6 +160,8 @@ def _without_places(node: Any) -> Any:
 
 def _column(values: Sequence[Any]) -> pa.Array:
     kinds = {type(value) for value in values if value is not None}
+    if not kinds:  # NULL can be compared with whatever it would be
+        return pa.nulls(len(values))
     if kinds == {datetime}:
         naive = [each and each.astimezone(UTC).replace(tzinfo=None) for each in values]
         return pa.array(naive, pa.timestamp("us"))
@@ -167,7 +169,7 @@ def _column(values: Sequence[Any]) -> pa.Array:
         return pa.array(values, pa.bool_())
     if kinds == {int} and all(each is None or -(2**63) <= each < 2**63 for each in values):
         return pa.array(values, pa.int64())
-    if kinds and kinds <= {int, float}:
+    if kinds <= {int, float}:
         return pa.array([None if each is None else _number(each) for each in values], pa.float64())
     return pa.array([None if each is None else _text(each) for each in values], pa.string())
 

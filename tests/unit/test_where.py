@@ -46,6 +46,16 @@ MODELS = [
 
 
 @pytest.mark.parametrize(
+    "where", ["size < 8e9", "size = 'large'", "size", "lower(size) = 'a'", "created > size"]
+)
+def test_what_no_model_has_can_be_compared_with_anything(where):
+    for rows in ([make_row("a", size=None), make_row("b", size=None)], []):
+        table = make_table(rows) if rows else model_table({"size": [], "created": []}, [])
+        assert not select_rows(table, where).any()
+        assert select_rows(table, "size is null").tolist() == [True] * len(rows)
+
+
+@pytest.mark.parametrize(
     ("where", "numbers"),
     [
         ("family = 'llama' and parameters < 8e9", [0]),
