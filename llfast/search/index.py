@@ -21,7 +21,7 @@ from jaxtyping import Float64
 from llfast.basis import Basis
 from llfast.intervals import half_variances
 from llfast.mixed import adds_bos_of
-from llfast.results import KLEstimate, LogLikelihoods
+from llfast.results import KLEstimate, LogLikelihoods, plain_metadata
 from llfast.space import ModelSpace
 from llfast.store import Store
 
@@ -303,7 +303,7 @@ class KLIndex:
             SpaceError: if it was scored on other texts or under another convention.
             SearchError: if it is too large for fp32.
         """
-        metadata, adds_bos = dict(result.metadata), adds_bos_of(result)
+        metadata, adds_bos = dict(plain_metadata(result.metadata)), adds_bos_of(result)
         if adds_bos is not None:
             metadata["adds_bos"] = adds_bos
         if result.layer is not None:

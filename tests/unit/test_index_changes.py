@@ -107,6 +107,14 @@ def test_a_layer_is_added_beside_its_model(store):
     assert label in store.matrix(layers=True).models
 
 
+def test_what_is_nan_in_metadata_a_model_that_is_added_lacks(store):
+    index = KLIndex.build(ModelSpace.fit(store.matrix()))
+    index.add(index_result(24, metadata={"size": math.nan, "number": np.int64(24)}))
+    for where in ("size is null and number = 24", "size > 1"):
+        found = [hit.model for hit in index.search(name(0), 50, where=where)]
+        assert found == [name(24)] * where.startswith("size is null")
+
+
 def fails_once(monkeypatch, place, attribute, before):
     """Have something happen at the next call of a function."""
     whole = getattr(place, attribute)
