@@ -76,6 +76,13 @@ def legend_label(name: str) -> str:
     return plain(" " + cut if cut.startswith("_") else cut or "(empty)")
 
 
+def outline(width: float) -> list[Any]:
+    """A white edge, by which a line stands out among hundreds of its own colour."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=width, foreground="white")]
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure, atomically.
 

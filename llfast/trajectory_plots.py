@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from .diffusion import Diffusion
-from .drawing import check_picture, new_figure, save_figure
+from .drawing import check_picture, new_figure, outline, save_figure
 from .placing import classical_mds
 from .results import KLEstimate
 from .trajectory import Trajectory
@@ -91,7 +91,8 @@ def _draw_distances(axes: Any, trajectory: Trajectory) -> None:
             every = np.concatenate([np.log10(values) for _, values in curves])
             ranges.append((place, float(every.min()), float(every.max())))
         if fit is not None:
-            handles += place.plot(*_power_law(curves, fit), color=colour, linewidth=3, alpha=0.9)
+            line = {"color": colour, "linewidth": 3, "path_effects": outline(6)}
+            handles += place.plot(*_power_law(curves, fit), **line)
             handles[-1].set_label(f"{name} space: exponent {fit.median:.2f}")
     decades = max((high - low for _, low, high in ranges), default=0.0) + 0.3
     for place, low, high in ranges:
@@ -113,19 +114,23 @@ def _draw_plane(figure: Any, axes: Any, trajectory: Trajectory) -> None:
     axes.plot(places[:, 0], places[:, 1], color="0.7", linewidth=1, zorder=1)
     points = axes.scatter(places[:, 0], places[:, 1], c=steps, cmap="viridis", s=45, zorder=2)
     figure.colorbar(points, ax=axes, label="optimiser step")
-    for row in (0, -1):
-        x, y = places[row]  # classical scaling puts the middle of all at 0
+    low, high = places.min(axis=0), places.max(axis=0)
+    extent = (high - low).max()
+    # Names are away from 0, where classical scaling puts the middle of all, and from each other.
+    beside = np.where(places[[0, -1], 1] >= 0, 12, -12)
+    if np.abs(places[-1] - places[0]).max() <= extent / 3:
+        beside[1] = -beside[0]
+    for row, aside in zip((0, -1), beside.tolist(), strict=True):
         axes.annotate(
             f"step {steps[row]:,}",
-            (x, y),
-            (0, 12 if y >= 0 else -12),
+            places[row],
+            (0, aside),
             textcoords="offset points",
             ha="center",
             va="center",
             fontsize=9,
         )
-    low, high = places.min(axis=0), places.max(axis=0)
-    edge = 0.3 * (high - low).max()  # with margins, two places would be too near to the edges
+    edge = 0.3 * extent  # with margins, two places would be too near to the edges
     axes.update_datalim([low - edge, high + edge])
     axes.margins(0 if edge else 0.3)
     axes.locator_params(nbins=5)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from llfast import LlfastWarning, SpaceError, trajectory_plots
@@ -322,6 +323,33 @@ def test_a_picture_of_two_checkpoints_has_a_point_a_space_and_both_ends(monkeypa
     assert np.hypot(*(end - start)) > 100
     for box in (name.get_window_extent() for name in plane.texts):
         assert plane.bbox.x0 < box.x0 < box.x1 < plane.bbox.x1
+
+
+def test_names_of_a_path_that_ends_where_it_began_are_apart(monkeypatch):
+    figures, values = [], walk()
+    monkeypatch.setattr(trajectory_plots, "save_figure", lambda figure, _: figures.append(figure))
+    values[-1] = values[0] + 0.1
+    trajectory_plots.draw_trajectory(follow(matrix_of(values), STEPS), "t.png")
+    figures[0].draw_without_rendering()
+    first, last = (name.get_window_extent() for name in figures[0].axes[2].texts)
+    assert not first.overlaps(last)
+
+
+def test_the_median_stands_out_among_many_curves(monkeypatch):
+    """All of them have one colour."""
+    figures = []
+    monkeypatch.setattr(trajectory_plots, "save_figure", lambda figure, _: figures.append(figure))
+    found = follow(matrix_of(walk(k=150)), [1000 * (row + 1) for row in range(150)])
+    trajectory_plots.draw_trajectory(found, "t.png")
+    canvas = FigureCanvasAgg(figures[0])
+    canvas.draw()
+    image = np.asarray(canvas.buffer_rgba())[::-1, :, :3]
+    axes = figures[0].axes[1]
+    (median,) = (line for line in axes.get_lines() if line.get_linewidth() == 3)
+    x, y = axes.transData.transform(np.sqrt(median.get_xydata().prod(axis=0))).astype(int)
+    assert tuple(image[y, x]) == (31, 119, 180)
+    for beside in (image[y : y + 8, x], image[y - 8 : y, x]):
+        assert beside.min(axis=1).max() > 250
 
 
 @pytest.mark.parametrize(
