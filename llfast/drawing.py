@@ -20,6 +20,7 @@ PALETTE = (
     "#e0a3b0", "#8c8c00", "#b55fd6",
 )  # fmt: skip
 REST = "#8a919c"
+WIDE = 100  # times the least of a column of numbers, which are coloured by their logarithms then
 LONGEST_NAME = 60  # characters of a name
 _KINDS = ("png", "svg", "pdf")
 

@@ -17,6 +17,7 @@ from jaxtyping import Float64
 from .drawing import (
     PALETTE,
     REST,
+    WIDE,
     any_letters,
     check_picture,
     legend_label,
@@ -68,7 +69,9 @@ def draw_map(
         groups = _groups(cells)
     else:
         known = np.isfinite(numbers)
-        points = axes.scatter(*found.places[known].T, c=numbers[known], cmap="viridis", **style)
+        own = numbers[known]
+        norm = "log" if 0 < WIDE * own.min() <= own.max() else "linear"
+        points = axes.scatter(*found.places[known].T, c=own, cmap="viridis", norm=norm, **style)
         figure.colorbar(points, ax=axes, label=legend_label(column))
         groups = {} if known.all() else {None: np.flatnonzero(~known).tolist()}
     shades = {**dict(zip(groups, PALETTE, strict=False)), None: REST}

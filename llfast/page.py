@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from .drawing import PALETTE, REST
+from .drawing import PALETTE, REST, WIDE
 from .errors import needed
 from .results import KLEstimate
 
@@ -92,6 +92,7 @@ def map_page(found: ModelMap, *, title: str, colour: str | None = None) -> str:
         "colour": colour[:_SHOWN],
         "palette": PALETTE,
         "rest": REST,
+        "wide": WIDE,
         "notes": found.notes,
     }
     plotly = _plotly()

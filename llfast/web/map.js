@@ -101,6 +101,24 @@
     ];
   }
 
+  // Colours of numbers. Of those that span powers of ten, as sizes of models do, most would have
+  // one colour; they are told apart by their logarithms.
+  function shades(numbers) {
+    let low = Infinity, high = -Infinity;
+    for (const value of numbers) { low = Math.min(low, value); high = Math.max(high, value); }
+    const colorbar = { thickness: 12, outlinewidth: 0, tickfont: { color: style("--text") } };
+    if (!(low > 0 && high >= data.wide * low)) return { color: numbers, colorbar };
+    const powers = [];
+    for (let power = Math.ceil(Math.log10(low)); power <= Math.log10(high); power += 1) {
+      powers.push(power);
+    }
+    const written = new Intl.NumberFormat("en", { notation: "compact" });
+    return {
+      color: numbers.map(Math.log10),
+      colorbar: { ...colorbar, tickvals: powers, ticktext: powers.map((power) => written.format(10 ** power)) },
+    };
+  }
+
   function traces() {
     const numbers = state.column === "" ? null : numbersOf(state.column);
     let models;
@@ -111,8 +129,7 @@
       models = [
         points(unknown, { color: REST }),
         points(known, {
-          color: known.map((row) => numbers[row]), colorscale: "Viridis", showscale: true,
-          colorbar: { thickness: 12, outlinewidth: 0, tickfont: { color: style("--text") } },
+          ...shades(known.map((row) => numbers[row])), colorscale: "Viridis", showscale: true,
         }),
       ];
     } else {

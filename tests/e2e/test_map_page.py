@@ -215,11 +215,35 @@ def test_any_column_colours_the_map(page, made):
     assert [count for _, count, _ in colours(page)] == [60, 30]
     page.page.select_option("#colour", "parameters")
     unknown, known = colours(page)
-    assert known[0] == [each["parameters"] for each in made[1].metadata if each["parameters"]]
+    numbers = [each["parameters"] for each in made[1].metadata if each["parameters"]]
+    np.testing.assert_allclose(known[0], np.log10(numbers), rtol=1e-5)
     assert unknown[1] == 23
     assert page.page.is_hidden("#legendBox")
     page.page.select_option("#colour", "")
     assert [count for _, count, _ in colours(page)] == [90]
+
+
+def test_numbers_that_span_powers_of_ten_are_coloured_by_their_logarithms(browser, tmp_path):
+    """Most sizes of models would have the colour of the least."""
+    values = np.random.default_rng(0).standard_normal((30, N)) - 700
+    metadata = [{"size": None if row == 9 else 7 * 10 ** (row / 6)} for row in range(30)]
+    found = make_map(make_matrix(values, metadata=metadata), method="pca")
+    write_map(found, tmp_path / "sizes.html", title="Sizes", colour="size")
+    with opened(browser, tmp_path / "sizes.html") as page:
+        marker = page.page.evaluate(
+            """() => {
+                const { marker } = document.getElementById("map")._fullData.find(
+                    (each) => each.marker?.showscale
+                );
+                const { tickvals, ticktext } = marker.colorbar;
+                return { color: [...marker.color], tickvals, ticktext };
+            }"""
+        )
+        assert not page.troubles
+    sizes = [each["size"] for each in metadata if each["size"] is not None]
+    np.testing.assert_allclose(marker["color"], np.log10(sizes), rtol=1e-5)
+    assert marker["tickvals"] == [1, 2, 3, 4, 5]
+    assert marker["ticktext"] == ["10", "100", "1K", "10K", "100K"]
 
 
 def test_groups_and_lines_can_be_hidden(page):

@@ -324,6 +324,10 @@ def test_many_numbers_are_a_scale_of_colours(figures):
     truth = colormaps["viridis"](np.linspace(0, 1, count - 1))
     assert shades[1:] == [to_hex(colour) for colour in truth]
     assert figure.axes[1].get_ylabel() == "step"
+    sizes = [{"size": 10.0 ** (6 + row / 10)} for row in range(count)]
+    shades, _, figure = drawn_groups(figures, sizes)
+    truth = colormaps["viridis"](np.linspace(0, 1, count))
+    assert shades == [to_hex(colour) for colour in truth], "by their logarithms"
     few = [{"step": float(row % 11)} for row in range(22)]
     shades, words, _ = drawn_groups(figures, few)
     assert words == [str(row) for row in range(11)]
