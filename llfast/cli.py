@@ -348,7 +348,7 @@ def remove_command(
     store: StorePath,
     as_json: AsJson = False,
 ) -> None:
-    """Take models out of the store; `llfast compact` frees their space."""
+    """Take models and their layers out of the store; `llfast compact` frees their space."""
     from .store import Store
 
     removed = Store(store).remove(models)

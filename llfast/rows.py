@@ -194,8 +194,15 @@ def one_row_a_model(
     return convention, sorted(chosen.values(), key=_by_layer)
 
 
-def named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
+def named(
+    rows: Sequence[StoredRow], models: Sequence[str], *, layers: bool = False
+) -> list[StoredRow]:
     """The rows of some models, given as `name` or `name@revision` (the beginning of it).
+
+    Args:
+        rows: to choose from.
+        models: which; layers are models of their own, `name@layer=i`.
+        layers: those of a model are the model's, too.
 
     Raises:
         StoreError: if there are none of one of them.
@@ -203,17 +210,16 @@ def named(rows: Sequence[StoredRow], models: Sequence[str]) -> list[StoredRow]:
     """
     if isinstance(models, str):
         raise TypeError(f"models must be several names, got {models!r}; give [{models!r}]")
-    by_label: defaultdict[str, list[StoredRow]] = defaultdict(list)
+    by_name: defaultdict[str, list[StoredRow]] = defaultdict(list)
     for row in rows:
-        by_label[row.label].append(row)
+        for name in {row.label, row.key.model} if layers else {row.label}:
+            by_name[name].append(row)
     chosen: dict[ResultKey, StoredRow] = {}
     for name in models:
-        found = by_label.get(name, [])
+        found = by_name.get(name, [])
         if not found and "@" in name:
             model, _, revision = name.rpartition("@")
-            found = [
-                row for row in by_label.get(model, []) if row.key.revision.startswith(revision)
-            ]
+            found = [row for row in by_name.get(model, []) if row.key.revision.startswith(revision)]
         if not found:
             raise StoreError(f"models must be in the store, got {name!r}")
         chosen |= {row.key: row for row in found}

@@ -106,20 +106,20 @@ class Store:
         self._write_shard(matrix.textset_digest, matrix_groups(matrix))
 
     def remove(self, models: Sequence[str]) -> int:
-        """Take models out of the store, on all text sets, durably before this returns.
+        """Take models and their layers out of the store, on all text sets, durably.
 
         Readers do not see their results and failures any more. The numbers are on disk until
         `compact`; a model that is scored again is back.
 
         Args:
-            models: as `name` or `name@revision` (the beginning of it).
+            models: as `name` or `name@revision` (the beginning of it); a layer as `name@layer=i`.
 
         Returns: how many results and failures were removed.
 
         Raises:
             StoreError: if a model is not there; nothing is removed then.
         """
-        rows = named(self.rows(), models)
+        rows = named(self.rows(), models, layers=True)
         removals: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             # Newer than the row also where the clock that wrote it was ahead of this one.

@@ -80,6 +80,20 @@ def test_names_and_revisions_are_those_of_a_matrix(store):
     assert [row.label for row in store.rows()] == ["a"]
 
 
+def test_layers_go_with_their_model(store):
+    for revision in ("r1", "r2"):
+        for layer in (None, 0, 1):
+            store.add(make_result("a", revision=revision, layer=layer))
+    store.add(make_result("b", layer=0))  # of which there is nothing else
+    assert store.remove(["a@r2"]) == 3
+    assert {row.key.revision for row in store.rows()} == {"r1"}
+    assert store.remove(["a@layer=1"]) == 1
+    assert store.remove(["a", "b"]) == 3
+    assert store.rows() == []
+    with pytest.raises(StoreError, match="models must be in the store, got 'b'"):
+        store.remove(["b"])
+
+
 def test_nothing_is_removed_where_a_name_is_not_known(store):
     store.add(make_result("a"))
     before = store_shards(store)
