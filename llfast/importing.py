@@ -133,8 +133,13 @@ def _read_parquet(path: Path) -> _Table:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise SpaceError(f"{path} must be a Parquet file, got: {line}") from None
     names, columns = table.column_names, [column.to_pylist() for column in table.columns]
+    index = [each for each in of_pandas.get("index_columns") or () if each in names]
+    if len(index) > 1:
+        raise SpaceError(
+            f"{path} must have one index, got {', '.join(index)}; join them into one column of ids"
+        )
     # Where pandas puts the first; under a name of its own, if the index has one.
-    if names and names[-1:] in (["__index_level_0__"], of_pandas.get("index_columns")):
+    if names and names[-1:] in (["__index_level_0__"], index):
         names, columns = ["index", *names[:-1]], [columns[-1], *columns[:-1]]
     return _from_columns(path, names, columns)
 

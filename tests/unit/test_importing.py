@@ -212,6 +212,15 @@ def test_empty_lines_are_no_rows(tmp_path):
 def test_names_that_only_look_like_tuples_are_names(tmp_path):
     names = ["(a)", "('f', 'm', 'more')", "(" * 5000, "(__import__('os'), 1)"]
     matrix = load(write_csv(tmp_path / "m.csv", names, [[0.5]] * 4))
+@pytest.mark.parametrize("names", [["document", "part"], ["__index_level_0__", "part"]])
+def test_an_index_of_several_levels_is_no_model_and_no_ids(tmp_path, names):
+    table = pa.table({"a": [0.5, 0.6], names[0]: [1, 1], names[1]: [1, 2]})
+    pandas = json.dumps({"index_columns": names})
+    pq.write_table(table.replace_schema_metadata({"pandas": pandas}), tmp_path / "m.parquet")
+    with pytest.raises(SpaceError, match=f"must have one index, got {', '.join(names)}; join"):
+        load(tmp_path / "m.parquet")
+
+
     assert matrix.models == tuple(names)
 
 
