@@ -147,10 +147,10 @@ def _read_parquet(path: Path) -> _Table:
 def _read_npz(path: Path) -> _Table:
     try:
         arrays = read_npz(path)
-        models = [str(model) for model in arrays["models"]]
+        models = _words(arrays["models"])
         values = np.asarray(arrays["values"], dtype=np.float64)
-        ids = [str(id_) for id_ in arrays["ids"]] if "ids" in arrays else None
-        families = [str(each) for each in arrays["families"]] if "families" in arrays else None
+        ids = _words(arrays["ids"]) if "ids" in arrays else None
+        families = _words(arrays["families"]) if "families" in arrays else None
     except KeyError as error:
         raise SpaceError(f"{path} must hold an array named {error}, got none") from None
     except (ValueError, TypeError) as error:
@@ -163,6 +163,11 @@ def _read_npz(path: Path) -> _Table:
         if rows is not None and len(rows) != n:
             raise SpaceError(f"{path} must hold {n} {name}, got {len(rows)}")
     return models, values, ids, families or [""] * len(models)
+
+
+def _words(array: np.ndarray) -> list[str]:
+    """Each as text; bytes are ASCII."""
+    return [str(each) for each in (array.astype(str) if array.dtype.kind == "S" else array)]
 
 
 def _from_columns(path: Path, names: Sequence[str], columns: Sequence[list[Any]]) -> _Table:

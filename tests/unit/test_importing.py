@@ -221,6 +221,15 @@ def test_an_index_of_several_levels_is_no_model_and_no_ids(tmp_path, names):
         load(tmp_path / "m.parquet")
 
 
+@pytest.mark.parametrize("names", [["document", "part"], ["__index_level_0__", "part"]])
+def test_an_index_of_several_levels_is_no_model_and_no_ids(tmp_path, names):
+    table = pa.table({"a": [0.5, 0.6], names[0]: [1, 1], names[1]: [1, 2]})
+    pandas = json.dumps({"index_columns": names})
+    pq.write_table(table.replace_schema_metadata({"pandas": pandas}), tmp_path / "m.parquet")
+    with pytest.raises(SpaceError, match=f"must have one index, got {', '.join(names)}; join"):
+        load(tmp_path / "m.parquet")
+
+
     assert matrix.models == tuple(names)
 
 
