@@ -17,11 +17,11 @@ _CALLER = 3  # the warning is for whoever called the function of ours that asks 
 
 
 def warn_of_dtypes(dtypes: Collection[str], noise_floor: float | None) -> None:
-    """Warn if there are several; unknown ones ("") are passed over.
+    """Warn if there are several; unknown ones ("", and "unknown" of imports) are passed over.
 
     `noise_floor` is the KL that they are known to make between two runs of one model, nats a text.
     """
-    kinds = sorted({dtype for dtype in dtypes if dtype})
+    kinds = sorted({dtype for dtype in dtypes if dtype not in ("", "unknown")})
     if len(kinds) < 2:
         return
     measured = (

@@ -134,6 +134,14 @@ def test_an_outsider_of_another_kind_is_warned_of(values, place):
         space.project(make_result(values[0], dtype="bfloat16"))
 
 
+@pytest.mark.parametrize("unknown", ["", "unknown"])
+def test_a_dtype_that_nobody_knows_is_no_other_one(values, unknown):
+    """As imported models have it; a warning is an error here."""
+    ModelSpace.fit(make_matrix(values, dtypes=[unknown] * 3 + ["float32"] * 4))
+    space = ModelSpace.fit(make_matrix(values, dtypes=[unknown] * 7))
+    space.project(make_result(values[0], dtype="float32"))
+
+
 # ------------------------------------------------------------------------------ files
 
 

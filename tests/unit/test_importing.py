@@ -198,6 +198,15 @@ def test_an_index_with_a_name_holds_the_ids_too(tmp_path, ids):
     assert matrix.ids == tuple(map(str, ids))
 
 
+@pytest.mark.parametrize("names", [["document", "part"], ["__index_level_0__", "part"]])
+def test_an_index_of_several_levels_is_no_model_and_no_ids(tmp_path, names):
+    table = pa.table({"a": [0.5, 0.6], names[0]: [1, 1], names[1]: [1, 2]})
+    pandas = json.dumps({"index_columns": names})
+    pq.write_table(table.replace_schema_metadata({"pandas": pandas}), tmp_path / "m.parquet")
+    with pytest.raises(SpaceError, match=f"must have one index, got {', '.join(names)}; join"):
+        load(tmp_path / "m.parquet")
+
+
 def test_ids_may_be_long_and_hold_anything(tmp_path):
     ids = ["x" * 100_000, 'a "quoted", one', "two\nlines", "🙂", " "]
     matrix = load(write_csv(tmp_path / "m.csv", ["title", "a"], [ids, [0.5] * 5]))
@@ -212,24 +221,6 @@ def test_empty_lines_are_no_rows(tmp_path):
 def test_names_that_only_look_like_tuples_are_names(tmp_path):
     names = ["(a)", "('f', 'm', 'more')", "(" * 5000, "(__import__('os'), 1)"]
     matrix = load(write_csv(tmp_path / "m.csv", names, [[0.5]] * 4))
-@pytest.mark.parametrize("names", [["document", "part"], ["__index_level_0__", "part"]])
-def test_an_index_of_several_levels_is_no_model_and_no_ids(tmp_path, names):
-    table = pa.table({"a": [0.5, 0.6], names[0]: [1, 1], names[1]: [1, 2]})
-    pandas = json.dumps({"index_columns": names})
-    pq.write_table(table.replace_schema_metadata({"pandas": pandas}), tmp_path / "m.parquet")
-    with pytest.raises(SpaceError, match=f"must have one index, got {', '.join(names)}; join"):
-        load(tmp_path / "m.parquet")
-
-
-@pytest.mark.parametrize("names", [["document", "part"], ["__index_level_0__", "part"]])
-def test_an_index_of_several_levels_is_no_model_and_no_ids(tmp_path, names):
-    table = pa.table({"a": [0.5, 0.6], names[0]: [1, 1], names[1]: [1, 2]})
-    pandas = json.dumps({"index_columns": names})
-    pq.write_table(table.replace_schema_metadata({"pandas": pandas}), tmp_path / "m.parquet")
-    with pytest.raises(SpaceError, match=f"must have one index, got {', '.join(names)}; join"):
-        load(tmp_path / "m.parquet")
-
-
     assert matrix.models == tuple(names)
 
 
@@ -239,6 +230,14 @@ def test_numbers_are_read_to_the_last_bit(tmp_path):
     path = write_csv(tmp_path / "m.csv", ["a"], [[repr(float(value)) for value in values]])
     matrix = load(path, text_bytes=1.0)
     np.testing.assert_array_equal(matrix.values[0], -values * 1.0 * math.log(2.0))
+
+
+def test_names_that_are_bytes_are_what_they_spell(tmp_path):
+    names = np.array([b"org/a", b"org/b", b"c"])  # as other formats have them
+    np.savez(tmp_path / "m.npz", models=names, values=BITS, ids=names, families=names)
+    matrix = load(tmp_path / "m.npz")
+    assert matrix.models == matrix.ids == tuple(MODELS)
+    assert [each["family"] for each in matrix.metadata] == MODELS
 
 
 # ------------------------------------------------------------------------------ refused
