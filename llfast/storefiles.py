@@ -109,6 +109,8 @@ def only_textset(
     Raises:
         StoreError: if there is none or several.
     """
+    if digest and digest in found:  # matrices name their texts, and a name can begin another
+        return digest
     found = [each for each in found if each.startswith(digest or "")]
     if rows is not None and len(found) > 1:  # of some of them all results may have been removed
         found = [each for each in found if any(row.error is None for row in rows(each))]
