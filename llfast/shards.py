@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from .errors import LlfastWarning, RemoteError, StoreError
 from .files import atomic_write
 from .remote import AnyPath, RemotePath, map_paths, sorted_glob
-from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey
+from .results import LogLikelihoodMatrix, LogLikelihoods, ResultKey, plain_metadata
 from .rows import StoredRow, order_of
 
 SCHEMA = pa.schema(
@@ -65,7 +65,7 @@ def row_fields(
     row["status"] = "removed" if removed else "complete" if error is None else "failed"
     row["error"] = error
     row["created"] = removed or datetime.now(UTC)
-    row["metadata"] = json.dumps(dict(metadata or {}))
+    row["metadata"] = json.dumps(dict(plain_metadata(metadata or {})))
     return row
 
 
