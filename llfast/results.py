@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -223,7 +224,7 @@ class LogLikelihoodMatrix:
                 f"values must have shape (models, texts) = ({k}, {n}), got {self.values.shape}"
             )
         if len(self._rows) != k:
-            repeated = sorted({name for name in self.models if self.models.count(name) > 1})
+            repeated = sorted(name for name, count in Counter(self.models).items() if count > 1)
             raise SpaceError(f"models must be unique, got {', '.join(repeated)} more than once")
         for name, rows in (
             ("metadata", self.metadata),

@@ -262,6 +262,22 @@ def test_a_matrix_that_does_not_fit_is_refused(models, values, text_bytes, more,
     assert "\n" not in str(caught.value)
 
 
+def test_names_that_repeat_are_found_at_once_among_many():
+    compared = []
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(None)
+            return str.__eq__(self, other)
+
+    models = [Name(number // 2) for number in range(2000)]
+    with pytest.raises(SpaceError, match="models must be unique, got 0, 1, 10, 100, "):
+        LogLikelihoodMatrix(models, np.zeros((2000, 1)), [1])
+    assert len(compared) < 100_000
+
+
 # ------------------------------------------------------------------------------ KLEstimate
 
 
