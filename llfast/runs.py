@@ -116,8 +116,9 @@ class Run:
         ends = np.cumsum(tokens.token_counts[list(texts)])
         parts = np.split(finished.logprobs.numpy(), ends[:-1])
         unscored = self.scores.open_texts(finished.batch)
+        is_open = set(unscored)
         for text, part in zip(texts, parts, strict=True):
-            if text not in unscored:
+            if text not in is_open:
                 continue
             total = math.fsum(part.tolist())  # much faster than of numpy's own numbers
             if not math.isfinite(total):

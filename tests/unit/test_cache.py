@@ -5,14 +5,17 @@ import os
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from llfast import cache
-from llfast.batches import given_tokens
+from llfast import TextSet, cache
+from llfast.batches import Batch, given_tokens
 from llfast.files import atomic_write, read_npz
 from llfast.partial import PartialScores
+from llfast.runs import Run
 from tests.tiny import make_tokenizer
 
 
@@ -289,3 +292,34 @@ def test_a_text_is_done_only_once_all_of_it_is_kept():
     with pytest.raises(KeyboardInterrupt):
         scores.keep(0, -3.0, np.array([-1.0, -2.0], dtype=np.float32), 512)
     assert scores.done == 0
+
+
+def test_a_batch_of_many_short_texts_is_kept_in_one_pass():
+    compared = []
+
+    class Number(int):
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            compared.append(None)
+            return int.__eq__(self, other)
+
+    tokens = given_tokens([[1, 2]] * 2000, None)
+    run = Run(
+        job=SimpleNamespace(tokens=tokens),
+        texts=TextSet.from_texts(["a"]),
+        text_bytes=np.ones(1, dtype=np.int64),
+        convention="paper",
+        adds_bos=None,
+        per_token=False,
+        metadata={},
+        partial=None,
+        verification=None,
+    )
+    run.scores = PartialScores(tokens, per_token=False)
+    batch = Batch((2000, 16), tuple(map(Number, range(2000))))
+    logprobs = -torch.ones(int(tokens.token_counts.sum()))
+    finished = SimpleNamespace(batch=batch, logprobs=logprobs, token_budget=32_000)
+    assert run.keep(finished) == (2000, len(logprobs))
+    assert run.keep(finished) == (0, 0)
+    assert len(compared) < 10_000
