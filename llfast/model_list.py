@@ -94,7 +94,7 @@ def _parse_request(line: str, where: str) -> ModelRequest:
             raise ValueError(f"{where}: {name} must be a string, got {value!r}")
         if value is not None and as_utf8(value) != value:
             raise ValueError(f"{where}: {name} must be text, got {as_utf8(value)}")
-        own[name] = value
+        own[name] = value or None
     nested = fields.pop("metadata", None) or {}
     if not isinstance(nested, dict):
         raise ValueError(f"{where}: metadata must be an object, got {nested!r}")

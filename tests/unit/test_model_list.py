@@ -34,6 +34,9 @@ def test_what_a_row_may_carry(written):
         ),
         ModelRequest(model="a", metadata={"run": "é"}),
     ]
+    empty = '"revision": "", "tokenizer": "", "adapter_base": "", "weights": "", "name": ""'
+    (request,) = read_model_list(written(f'{{"model": "a", {empty}, "family": ""}}'))
+    assert request == ModelRequest(model="a", metadata={"family": ""}), "as tables write none"
     assert read_model_list(written("a", "# no", "b ", name="list.txt")) == [
         ModelRequest(model="a"),
         ModelRequest(model="b"),
