@@ -205,7 +205,7 @@ class Leases:
         return False
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._seconds / _BEATS):
+        while not self._stop.wait(min(self._seconds / _BEATS, threading.TIMEOUT_MAX)):
             with self._lock:
                 held = dict(self._held)
             for path, token in held.items():

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import time
 
@@ -188,6 +189,13 @@ def test_who_was_slow_does_not_take_over_from_the_living(folder, waits, monkeypa
     monkeypatch.setattr(slow, "_make", make_late)
     assert slow.take("model") is None or held[0] is None
     assert len(read_leases(folder)) <= 1
+
+
+def test_a_lease_may_be_for_ever(folder):
+    with Leases(folder, seconds=math.inf) as leases, leases.take("model"):
+        leases._thread.join(0.1)
+        assert leases._thread.is_alive()
+        assert Leases(folder, seconds=1).take("model") is None
 
 
 def test_who_was_taken_over_from_harms_nobody(folder, waits):
