@@ -18,7 +18,7 @@ from .safetensors_file import StoredTensor, read_header, refuse_pointer, short, 
 _WEIGHTS = "model.safetensors"
 _PICKLES = "pytorch_model.bin"
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "tekken.json",
     "*.tiktoken", "sentencepiece.bpe.model",
@@ -127,13 +127,13 @@ class Checkpoint:
         Each file's own digest is remembered by its size, time of change and inode.
         """
         code = ("*.py",) if "auto_map" in self.config else ()
-        names = _names(self.folder, ("config.json", *_TOKENIZER, *code))
+        names = _names(self.folder, ("config.json", *TOKENIZER_FILES, *code))
         return _digest(self.folder, names | {path.name for path in self.weights})
 
 
 def tokenizer_digest(folder: Path) -> str:
     """sha256 (hex) over the names and contents of a folder's tokenizer files."""
-    return _digest(folder, _names(folder, _TOKENIZER))
+    return _digest(folder, _names(folder, TOKENIZER_FILES))
 
 
 def adapter_digest(folder: Path) -> str:

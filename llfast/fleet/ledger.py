@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from llfast.checkpoint import TOKENIZER_FILES
 from llfast.files import as_utf8
 from llfast.model_list import ModelRequest
 from llfast.remote import AnyPath, map_paths, with_bytes
@@ -20,6 +22,8 @@ from llfast.shards import RowState, read_states
 from llfast.store import Store
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_PARTS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.py", *TOKENIZER_FILES)
+_PART = re.compile("|".join(map(fnmatch.translate, _PARTS)))  # of a model's folder
 Asked: TypeAlias = tuple[str, tuple[str | None, ...] | None]  # a name, and `asked_of` it
 
 
@@ -91,7 +95,7 @@ class Ledger:
         keys = self._keys(request, dtype)
         # What a branch or tag has become is not known: any result may be its.
         results = [self._completed[key] for key in keys if commit in (None, key.revision)]
-        since = max([*results, _changed_us(request.model)], default=0)
+        since = max([*results, _changed_us(request)])
         found = [each for each in self._counting(name, since) if each.asked in (None, asked)]
         return max(found, key=_order, default=None)
 
@@ -130,7 +134,7 @@ class Ledger:
         ]
         if not keys:
             return False
-        return _changed_us(request.model) <= max(self._completed[key] for key in keys)
+        return _changed_us(request) <= max(self._completed[key] for key in keys)
 
     def settled(
         self,
@@ -227,11 +231,15 @@ def _failure(state: RowState) -> Failure:
     )
 
 
-def _changed_us(folder: str) -> int:
-    """When a file of a folder was last changed, in microseconds since 1970; 0 if it is none."""
-    newest = 0
-    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name == "config.json" or entry.name.endswith((".safetensors", ".bin")):
-                newest = max(newest, entry.stat().st_mtime_ns // 1000)
+def _changed_us(request: ModelRequest) -> int:
+    """When a model's folders were last written to, in microseconds since 1970; 0 if it has none.
+
+    A date that is yet to come says nothing, or a failure would not count until then.
+    """
+    newest, now = 0, time.time_ns()
+    for folder in (request.model, request.tokenizer, request.adapter_base):
+        with contextlib.suppress(OSError, ValueError), os.scandir(folder or "") as entries:
+            for entry in entries:
+                if _PART.match(entry.name) and (changed := entry.stat().st_mtime_ns) <= now:
+                    newest = max(newest, changed // 1000)
     return newest

@@ -1,12 +1,14 @@
 """A ledger says what the store's own readers say, however rows come."""
 
+import contextlib
 import os
 import random
+from datetime import datetime, timedelta
 
 import pytest
 
-from llfast import Store
-from llfast.fleet.ledger import Ledger
+from llfast import Store, shards
+from llfast.fleet.ledger import Ledger, asked_of
 from llfast.model_list import ModelRequest
 from llfast.results import ResultKey
 from llfast.shards import read_rows, read_states
@@ -19,6 +21,24 @@ NAMES = ["org/a", "org/b", "../c", "d<b>", "é"]
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def an_hour_ago(monkeypatch):
+    """What is stored within is an hour old."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(hours=1)
+
+    @contextlib.contextmanager
+    def within():
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "datetime", Clock)
+            yield
+
+    return within
 
 
 def key_of(name, revision="r1", **changes):
@@ -121,17 +141,40 @@ def test_a_failure_of_one_commit_counts_after_a_result_of_another(store):
     assert ledger.failure(ModelRequest(model="m", revision=b), "auto") is None
 
 
-def test_a_folder_that_was_mended_is_tried_again(store, tmp_path):
+@pytest.mark.parametrize(
+    "part", ["config.json", "tokenizer.json", "qwen.tiktoken", "adapter_config.json", "code.py"]
+)
+@pytest.mark.parametrize("of", ["model", "tokenizer", "adapter_base"])
+def test_a_folder_that_was_mended_is_tried_again(store, tmp_path, an_hour_ago, part, of):
     folder = tmp_path / "model"
-    request = ModelRequest(model=str(folder), name="m")
-    store.add_failure(key_of("m", ""), "no such folder", is_lasting=True)
+    request = ModelRequest(**{"model": "elsewhere", "name": "m", of: str(folder)})
+    asked = asked_of(request, "auto")
+    with an_hour_ago():
+        store.add_failure(key_of("m", ""), "no such folder", is_lasting=True, asked=asked)
     ledger = Ledger(store, DIGEST, "paper")
     ledger.refresh()
     assert ledger.settled(request, "auto", 3)
     folder.mkdir()
+    (folder / "README.md").write_text("so")
+    assert ledger.settled(request, "auto", 3)
+    (folder / part).write_text("{}")
+    assert not ledger.settled(request, "auto", 3)
+
+
+def test_a_date_that_has_not_come_is_not_after_anything(store, tmp_path):
+    """Or what fails there would be tried without an end, until that day."""
+    folder = tmp_path / "model"
+    folder.mkdir()
     (folder / "config.json").write_text("{}")
     os.utime(folder / "config.json", (2**33, 2**33))
-    assert not ledger.settled(request, "auto", 3)
+    request = ModelRequest(model=str(folder), name="m")
+    store.add_failure(key_of("m", ""), "so", is_lasting=True)
+    ledger = Ledger(store, DIGEST, "paper")
+    ledger.refresh()
+    assert ledger.settled(request, "auto", 3)
+    store.add(make_result("m"))
+    ledger.refresh()
+    assert ledger.has(request, "auto")
 
 
 def test_the_last_failure_has_the_most_attempts_whatever_clocks_say(store, monkeypatch):
@@ -173,17 +216,17 @@ def test_what_a_list_asks_for(store, tmp_path):
     assert ledger.has(ModelRequest(model="org/m", dtype="float32"), "bfloat16")
 
 
-def test_a_folder_that_was_written_since_is_to_be_looked_at_again(store, tmp_path):
+def test_a_folder_that_was_written_since_is_to_be_looked_at_again(store, tmp_path, an_hour_ago):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     os.utime(folder / "config.json", (1, 1))
-    store.add(make_result(str(folder)))
+    with an_hour_ago():
+        store.add(make_result(str(folder)))
     ledger = Ledger(store, DIGEST, "paper")
     ledger.refresh()
     assert ledger.has(ModelRequest(model=f"{folder}/"), "auto")
     (folder / "model.safetensors").write_bytes(b"new")
-    os.utime(folder / "model.safetensors", (2**33, 2**33))
     assert not ledger.has(ModelRequest(model=str(folder)), "auto")
 
 
