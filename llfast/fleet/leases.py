@@ -300,7 +300,19 @@ def _has_ended(facts: dict[str, Any]) -> bool:
     pid, machine = facts.get("pid"), _machine()
     if machine is None or facts.get("machine") != machine or not isinstance(pid, int):
         return False
-    return _born(pid) != facts.get("born")
+    born = _born(pid)
+    return born != facts.get("born") and not (born is None and _is_of_others(pid))
+
+
+def _is_of_others(pid: int) -> bool:
+    """Whether it is another user's process, of which /proc may say that there is none (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _machine() -> str | None:

@@ -70,6 +70,23 @@ def test_the_lease_of_a_process_that_was_killed_is_taken_over_at_once(folder):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [PermissionError, ProcessLookupError, OverflowError])
+def test_a_process_that_others_are_not_shown_may_be_alive(folder, monkeypatch, error):
+    """As another user's, where /proc hides these (hidepid)."""
+
+    def kill(pid, number):
+        assert number == 0
+        raise error
+
+    with process(TAKE, folder) as holder, monkeypatch.context() as patch:
+        assert holder.stdout.readline() == "1\n"
+        own, leases = module._born, Leases(folder, seconds=60)
+        patch.setattr(module, "_born", lambda pid: None if pid == holder.pid else own(pid))
+        patch.setattr(module.os, "kill", kill)
+        taken = leases.take("model")
+    assert (taken is None) == (error is PermissionError)
+
+
 @pytest.fixture
 def waits(monkeypatch):
     """What takes so many seconds to be sure that a holder is gone takes none; how often it did."""
