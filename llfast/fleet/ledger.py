@@ -59,6 +59,7 @@ class Ledger:
         self._removed: dict[ResultKey, int] = {}
         self._failures: dict[str, dict[ResultKey, Failure]] = {}
         self._by_name: dict[str, list[ResultKey]] = {}
+        self._failed: set[Asked] = set()  # when last tried, as far as that was noted
 
     def refresh(self) -> None:
         """Read what has come since."""
@@ -79,6 +80,11 @@ class Ledger:
         """Count a row that was written just now; it will be read with the next shards."""
         self._enter(RowState(key, "complete", time.time_ns() // 1000, None, None))
 
+    def note(self, request: ModelRequest, dtype: str, *, has_failed: bool) -> None:
+        """Take in what came of a try: results of other branches do not make up for a failure."""
+        asked = name_of(request), asked_of(request, dtype)
+        (self._failed.add if has_failed else self._failed.discard)(asked)
+
     def __contains__(self, key: ResultKey) -> bool:
         """Whether there is a complete row."""
         created = self._completed.get(key)
@@ -93,7 +99,9 @@ class Ledger:
         name, asked = name_of(request), asked_of(request, dtype)
         commit = request.revision if _COMMIT.fullmatch(request.revision or "") else None
         keys = self._keys(request, dtype)
-        # What a branch or tag has become is not known: any result may be its.
+        # What a branch or tag has become is not known: any result may be its, unless it was tried.
+        if (name, asked) in self._failed and self.has(request, dtype) is None:
+            keys = []
         results = [self._completed[key] for key in keys if commit in (None, key.revision)]
         since = max([*results, _changed_us(request)])
         found = [each for each in self._counting(name, since) if each.asked in (None, asked)]

@@ -264,7 +264,7 @@ class Dispatch:
             self._take_in(model, found)
 
     def _take_in(self, model: Model, outcome: Outcome) -> None:
-        self._own.ledger.refresh()
+        self._own.note(model.request, outcome)
         self._tell(outcome)
         if outcome.status == "failed" and not self._own.is_settled(model.request):
             model.ran_out += outcome.ran_out_of_memory

@@ -107,15 +107,20 @@ class Worker:
             if self.is_settled(request):
                 return "settled"
             outcome = self._try(request, lease)
-        self.ledger.refresh()
+        self.note(request, outcome)
         return outcome
+
+    def note(self, request: ModelRequest, outcome: Outcome) -> None:
+        """Take in what came of a try, here or at another worker of this run."""
+        self.ledger.refresh()
+        self.ledger.note(request, self._terms.dtype, has_failed=outcome.status == "failed")
 
     def give_up(self, request: ModelRequest, reason: str) -> Outcome:
         """Write down why a model is not tried any more, and take it from whom it was lost with."""
         lease = self._take(request)
         with lease or contextlib.nullcontext():
             outcome = self._session.fail(request, ScoringError(reason))
-        self.ledger.refresh()
+        self.note(request, outcome)
         return outcome
 
     def is_held(self, request: ModelRequest) -> bool:

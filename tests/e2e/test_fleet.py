@@ -4,10 +4,11 @@ import json
 import os
 import random
 import signal
+from datetime import datetime, timedelta
 
 import pytest
 
-from llfast import Store, TextSet
+from llfast import CheckpointError, Store, TextSet
 from llfast.fleet import score_share
 from llfast.model_list import ModelRequest, read_model_list
 from tests import processes
@@ -247,6 +248,45 @@ def test_revisions_of_one_name_are_each_scored(made, tmp_path, monkeypatch, chec
     assert len({row.key.revision for row in store.rows()}) == 3
     again = score_share(requests, texts, store)
     assert [each.status for each in again.outcomes] == ["skipped"] * 3
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_revision_that_fails_is_told_whatever_becomes_of_others(
+    made, tmp_path, monkeypatch, checkpoints, ahead
+):
+    """Also if clocks have these come later, of machines that are ahead."""
+    from llfast import shards
+    from llfast.fleet import session
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(hours=1)
+
+    own, tried, is_there = session.open_model, [], []
+
+    def open_model(model, *, revision, **options):
+        if revision == "gone" and not is_there:
+            tried.append(True)
+            if len(tried) > 5:
+                raise SystemExit("without an end")
+            raise CheckpointError("revision must be one of org/m's, got 'gone'")
+        folder = "gpt2-finetune" if revision == "gone" else revision
+        return own(checkpoints / folder, revision=None, **{**options, "name": model})
+
+    monkeypatch.setattr(session, "open_model", open_model)
+    names = ("gpt2", "gone", "llama")
+    requests = [ModelRequest(model="org/m", revision=each) for each in names]
+    texts, store = TextSet.load(made[0] / "texts.jsonl"), Store(tmp_path / "s")
+    if ahead:
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "datetime", Clock)
+            score_share(requests[:1], texts, store)
+    shared = score_share(requests, texts, store, lease_seconds=0.1)
+    assert len(tried) == 1
+    assert shared.failed["org/m"].reason == "revision must be one of org/m's, got 'gone'"
+    is_there.append(True)
+    assert score_share(requests, texts, store).failed == {}
 
 
 def test_two_models_of_one_name_are_refused(made, tmp_path):
