@@ -20,7 +20,7 @@ from .ray_cluster import connected, machines_of
 from .ray_dispatch import Dispatch
 from .ray_workers import Assignment, sign_of, spare_collections
 from .share import Shared
-from .terms import Options, agree
+from .terms import Options, agree, told_apart
 from .waiting import Waiting
 from .worker import Worker
 
@@ -70,7 +70,7 @@ def score_on_ray(
     """
     if cpus is not None and not cpus > 0:
         raise ValueError(f"cpus must be positive, got {cpus}")
-    terms = agree(requests, store, options)
+    requests, terms = told_apart(requests), agree(requests, store, options)
     ledger = Ledger(store, texts.digest, terms.convention)
     ledger.refresh()
     forgiven = ledger.tries() if retry_failed else {}

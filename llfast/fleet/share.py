@@ -15,7 +15,7 @@ from llfast.texts import TextSet
 from .events import Log, no_log
 from .ledger import Failure, Ledger, name_of
 from .ranks import in_order
-from .terms import Options, agree
+from .terms import Options, agree, told_apart
 from .worker import Worker
 
 _POLLS = 20  # in the time after which a lease is taken over, while others are at all that is left
@@ -42,7 +42,7 @@ def score_share(
     is at one worker at a time, which holds a lease on it. When a worker dies, its model goes to
     another one, which goes on with the texts that are finished if its machine is like the other.
     Models of no revision, or of a whole commit, are done if the store has that name; others are
-    looked up.
+    looked up, and so is a model of no revision whose name has others in the list.
 
     Args:
         requests: all models, the same for all workers.
@@ -66,7 +66,7 @@ def score_share(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-    terms = agree(requests, store, options)
+    requests, terms = told_apart(requests), agree(requests, store, options)
     ledger = Ledger(store, texts.digest, terms.convention)
     ledger.refresh()
     with Worker(

@@ -18,6 +18,7 @@ from llfast.storefiles import only_textset
 
 from .leases import read_leases
 from .ledger import Failure, Ledger
+from .terms import told_apart
 from .worker import LEASES
 
 _RECENT_SECONDS = 3600.0  # that rates are taken over
@@ -165,6 +166,7 @@ def fleet_status(
         tokens = watch.tokens_since(recent[0]) / seconds
     to_do = None
     if requests is not None:
+        requests = told_apart(requests)
         done = sum(bool(ledger.has(each, dtype)) for each in requests)
         to_do = sum(not ledger.settled(each, dtype, attempts) for each in requests)
     held = {each.path.stem: each for each in read_leases(store.folder / LEASES)}  # the last holds

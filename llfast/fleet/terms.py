@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 from llfast.model_list import ModelRequest
@@ -97,6 +99,24 @@ def agree(requests: Sequence[ModelRequest], store: Store, options: Options) -> T
     )
     store.prepare()  # workers keep their leases in it
     return replace(terms, memory_budget=budget_bytes)
+
+
+def told_apart(requests: Sequence[ModelRequest]) -> list[ModelRequest]:
+    """The same models; none whose name has other revisions, too, goes by its name alone.
+
+    It would be done with the first of them that is.
+    """
+    revisions: defaultdict[str, set[str | None]] = defaultdict(set)
+    for each in requests:
+        revisions[name_of(each)].add(each.revision)
+    return [
+        replace(each, revision="main")  # which is what the Hub gives whom does not say
+        if each.revision is None
+        and len(revisions[name_of(each)]) > 1
+        and not Path(each.model).is_dir()
+        else each
+        for each in requests
+    ]
 
 
 def _refuse_two_of_a_name(requests: Sequence[ModelRequest]) -> None:

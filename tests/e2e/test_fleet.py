@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from llfast import CheckpointError, Store, TextSet
-from llfast.fleet import score_share
+from llfast.fleet import fleet_status, score_share
 from llfast.model_list import ModelRequest, read_model_list
 from tests import processes
 from tests.fleets import check_all_stored, make_list, score_alone
@@ -287,6 +287,28 @@ def test_a_revision_that_fails_is_told_whatever_becomes_of_others(
     assert shared.failed["org/m"].reason == "revision must be one of org/m's, got 'gone'"
     is_there.append(True)
     assert score_share(requests, texts, store).failed == {}
+
+
+def test_a_model_without_a_revision_is_not_done_with_another_ones_result(
+    made, tmp_path, monkeypatch, checkpoints
+):
+    from llfast.fleet import session
+
+    own = session.open_model
+
+    def open_model(model, *, revision, **options):
+        folder = "llama" if revision in (None, "main") else revision
+        return own(checkpoints / folder, revision=None, **{**options, "name": model})
+
+    monkeypatch.setattr(session, "open_model", open_model)
+    requests = [ModelRequest(model="org/m", revision="gpt2"), ModelRequest(model="org/m")]
+    texts, store = TextSet.load(made[0] / "texts.jsonl"), Store(tmp_path / "s")
+    for status in ("scored", "skipped"):
+        shared = score_share(requests, texts, store)
+        assert [each.status for each in shared.outcomes] == [status] * 2
+    assert len({row.key.revision for row in store.rows()}) == 2
+    assert fleet_status(store, texts.digest, requests=requests).done < 2, "names do not tell"
+    assert score_share(requests[1:], texts, store).outcomes == (), "alone it goes by its name"
 
 
 def test_two_models_of_one_name_are_refused(made, tmp_path):
