@@ -125,15 +125,17 @@ class Ledger:
                 found[name] = max(counting, key=_order)
         return found
 
-    def has(self, request: ModelRequest, dtype: str) -> bool | None:
+    def has(self, request: ModelRequest, dtype: str, *, by_name: bool = False) -> bool | None:
         """Whether a model's result is there; None where its name alone does not tell.
 
-        That is so of a branch or tag of the Hub, and of other tokenizers and adapters. A folder
-        that was written since has none.
+        That is so of a branch or tag of the Hub, and of other tokenizers and adapters, unless
+        these are to go `by_name`. A folder that was written since has none.
         """
         revision = request.revision
         is_plain = request.tokenizer is None and request.adapter_base is None
-        if not is_plain or not (revision is None or _COMMIT.fullmatch(revision)):
+        if not (is_plain or (by_name and revision is None)):
+            return None
+        if not (revision is None or _COMMIT.fullmatch(revision)):
             return None
         keys = [
             key

@@ -31,8 +31,8 @@ class Status:
 
     Attributes:
         done: models of the list that have a result; without a list, names that have one.
-        to_do: models of the list that are still to be tried; None without a list. Those of which
-            only a look at the model tells (branches, other tokenizers) count as to be tried.
+        to_do: models of the list that are still to be tried; None without a list. Branches, of
+            which only a look at the model tells, count as to be tried.
         running: what workers are at: `model`, `host`, `rank`, `seconds` since they began, and
             `silent_seconds` since they last gave a sign.
         failed: why models have no result.
@@ -167,8 +167,9 @@ def fleet_status(
     to_do = None
     if requests is not None:
         requests = told_apart(requests)
-        done = sum(bool(ledger.has(each, dtype)) for each in requests)
-        to_do = sum(not ledger.settled(each, dtype, attempts) for each in requests)
+        has = [bool(ledger.has(each, dtype, by_name=True)) for each in requests]
+        settled = (ledger.settled(each, dtype, attempts) for each in requests)
+        done, to_do = sum(has), sum(not any(each) for each in zip(has, settled, strict=True))
     held = {each.path.stem: each for each in read_leases(store.folder / LEASES)}  # the last holds
     running = tuple(
         {

@@ -165,6 +165,23 @@ def test_a_table_ends_where_workers_try_no_more(command, tmp_path, texts, monkey
     assert "0 done, 0 to do, 0 running, 1 failed" in shown
 
 
+def test_models_with_another_tokenizer_are_done_by_their_names(
+    command, checkpoints, tmp_path, texts
+):
+    """As adapters are: nothing is looked up for a status, and a table that lives has an end."""
+    path, store = tmp_path / "models.jsonl", Store(tmp_path / "store")
+    own = {"model": str(checkpoints / "gpt2"), "tokenizer": str(checkpoints / "gpt2-finetune")}
+    path.write_text(json.dumps(own) + "\n")
+    words = ("fleet", "status", "--store", store.folder, "--models", path, "--json")
+    assert command(*words).json["to_do"] == 1
+    shared = score_share(read_model_list(path), texts, store)
+    assert [each.status for each in shared.outcomes] == ["scored"]
+    found = command(*words).json
+    assert (found["done"], found["to_do"]) == (1, 0)
+    again = score_share(read_model_list(path), texts, store)
+    assert [each.status for each in again.outcomes] == ["skipped"], "workers do look"
+
+
 @pytest.mark.parametrize("name", ["time.sleep", "_parts"])
 def test_ctrl_c_ends_it_without_an_error(command, words, monkeypatch, name):
     """While it waits, and before it has shown anything."""

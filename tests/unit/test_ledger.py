@@ -211,6 +211,12 @@ def test_what_a_list_asks_for(store, tmp_path):
     assert has(revision="main") is None, "what a branch has become is not known"
     assert has(tokenizer="another") is None
     assert has(adapter_base="base") is None
+    for own in ({"tokenizer": "another"}, {"adapter_base": "base"}):
+        request = ModelRequest(model="org/m", **own)
+        assert ledger.has(request, "auto", by_name=True)
+        assert not ledger.has(request, "bfloat16", by_name=True)
+    branch = ModelRequest(model="org/m", revision="main", tokenizer="another")
+    assert ledger.has(branch, "auto", by_name=True) is None
     assert not has(model="org/n")
     assert has(model="elsewhere", name="org/m")
     assert ledger.has(ModelRequest(model="org/m", dtype="float32"), "bfloat16")
