@@ -19,6 +19,7 @@ from llfast.storefiles import refuse_unwritable_store
 from llfast.texts import TextSet
 from llfast.verify import manifest_path, read_manifest
 
+from .ledger import Ledger
 from .session import Opened, Session, open_request, options_of
 
 _LEFTOVER_SECONDS = 3600.0
@@ -78,9 +79,12 @@ def score_models(
         memory_budget=memory_budget,
         verify=verify,
     )
+    ledger = Ledger(store, texts.digest, convention)
+    ledger.refresh()
     session = Session(
         texts,
         store,
+        completed=ledger,
         convention=convention,
         dtype=dtype,
         device=device,

@@ -67,11 +67,11 @@ class Session:
         device: str,
         trust_remote_code: bool,
         allow_pickle: bool,
-        completed: Completed | None = None,
+        completed: Completed,
         attempts: Callable[[ModelRequest], int] = lambda _: 0,
         **options: Any,
     ) -> None:
-        """Look at the store.
+        """Begin.
 
         Args:
             texts: N texts.
@@ -81,7 +81,7 @@ class Session:
             device: where models run.
             trust_remote_code: for all models; a request may ask for it, too.
             allow_pickle: for all.
-            completed: what is there already; None for what the store has now.
+            completed: what is there already.
             attempts: how often a model has been tried before.
             options: of `score`.
         """
@@ -89,7 +89,7 @@ class Session:
         self._dtype, self._attempts = dtype, attempts
         self._trust_remote_code, self._allow_pickle = trust_remote_code, allow_pickle
         self._options = {"convention": convention, "device": device, **options}
-        self._completed: Completed = store.completed() if completed is None else completed
+        self._completed = completed
         self._compared_bytes = 0  # to find out who is related, and not reported yet
 
     def score_one(self, request: ModelRequest) -> Outcome:

@@ -9,10 +9,11 @@ from datetime import datetime, timedelta
 import pytest
 
 from llfast import CheckpointError, Store, TextSet
-from llfast.fleet import fleet_status, score_share
+from llfast.fleet import fleet_status, score_models, score_share
 from llfast.model_list import ModelRequest, read_model_list
 from tests import processes
 from tests.fleets import check_all_stored, make_list, score_alone
+from tests.stores import make_result, store_shards
 from tests.tiny import one_thread
 
 MODELS = 12
@@ -309,6 +310,16 @@ def test_a_model_without_a_revision_is_not_done_with_another_ones_result(
     assert len({row.key.revision for row in store.rows()}) == 2
     assert fleet_status(store, texts.digest, requests=requests).done < 2, "names do not tell"
     assert score_share(requests[1:], texts, store).outcomes == (), "alone it goes by its name"
+
+
+def test_what_is_done_on_other_texts_is_not_read(made, tmp_path):
+    """There may be a million models: here it would warn of a damaged shard."""
+    store, texts = Store(tmp_path / "s"), TextSet.load(made[0] / "texts.jsonl")
+    store.add(make_result("x"))
+    store_shards(store)[0].write_bytes(b"PAR1")
+    for status in ("scored", "skipped"):
+        (outcome,) = score_models(read_model_list(made[1])[:1], texts, store)
+        assert outcome.status == status
 
 
 def test_two_models_of_one_name_are_refused(made, tmp_path):
