@@ -57,7 +57,7 @@ class Ledger:
         self._shards: set[str] = set()
         self._completed: dict[ResultKey, int] = {}
         self._removed: dict[ResultKey, int] = {}
-        self._failures: dict[str, dict[ResultKey, Failure]] = {}
+        self._failures: dict[str, dict[tuple[ResultKey, int, int], Failure]] = {}
         self._by_name: dict[str, list[ResultKey]] = {}
         self._failed: set[Asked] = set()  # when last tried, as far as that was noted
 
@@ -177,7 +177,7 @@ class Ledger:
         """Failures of a name after a time, but for what was done or removed."""
         return [
             each
-            for key, each in self._failures.get(name, {}).items()
+            for (key, *_), each in self._failures.get(name, {}).items()
             if key not in self and each.created_us > max(since_us, self._removed.get(key, 0))
         ]
 
@@ -199,10 +199,8 @@ class Ledger:
                 self._by_name.setdefault(key.model, []).append(key)
             self._completed[key] = max(state.created_us, self._completed.get(key, 0))
         else:
-            known = self._failures.setdefault(key.model, {})
             failure = _failure(state)
-            if key not in known or _order(known[key]) <= _order(failure):
-                known[key] = failure
+            self._failures.setdefault(key.model, {})[key, *_order(failure)] = failure
 
 
 def _states(shard: AnyPath) -> list[RowState] | None:

@@ -161,6 +161,27 @@ def test_a_folder_that_was_mended_is_tried_again(store, tmp_path, an_hour_ago, p
     assert not ledger.settled(request, "auto", 3)
 
 
+@pytest.mark.parametrize("how", ["mended", "removed"])
+def test_what_fails_again_after_it_was_tried_often_counts(store, tmp_path, an_hour_ago, how):
+    """Though those tries were more, and count no more."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    request = ModelRequest(model=str(folder), name="m")
+    with an_hour_ago():
+        store.add_failure(key_of("m", ""), "no room", attempts=3)
+    if how == "removed":
+        store.remove(["m"])
+    else:
+        (folder / "config.json").write_text("{}")
+    ledger = Ledger(store, DIGEST, "paper")
+    ledger.refresh()
+    assert ledger.settled(request, "auto", 3) is False
+    store.add_failure(key_of("m", ""), "no weights", attempts=1, is_lasting=True)
+    ledger.refresh()
+    assert ledger.failure(request, "auto").reason == "no weights"
+    assert ledger.settled(request, "auto", 3) is True
+
+
 def test_a_date_that_has_not_come_is_not_after_anything(store, tmp_path):
     """Or what fails there would be tried without an end, until that day."""
     folder = tmp_path / "model"
