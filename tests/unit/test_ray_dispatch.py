@@ -17,12 +17,16 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from llfast import ScoringError, Store, StoreError, TextSet
 from llfast.fleet import ray_cluster, ray_dispatch, ray_workers
 from llfast.fleet.leases import Leases
+from llfast.fleet.ledger import asked_of
 from llfast.fleet.ray_driver import score_on_ray
 from llfast.fleet.ray_workers import Assignment, Broken, ScoringWorker, TokenIds
 from llfast.fleet.worker import LEASES
 from llfast.model_list import ModelRequest
 from llfast.outcomes import Outcome
+from llfast.results import ResultKey
+from llfast.runs import SCORING_VERSION
 from tests.rays import StubCluster
+from tests.stores import make_result
 
 TEXTS = TextSet(("a", "b"), ("one text", "and another"))
 
@@ -155,6 +159,22 @@ def test_a_failure_is_told_beside_another_revision_that_has_none(store, monkeypa
     StubCluster(attempt).install(monkeypatch)
     requests = [ModelRequest(model="m", revision=each) for each in "abc"]
     assert run(store, requests).failed.keys() == {"m"}
+
+
+def test_a_failure_is_told_beside_a_later_result_of_another_revision(store, monkeypatch):
+    tried = []
+
+    def attempt(actor, request):
+        tried.append(request)
+        assert len(tried) == 1
+        key = ResultKey("m", "b", TEXTS.digest, "paper", "auto", None, SCORING_VERSION)
+        asked = asked_of(request, "auto")
+        store.add_failure(key, "so", attempts=1, is_lasting=True, asked=asked)
+        store.add(make_result("m", n=2, revision="c", textset_digest=TEXTS.digest))
+        return Outcome(request=request, status="failed", error="so")
+
+    StubCluster(attempt).install(monkeypatch)
+    assert run(store, requests_of("m", revision="b")).failed["m"].reason == "so"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, StoreError])
