@@ -292,9 +292,9 @@ def _open_shard(shard: AnyPath) -> Iterator[pq.ParquetFile]:
             # On a network file system a shard can go while it is open.
             raise FileNotFoundError(errno.ENOENT, "There is no such shard", str(shard)) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StoreError(
-            f"{shard} must be a whole shard, got: {reason}; move it away and score its models again"
-        ) from None
+        is_private = isinstance(error, PermissionError)
+        hint = "let it be read" if is_private else "move it away and score its models again"
+        raise StoreError(f"{shard} must be a whole shard, got: {reason}; {hint}") from None
 
 
 def _may_thread(shard: AnyPath) -> bool:

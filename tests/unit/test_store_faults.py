@@ -1,5 +1,6 @@
 """Damaged shards, folders that are no store, disks that are full or read-only."""
 
+import errno
 import shutil
 import warnings
 
@@ -60,6 +61,22 @@ def test_a_half_written_shard_is_noticed_and_costs_nothing_else(store, length):
     assert torn.exists(), "what cannot be read may still be mended"
     torn.write_bytes(whole)
     assert store.matrix().models == ("a", "b")
+
+
+def test_a_shard_that_may_not_be_read_is_not_to_be_moved_away(store, monkeypatch):
+    store.add(make_result("a"))
+    store.add(make_result("b"))
+    private, own = store_shards(store)[0], pq.ParquetFile
+
+    def refuse(shard, **options):
+        if shard == private:
+            raise PermissionError(errno.EACCES, "Failed to open local file")
+        return own(shard, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    with pytest.warns(LlfastWarning, match="Failed to open local file; let it be read$") as caught:
+        assert store.matrix().models == ("b",)
+    assert str(private) in str(caught[0].message)
 
 
 def test_a_temporary_file_left_by_a_killed_writer_is_no_shard(store):
