@@ -95,10 +95,11 @@ class Watch:
         path, found = self._store.partition(self.digest) / name, []
         with contextlib.suppress(FileNotFoundError, StoreError):
             for _, batch in read_batches(path, columns, batch_bytes=_BATCH_BYTES):
-                for row in batch.to_pylist():
+                rows = batch.select(columns[:-1]).to_pylist()
+                for row, counts in zip(rows, batch.column(columns[-1]), strict=True):
                     own = (row["status"], row["convention"], row["layer"])
-                    if own == ("complete", self.convention, None):
-                        found.append((row["created"], sum(row["token_counts"] or ())))
+                    if own == ("complete", self.convention, None) and counts.is_valid:
+                        found.append((row["created"], counts.values.sum().as_py() or 0))
         return found
 
 

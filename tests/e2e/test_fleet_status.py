@@ -134,6 +134,23 @@ def test_another_look_reads_what_is_new_alone(tmp_path, texts, models_list, monk
     assert merged.tokens_a_second == pytest.approx(second.tokens_a_second)
 
 
+def test_token_counts_are_summed_without_a_python_number_each(filled, monkeypatch):
+    """Of 25,000 models on 10,000 texts, which a compaction has just merged, they are many."""
+    store, own = Store(filled), status.read_batches
+    expected = fleet_status(store, store.find_textset()).tokens_a_second
+
+    class Batch:
+        def __init__(self, batch):
+            self.select, self.column = batch.select, batch.column
+
+    def read_batches(*arguments, **options):
+        return ((start, Batch(batch)) for start, batch in own(*arguments, **options))
+
+    monkeypatch.setattr(status, "read_batches", read_batches)
+    found = fleet_status(store, store.find_textset()).tokens_a_second
+    assert found == pytest.approx(expected)
+
+
 def test_shards_that_others_have_named_count_as_well(command, filled, tmp_path):
     store = shutil.copytree(filled, tmp_path / "store")
     words = ("fleet", "status", "--store", store)
