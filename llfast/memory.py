@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+# Of both versions of control groups: the controller by which /proc/self/cgroup has a process's own
+# group, where groups are, and what says in each how much may be used, is used, and is a cache.
 _CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("", "/sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+    (
+        "memory",
+        "/sys/fs/cgroup/memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ),
 )
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base ** (power + 1)
@@ -42,8 +49,8 @@ def parse_bytes(size: int | str) -> int:
 
 @functools.cache
 def total_bytes() -> int:
-    """Memory of this machine, or of a container that has less; 0 where Linux does not say."""
-    limits = (_number(f"{folder}/{name}") for folder, name, _ in _CGROUPS)
+    """Memory of this machine, or of a container or job with less; 0 where Linux does not say."""
+    limits = (_number(f"{folder}/{name}") for folder, (name, _, _) in _groups())
     found = [_field("/proc/meminfo", "MemTotal:") << 10, *(limit or 0 for limit in limits)]
     return min((size for size in found if size), default=0)
 
@@ -54,13 +61,30 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     found = [_field("/proc/meminfo", "MemAvailable:") << 10]
-    for folder, limit_name, use_name in _CGROUPS:
+    for folder, (limit_name, use_name, cached_name) in _groups():
         limit, use = _number(f"{folder}/{limit_name}"), _number(f"{folder}/{use_name}")
         if limit is not None and use is not None:
             # Cached files count as used, but go when memory is needed.
-            cached = _field(f"{folder}/memory.stat", "inactive_file")
+            cached = _field(f"{folder}/memory.stat", cached_name)
             found.append(max(limit - use + cached, 1))
     return min((size for size in found if size), default=0)
+
+
+def _groups() -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """The control groups whose limits hold for this process, and the names of their files.
+
+    These are its own, which may be that of a job on a cluster, and all that it lies in. A container
+    that sees no others has the outermost only.
+    """
+    own: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= dict.fromkeys(controllers.split(","), path)
+    for controller, folder, names in _CGROUPS:
+        parts = [folder, *filter(None, own.get(controller, "").split("/"))]
+        for count in range(len(parts)):
+            yield "/".join(parts[: count + 1]), names
 
 
 def _field(path: str, name: str) -> int:

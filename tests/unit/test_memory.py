@@ -120,5 +120,34 @@ def test_cached_files_are_free_memory(files):
     assert available_bytes(CPU) == 31_000
 
 
+JOBS = (
+    ("0::/slurm/job_7/step_0\n", LIMITS[0], USES[0], "inactive_file"),
+    ("9:name=systemd:/\n4:hugetlb,memory:/slurm/job_7/step_0\n0::/\n", *(LIMITS[1], USES[1]),
+     "total_inactive_file"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("own", "limit", "use", "cached"), JOBS)
+@pytest.mark.parametrize("level", ["slurm", "slurm/job_7", "slurm/job_7/step_0"])
+def test_the_memory_of_a_job(own, limit, use, cached, level, files):
+    """It is that of a control group, which may be any that the process lies in."""
+
+    def at(path):
+        return "/".join((str(Path(path).parent), level, Path(path).name))
+
+    files["/proc/meminfo"], files["/proc/self/cgroup"] = MEMINFO, own
+    files |= {at(limit): "60000\n", at(use): "50000\n"}
+    files[at("/".join((str(Path(limit).parent), "memory.stat")))] = f"{cached} 3000\n"
+    assert memory.total_bytes.__wrapped__() == 60_000
+    assert available_bytes(CPU) == 13_000
+
+
+def test_another_jobs_memory_is_none_of_ours(files):
+    files |= {"/proc/meminfo": MEMINFO, "/proc/self/cgroup": "0::/slurm/job_7\n"}
+    files["/sys/fs/cgroup/slurm/job_8/memory.max"] = "50000\n"
+    files["/sys/fs/cgroup/slurm/job_7/memory.max"] = "max\n"
+    assert memory.total_bytes.__wrapped__() == 7000 << 10
+
+
 def test_this_machine():
     assert 0 < available_bytes(CPU) <= memory.total_bytes()
