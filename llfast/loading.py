@@ -21,6 +21,8 @@ from .errors import CheckpointError, LlfastWarning, MissingDependencyError
 from .quantised import QuantisedWeight
 from .quantised.dequantise import LazyWeight
 
+# `refuse_incomplete` refuses tensors of another size by name.
+_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 _QUIET_LOCK = threading.Lock()
 _BEFORE: list[tuple[int, bool]] = []  # verbosity and bars, once for each that is quiet
 
@@ -33,24 +35,20 @@ def load_whole(
     Raises:
         CheckpointError: if transformers cannot read it, or scales are not finite.
     """
-    options = {"dtype": dtype, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # `refuse_incomplete` refuses them by name
-    auto = transformers.AutoModelForCausalLM
     try:
         if checkpoint.quantised or checkpoint.bare_index:
-            with torch.device("meta"):
-                kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
             with _weights(checkpoint) as weights:
-                model, report = kind.from_pretrained(
-                    None, config=config, state_dict=weights, **options
+                model, report = load_from(
+                    weights, config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
         else:
-            model, report = auto.from_pretrained(
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 config=config,
+                dtype=dtype,
                 use_safetensors=not checkpoint.pickled,
                 trust_remote_code=trust_remote_code,
-                **options,
+                **_REPORT,
             )
     except (torch.OutOfMemoryError, MemoryError, CheckpointError):
         raise
@@ -58,6 +56,26 @@ def load_whole(
         raise CheckpointError(
             f"{name} must be a checkpoint that transformers loads, got: {one_line(error)}"
         ) from error
+    return model, report
+
+
+def load_from(
+    weights: Mapping[str, Any], config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[Any, Mapping[str, Any]]:
+    """A model of weights by name, and transformers' report of what it found.
+
+    Of one that takes images, too, it may be the part that takes text, which has a config of its
+    own: as where transformers opens the files.
+    """
+    with torch.device("meta"):
+        outline = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    if type(outline.config) is not type(config):
+        config = config.get_text_config()
+    model, report = type(outline).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, **_REPORT
+    )
     return model, report
 
 

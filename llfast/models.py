@@ -342,8 +342,10 @@ def _refuse_other_kinds(name: str, config: Any) -> None:
         )
     if brings_causal_code:
         return
-    # A bare "...Model" may be a causal model saved without its tied head; its keys will tell.
-    fits = any(each == causal or each.endswith("Model") for each in architectures)
+    # A bare "...Model" may be a causal model saved without its tied head, and one that takes images
+    # may hold one that takes text; their keys will tell.
+    kinds = ("Model", "ForConditionalGeneration")
+    fits = any(each == causal or each.endswith(kinds) for each in architectures)
     if causal is None or (architectures and not fits):
         raise UnsupportedModelError(f"{name} must be a causal language model, got {what}")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llfast.dtypes import STORED_DTYPES
 from llfast.errors import CannotPageError, CheckpointError
-from llfast.loading import one_line, quiet, refuse_incomplete
+from llfast.loading import load_from, one_line, quiet, refuse_incomplete
 from llfast.quantised import QuantisedWeight
 from llfast.quantised.dequantise import LazyWeight
 from llfast.safetensors_file import StoredTensor
@@ -98,16 +98,7 @@ class Skeleton:
         shapes = {key: _Shape(weight.shape) for key, weight in weights.items()}
         try:
             with quiet():
-                with torch.device("meta"):
-                    kind = type(transformers.AutoModelForCausalLM.from_config(config))
-                self.model, report = kind.from_pretrained(
-                    None,
-                    config=config,
-                    state_dict=shapes,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
+                self.model, report = load_from(shapes, config, dtype=dtype)
         except Exception as error:
             raise CannotPageError(
                 f"{name} must be a model that can be built without weights to be paged, got: "

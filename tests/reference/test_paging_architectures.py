@@ -11,10 +11,10 @@ from packaging.version import Version
 import llfast
 from llfast.errors import CannotPageError, UnsupportedModelError
 from llfast.paging import units
-from tests.architectures import TOKENS, architectures, build
+from tests.architectures import TOKENS, architectures, build, tiny_config
 from tests.architectures.names import COVERED
 from tests.paging import LIMITS, check_same, least_budget, score_paged
-from tests.tiny import quiet
+from tests.tiny import plain_loglikelihood, quiet
 
 pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
 
@@ -111,6 +111,31 @@ def test_in_half_precision_too(name, tmp_path):
         return
     least = least_budget(tmp_path / name, **options)
     for budget in (least, "1GiB"):
+        result, _ = score_paged(tmp_path / name, memory_budget=budget, **options)
+        check_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ["llama4", "mllama", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.filterwarnings("ignore:.* holds more than its config asks for:llfast.LlfastWarning")
+def test_models_that_take_images_are_scored_as_they_take_text(name, tmp_path):
+    """The part for text alone is built, which has a config of its own."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        tiny_config(name), dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    with quiet():
+        model.save_pretrained(tmp_path / name)
+    random = np.random.default_rng(7)
+    ids = [random.integers(TOKENS.start, TOKENS.stop, size).tolist() for size in _LENGTHS]
+    options = {"token_ids": ids, "dtype": "float32", "token_budget": 64}
+    expected = llfast.score(tmp_path / name, weights="resident", per_token=True, **options)
+    truth = [plain_loglikelihood(model, each) for each in ids]
+    np.testing.assert_allclose(expected.values, truth, rtol=0, atol=1e-4)
+    assert np.std(truth) > 1
+    for budget in (least_budget(tmp_path / name, **options), "1GiB"):
         result, _ = score_paged(tmp_path / name, memory_budget=budget, **options)
         check_same(result, expected)
 
