@@ -28,6 +28,8 @@ from .loading import load_whole, merge_adapter, one_line, quiet, refuse_incomple
 
 # What a scoring run reads from the Hub: never code, never pickles, unless asked for.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+# Nor the same weights once more, in formats that are not transformers'.
+_HUB_OTHERS = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -284,7 +286,13 @@ def find_folder(
 
     files = [*_HUB_FILES]
     files += ["*.py"] * trust_remote_code + ["*.bin"] * allow_pickle
-    download = partial(snapshot_download, given, revision=revision, allow_patterns=files)
+    download = partial(
+        snapshot_download,
+        given,
+        revision=revision,
+        allow_patterns=files,
+        ignore_patterns=_HUB_OTHERS,
+    )
     try:
         folder = Path(download())
     except errors.RevisionNotFoundError:

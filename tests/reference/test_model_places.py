@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import llfast
@@ -236,6 +237,23 @@ def test_a_download_that_is_not_complete_is_refused(hub):
     assert "is the download complete?" in refused("org/tiny")
     weights.unlink()
     assert "got none; is the download complete?" in refused("org/tiny")
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_weights_are_downloaded_once(monkeypatch, allow_pickle):
+    """Not once more in another format, as Mistral's repositories and some others have them."""
+    wanted = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "metal/model.bin"]
+    found = []
+
+    def snapshot_download(_, *, revision, **patterns):
+        assert revision is None
+        found.extend(filter_repo_objects([*wanted, *others, "README.md"], **patterns))
+        raise OSError("that is all")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert "that is all" in refused("org/new", allow_pickle=allow_pickle)
+    assert found == wanted
 
 
 # ------------------------------------------------------------------------------ adapters
