@@ -316,6 +316,16 @@ def test_a_merged_model_goes_by_adapter_and_base(checkpoints, adapter, tmp_path)
     assert open_model(copy, adapter_base=str(base)).revision not in (revision, other)
 
 
+def test_an_adapters_own_tokenizer_is_a_part_of_it(checkpoints, adapter, tmp_path):
+    copy, base = shutil.copytree(adapter, tmp_path / "copy"), str(checkpoints / "llama")
+    revisions = [open_model(copy, adapter_base=base).revision]
+    make_tokenizer(adds_bos=False).save_pretrained(copy)
+    revisions.append(open_model(copy, adapter_base=base).revision)
+    change_json("tokenizer.json", version="1.1")(copy)
+    revisions.append(open_model(copy, adapter_base=base).revision)
+    assert len(set(revisions)) == 3
+
+
 def test_an_adapter_from_the_hub_goes_by_its_base_too(checkpoints, adapter, hub):
     for path in adapter.iterdir():
         shutil.copy(path, hub / "snapshots" / TAG)
