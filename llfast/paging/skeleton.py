@@ -43,6 +43,25 @@ class _Shape:
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
+class _Part:
+    """Stands in for a stored tensor that transformers puts together with others.
+
+    Attributes:
+        shape: of the tensor.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tensor.shape
+        self._tensor = tensor
+
+    def __getitem__(self, _: object) -> _Part:
+        return self
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """As `move_to` has it; of torch's own copies, made by threads, most of them would stay."""
+        return move_to(self._tensor, torch.device(device), dtype)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """A parameter or buffer of a model.
@@ -156,9 +175,12 @@ class Skeleton:
         )
 
     def copies(self, names: Iterable[str]) -> int:
-        """How often parameters are in memory beside their page while they are put in place."""
+        """How often parameters are in memory beside their page while they are put in place.
+
+        Those that are put together are there in two forms, at times in three, but not all of them.
+        """
         names = list(names)
-        is_merged = any(name in self._quantised and not self._is_alone(name) for name in names)
+        is_merged = not all(self._is_alone(name) for name in names)
         return 2 if is_merged else int(not self.is_as_stored(names))
 
     def put(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
@@ -193,9 +215,13 @@ class Skeleton:
 
     def _convert(self, names: Sequence[str], tensors: Mapping[str, Any]) -> None:
         """Let transformers fill places of tensors that have to be put together or taken apart."""
+        parts = {
+            name: _Part(tensor) if isinstance(tensor, Tensor) else tensor
+            for name, tensor in tensors.items()
+        }
         with quiet():
             report, _ = _internals().convert_and_load_state_dict_in_model(
-                self.model, dict(tensors), self._config
+                self.model, parts, self._config
             )
         problems = [*map(str, report.conversion_errors), *map(str, report.error_msgs)]
         problems += map(str, report.mismatched_keys)

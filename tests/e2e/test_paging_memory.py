@@ -10,6 +10,7 @@ import pytest
 
 import llfast
 from llfast.checkpoint import Checkpoint
+from tests.paging import least_budget
 from tests.stores import run_python
 from tests.tiny import make_model, save
 
@@ -87,6 +88,43 @@ def test_a_model_is_scored_in_less_memory_than_it_takes(folders):
     assert found["slots"] < found["said"] < BEYOND
     assert found["grown"] < found["said"] + WORK
     assert found["bytes"] >= found["waves"] * 0.9 * weight_bytes
+
+
+EXPERTS = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_local_experts": 40,
+}
+MERGED = """
+import json, re, sys
+from pathlib import Path
+import llfast
+
+small, large, budget, options = json.loads(sys.argv[1])
+def status(name):
+    found = re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) << 10
+llfast.score(small, weights="paged", **options)  # imports, and threads
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+llfast.score(large, weights="paged", memory_budget=budget, **options)
+print(status("VmHWM") - before)
+"""
+
+
+def test_experts_that_are_put_together_take_what_was_promised(tmp_path):
+    """Each is stored by itself; they are copied to another dtype, and then into one tensor."""
+    small = save(make_model("mixtral"), None, tmp_path / "small")
+    large = save(make_model("mixtral", **EXPERTS).bfloat16(), None, tmp_path / "large")
+    options = {"token_ids": [list(range(3, 60))], "token_budget": 128, "dtype": "float32"}
+    budget = least_budget(large, **options) + (1 << 20)
+    given = json.dumps([str(small), str(large), budget, options])
+    grown = int(run_python(MERGED, given).stdout)
+    assert grown < budget + WORK
 
 
 COPIES = """
