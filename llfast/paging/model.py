@@ -126,7 +126,7 @@ def open_waves(
         names = ", ".join(member.name for member in members)
         raise CannotPageError(f"models must have the same layers to go together, got {names}")
     read = (member.read(each) for member in members for each in member.tensors)
-    files = list(dict.fromkeys(tensor.path for tensor in read))
+    files = sorted({tensor.path for tensor in read})  # as `room` has them: slots are as large
     with ExitStack() as stack:
         pages = stack.enter_context(Pages(files, models[0].device, statistics))
         counts = [int(each.token_counts.sum()) for each in tokens]

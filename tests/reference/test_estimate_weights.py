@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llfast
 from llfast import LlfastError, LlfastWarning, TextSet, batchwise, engines, estimate
@@ -78,6 +79,22 @@ def test_a_budget_is_taken_as_the_run_takes_it(folders, monkeypatch, kind, path)
         assert ways[least, weights] == "paged"
     assert (ways[stays - 1, "auto"], ways[stays, "auto"]) == ("paged", "kept")
     assert ways[4 * stays, "paged"] == "paged"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_that_lie_in_several_files(tmp_path, seed):
+    """In whatever order: what lies between them in memory is counted alike."""
+    random = np.random.default_rng(seed)
+    folder = save(make_model("llama", hidden_size=40), make_tokenizer(adds_bos=False), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {name: f"model-{random.integers(4)}.safetensors" for name in sorted(weights)}
+    for shard in set(shards.values()):
+        own = {name: weight for name, weight in weights.items() if shards[name] == shard}
+        save_file(own, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "got 1; it takes more than" in check_same(folder, weights="paged", memory_budget=1)
 
 
 @pytest.mark.parametrize("weights", ["auto", "paged", "resident"])
