@@ -144,7 +144,8 @@ def open_waves(
         states_bytes = room.states_bytes - (weights.table_bytes if weights.keep_table else 0)
         check = None
         if not is_alone:
-            alone = models[0].room(memory_bytes, may_keep=may_keep)
+            plan = Plan(members[:1], pages.slot_bytes)
+            alone = share_out(plan, memory_bytes, may_keep=may_keep, name=models[0].name)
             check = partial(refuse_if_alone_is_less, weights.plan, room, alone, counts)
         stack.enter_context(weights)
         for member, modules in zip(members, layers, strict=True):

@@ -9,6 +9,7 @@ import llfast
 from llfast.errors import LlfastWarning
 from llfast.paging import LoadingStatistics
 from llfast.paging import model as paged_model
+from llfast.paging import pages as pages_module
 from llfast.paging import waves as waves_module
 from llfast.paging.skeleton import Skeleton
 from tests.families import (
@@ -120,6 +121,21 @@ def test_what_goes_wrong_together_may_go_alone(error, tmp_path, tokenizer, monke
             results, _ = together(folders, weights=weights)
         for result, each in zip(results, expected, strict=True):
             check_same(result, each)
+
+
+def test_every_file_is_open_once(tmp_path, tokenizer, monkeypatch):
+    """A system lets a process open 1,024, and one model may have hundreds."""
+    folders = make_family(tmp_path, "llama", tokenizer, CHANGES[:2])
+    opened = []
+
+    def count(paths, **options):
+        opened.extend(paths)
+        return own(paths, **options)
+
+    own = pages_module.FileReader
+    monkeypatch.setattr(pages_module, "FileReader", count)
+    together(folders)
+    assert sorted(opened) == [str(each / "model.safetensors") for each in sorted(folders)]
 
 
 def test_too_little_memory_for_all_of_them(tmp_path, tokenizer):
