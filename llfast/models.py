@@ -334,6 +334,7 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
                 f"{folder} must have a config that transformers understands, got: {one_line(error)}"
             ) from error
     for each in (config, config.get_text_config()):
+        each.return_dict = True  # without names, transformers' own models do not find their states
         if hasattr(each, "quantization_config"):
             del each.quantization_config
     return config

@@ -240,6 +240,13 @@ def test_configs_that_transformers_does_not_take(llama, config, message):
     assert message in line
 
 
+@pytest.mark.parametrize("weights", ["resident", "paged"])
+def test_a_config_that_asks_for_results_without_names(llama, weights):
+    expected = llfast.score(llama, TEXTS).values
+    edit(llama / "config.json", return_dict=False)
+    assert llfast.score(llama, TEXTS, weights=weights).values.tobytes() == expected.tobytes()
+
+
 # ------------------------------------------------------------------------------ tokenizers
 
 
