@@ -139,7 +139,7 @@ def tokenizer_digest(folder: Path) -> str:
 def adapter_digest(folder: Path) -> str:
     """sha256 (hex) over a LoRA adapter, and the tokenizer that may be with it."""
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    return _digest(folder, adapter | _names(folder, _TOKENIZER))
+    return _digest(folder, adapter | _names(folder, TOKENIZER_FILES))
 
 
 def check_adapter(folder: Path) -> None:
