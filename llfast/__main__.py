@@ -33,6 +33,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
+    except KeyboardInterrupt:  # before typer, which turns it into an exit status, has begun
+        code = _INTERRUPTED
     except UsageError as error:
         code = _explain(error)
     except BrokenPipeError:

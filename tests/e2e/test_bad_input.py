@@ -187,3 +187,14 @@ def test_the_parts_of_a_mixed_store_stay_apart(command, checkpoints, store, tmp_
     assert command("kl", "gpt2", "llama", "--store", mixed, "--textset", own[:6]).out == expected
     run = command("kl", "gpt2", checkpoints / "mixtral", "--store", mixed, "--textset", own[:6])
     assert "must be in the store" in run.error
+
+
+def test_ctrl_c_before_a_command_has_begun(command, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llfast.__main__.app", interrupted)
+    done = command("info")
+    assert (done.code, done.out) == (130, "")
+    assert done.err.startswith("llfast: interrupted; what is done is kept")
+    assert done.err.count("\n") == 1
