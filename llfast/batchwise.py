@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from .batches import Batch, TokenizedTexts, plan_batches
 from .errors import LlfastWarning, ScoringError
 from .forward import BatchInputs, ToHost
 from .head import Head, hidden_states, run_model
-from .pointwise import text_by_text
+from .pointwise import TextByText
 from .traits import is_mixture_of_experts, rope_limits, vocabulary_rows
 
 Item = TypeVar("Item")
@@ -41,6 +41,7 @@ class Batchwise:
         self, model: Any, head: Head | None, tokens: TokenizedTexts, ids: Sequence[str]
     ) -> None:
         self._model, self._head, self._tokens, self._ids = model, head, tokens, ids
+        self._by_text = TextByText()
 
     def run(
         self, token_budget: int, is_open: Callable[[Batch], bool]
@@ -93,12 +94,17 @@ class Batchwise:
         """Of all scored tokens of a batch, text after text, where the model is."""
         inputs = BatchInputs.of(self._tokens, batch, self._model.device)
         if self._head is None:
-            with text_by_text(inputs.input_ids):
-                logits = run_model(self._model, inputs.input_ids)
-            return _own_logprobs(logits, inputs)
-        with hidden_states(self._head) as collected, text_by_text(inputs.input_ids):
-            run_model(self._model, inputs.input_ids)
+            return _own_logprobs(self.run_model(inputs), inputs)
+        with hidden_states(self._head) as collected:
+            self.run_model(inputs)
         return self._head.token_logprobs(inputs.scored(collected[0]), inputs.targets)
+
+    def run_model(self, inputs: BatchInputs) -> Float[Tensor, "B S V"]:
+        """The logits of a batch, or what stands for them; the same bits in every row."""
+        with self._by_text.during(inputs.input_ids) as mode:
+            logits = run_model(self._model, inputs.input_ids)
+        self._by_text.learn(inputs.input_ids, mode)
+        return logits
 
     def _plan(self, token_budget: int) -> list[Batch]:
         if self._head is None:

@@ -19,10 +19,9 @@ from .batchwise import Batchwise
 from .engines import Finished, Job, Ready, open_engine
 from .errors import UnsupportedModelError
 from .forward import BatchInputs
-from .head import Head, hidden_states, run_model
+from .head import Head, hidden_states
 from .lens import Lens, find_lens, refuse_not_finite
 from .models import open_model
-from .pointwise import text_by_text
 from .results import LogLikelihoods
 from .runs import carry_out_with, prepare
 from .texts import TextSet
@@ -152,9 +151,8 @@ class _ByLayer(Batchwise):
             if layer < self._lens.calls:
                 rows.add(inputs.scored(self._lens.read(state)))
 
-        by_text = text_by_text(inputs.input_ids)
-        with self._lens.watch(see), hidden_states(self._linear) as entered, by_text:
-            run_model(self._model, inputs.input_ids)
+        with self._lens.watch(see), hidden_states(self._linear) as entered:
+            self.run_model(inputs)
         rows.add(inputs.scored(entered[0]))
         return rows.logprobs()
 

@@ -2,8 +2,8 @@
 
 On a CPU torch cuts a tensor into pieces for its threads, without regard to texts, and computes what
 is left of a piece beyond whole vectors by other code: sigmoid, silu, gelu, softplus and rsqrt round
-differently there (torch 2.13; by one unit in the last place). With two threads, cuts between the
-rows of most models fall on whole vectors; with three, or thirty, they do not.
+differently there (torch 2.13; by one unit in the last place). With 2 or 8 threads the pieces of
+most models' tensors are whole vectors; with 3, 6 or 48 they are not.
 """
 
 from __future__ import annotations
@@ -25,23 +25,47 @@ _EXACT = frozenset(
     "ne neg relu remainder round rsub sign sqrt sub threshold trunc where".split()
 )
 _UNTAGGED = frozenset(["glu", "hardswish", "log_sigmoid"])  # which torch does not call pointwise
+_AT_ONCE_BYTES = 128  # what torch computes in one go: two vectors of AVX-512
+_PIECE = 32_768  # numbers in a thread's piece, at least: at::internal::GRAIN_SIZE
+_LEAST_PIECE = 2_048  # for the few operations that have a limit of their own
 
 
-def text_by_text(input_ids: Int64[Tensor, "B S"]) -> contextlib.AbstractContextManager[Any]:
-    """While it lasts, pointwise operations on what a model makes of a batch are computed so.
+class TextByText:
+    """For the batches of one model: which shapes are computed text by text is found as they come.
 
-    What is returned may be entered again and again. It changes nothing for a single text, and
-    nothing on other devices than a CPU.
+    What is computed in which way depends on shapes and on the number of threads alone.
     """
-    if len(input_ids) == 1 or input_ids.device.type != "cpu":
-        return contextlib.nullcontext()
-    return _TextByText(len(input_ids))
+
+    def __init__(self) -> None:
+        self._whole: set[tuple[int, ...]] = set()  # shapes for which nothing had to be cut
+
+    def during(self, input_ids: Int64[Tensor, "B S"]) -> contextlib.AbstractContextManager[Any]:
+        """While it lasts, operations on what a model makes of a batch are computed so.
+
+        It may be entered again and again. Nothing changes for a single text, and on other devices
+        than a CPU.
+        """
+        shape = tuple(input_ids.shape)
+        if shape[0] == 1 or input_ids.device.type != "cpu" or shape in self._whole:
+            return contextlib.nullcontext()
+        return _Mode(shape[0])
+
+    def learn(
+        self, input_ids: Int64[Tensor, "B S"], during: contextlib.AbstractContextManager[Any]
+    ) -> None:
+        """Say that a model has been through a batch while `during` lasted."""
+        if isinstance(during, _Mode) and not during.has_cut:
+            self._whole.add(tuple(input_ids.shape))
 
 
-class _TextByText(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Attributes: has_cut: whether any operation has been computed text by text."""
+
     def __init__(self, texts: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._texts = texts
+        self._threads = torch.get_num_threads()
+        self.has_cut = False
 
     def __torch_dispatch__(
         self,
@@ -51,11 +75,14 @@ class _TextByText(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        is_apart = _depends_on_place(func) or kwargs.get("alpha", 1) != 1  # a sum that is scaled
-        rows, rank = _shape(args) if is_apart else (0, 0)
+        scaled = kwargs.get("alpha", 1) != 1  # a sum
+        if not (scaled or _depends_on_place(func)) or self._is_whole(args):
+            return func(*args, **kwargs)
+        rows, rank = _shape(args)
         has_out = any(isinstance(each, Tensor) for each in kwargs.values())
         if rows == 0 or rows % self._texts or has_out:
             return func(*args, **kwargs)
+        self.has_cut = True
         step = rows // self._texts
         out = None
         for start in range(0, rows, step):
@@ -66,6 +93,19 @@ class _TextByText(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = _empty(args, part, rows)
             out[start : start + step] = part
         return args[0] if out is None else out
+
+    def _is_whole(self, args: Sequence[Any]) -> bool:
+        """Whether all of the pieces that threads take are whole vectors."""
+        tensors = [each for each in args if isinstance(each, Tensor)]
+        if len(tensors) != 1 or tensors[0].ndim == 0:
+            return False
+        (tensor,) = tensors
+        at_once, size = _AT_ONCE_BYTES // tensor.itemsize, tensor.numel()
+        if not tensor.is_contiguous() and (tensor.stride(-1) != 1 or tensor.shape[-1] % at_once):
+            return False
+        most = max(1, min(self._threads, -(-size // _LEAST_PIECE)))
+        least = most if size >= most * _PIECE else 1
+        return all(-(-size // pieces) % at_once == 0 for pieces in range(least, most + 1))
 
 
 def _shape(args: Sequence[Any]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from llfast.errors import CannotPageError
 from llfast.forward import BatchInputs
 from llfast.head import Head, run_model
 from llfast.kernels import PartialLogprobs
-from llfast.pointwise import text_by_text
+from llfast.pointwise import TextByText
 
 from .questions import Questions, Subject
 from .states import StateMeter
@@ -113,6 +113,7 @@ class Waves:
         self._weights, self._statistics = weights, statistics
         self._meter = StateMeter([each.model for each in subjects], room_bytes, statistics)
         self._measures = True
+        self._by_text = [TextByText() for _ in subjects]
 
     def run(self, tasks: Sequence[Task]) -> Iterator[list[Scored]]:
         """What each wave scored.
@@ -185,6 +186,8 @@ class Waves:
         subject = self.subjects[task.member]
         inputs = BatchInputs.of(subject.tokens, task.batch, subject.model.device)
         seen: list[Tensor] = []
+        by_text = self._by_text[task.member]
+        mode = by_text.during(inputs.input_ids)
 
         def at_head(hidden: Tensor) -> Tensor:
             seen.append(inputs.scored(hidden))
@@ -192,10 +195,10 @@ class Waves:
 
         def call() -> _Body:
             run_model(subject.model, inputs.input_ids)
+            by_text.learn(inputs.input_ids, mode)
             return _Body(seen[0], inputs.targets)
 
-        by_text = text_by_text(inputs.input_ids)
-        return Forward(call, at_head, member=task.member, during=by_text)
+        return Forward(call, at_head, member=task.member, during=mode)
 
     def _lead(self, forward: Forward) -> list[str]:
         """Take one forward through the first layer; the names of what it went through."""

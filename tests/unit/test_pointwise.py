@@ -1,10 +1,12 @@
 """Operations that torch computes in another way at the end of a thread's piece of a tensor."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn import functional
 
-from llfast.pointwise import text_by_text
+from llfast.pointwise import TextByText
 
 OPERATIONS = {
     "silu": functional.silu,
@@ -38,7 +40,7 @@ def test_every_text_has_the_same_bits(name):
     x = batch(5, 333, 34)
     with torch.inference_mode():
         plain = OPERATIONS[name](x)
-        with text_by_text(ids(5)):
+        with TextByText().during(ids(5)):
             found = OPERATIONS[name](x)
     torch.testing.assert_close(found, plain)
     assert (found == found[:1]).all() or name in PLACED
@@ -52,7 +54,7 @@ def test_torch_still_needs_this():
 
 def test_results_are_laid_out_as_those_of_torch():
     x = batch(4, 6, 8).transpose(1, 2)
-    with torch.inference_mode(), text_by_text(ids(4)):
+    with torch.inference_mode(), TextByText().during(ids(4)):
         assert functional.silu(x).stride() == x.stride()
         assert functional.silu(x.to(torch.bfloat16)).dtype == torch.bfloat16
         assert torch.sigmoid(torch.ones(4, 3, dtype=torch.int32)).dtype == torch.float32
@@ -63,10 +65,39 @@ def test_what_has_no_texts_is_left_alone(shape):
     x = torch.linspace(-2, 2, max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()]
     x = x.view(shape)
     expected = torch.sigmoid(x)
-    with torch.inference_mode(), text_by_text(ids(4)):
+    with torch.inference_mode(), TextByText().during(ids(4)):
         assert torch.equal(torch.sigmoid(x), expected)
 
 
 def test_one_text_and_other_devices_are_left_alone():
     for each in (ids(1), ids(4).to("meta")):
-        assert not hasattr(text_by_text(each), "__torch_dispatch__")
+        assert isinstance(TextByText().during(each), contextlib.nullcontext)
+
+
+@pytest.fixture(params=[1, 2, 3, 8])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["whole", "half of the columns", "turned"])
+def test_shapes_whose_pieces_are_whole_vectors_are_learned_and_left_alone(threads, dtype, layout):
+    """The width of Llama's layers; 4 texts of 32 tokens leave a remainder only for 3 threads."""
+    by_text, input_ids = TextByText(), torch.zeros(4, 32, dtype=torch.int64)
+    x = batch(4, 32, 11_008).to(dtype)
+    if layout == "half of the columns":
+        x = torch.cat((x, x), -1)[..., :11_008]
+    elif layout == "turned":
+        x = x.transpose(1, 2)
+    for _ in range(2):
+        mode = by_text.during(input_ids)
+        with torch.inference_mode(), mode:
+            found = [functional.silu(x), torch.rsqrt(x.abs())]
+        by_text.learn(input_ids, mode)
+        assert all((each == each[:1]).all() for each in found)
+    is_learned = isinstance(by_text.during(input_ids), contextlib.nullcontext)
+    assert is_learned == (layout != "turned" and threads != 3)
+    assert not isinstance(by_text.during(torch.zeros(2, 48)), contextlib.nullcontext)
