@@ -304,8 +304,8 @@ def find_folder(
         ) from None
     except Exception as error:
         # Of a commit, huggingface_hub 1 wants a list of files, which older caches lack; a name has
-        # been looked up in the cache by now.
-        if _COMMIT.fullmatch(revision or ""):
+        # been looked up in the cache by now. After other errors the cache may have half of it.
+        if _COMMIT.fullmatch(revision or "") and _is_unreachable(error):
             with contextlib.suppress(errors.LocalEntryNotFoundError):
                 folder = Path(download(local_files_only=True))
                 return folder, folder.name
@@ -315,6 +315,12 @@ def find_folder(
             f"folder, and the Hub did not give it ({one_line(error)})"
         ) from error
     return folder, folder.name
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the Hub could not be asked at all; huggingface_hub hands errors of httpx on."""
+    names = ("ConnectError", "ConnectTimeout")
+    return isinstance(error, ConnectionError) or type(error).__name__ in names
 
 
 def _load_config(folder: Path, trust_remote_code: bool) -> Any:

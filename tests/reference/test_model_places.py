@@ -1,5 +1,6 @@
 """Folders, the Hub's cache, adapters: where a model is found, and under which revision."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -237,6 +238,35 @@ def test_a_download_that_is_not_complete_is_refused(hub):
     assert "is the download complete?" in refused("org/tiny")
     weights.unlink()
     assert "got none; is the download complete?" in refused("org/tiny")
+
+
+class ConnectError(Exception):
+    """As httpx calls it, and httpx2, of which huggingface_hub takes one or the other."""
+
+
+@pytest.mark.parametrize("error", [errors.OfflineModeIsEnabled("offline"), ConnectError("no")])
+def test_a_cached_commit_will_do_where_the_hub_cannot_be_asked(hub, monkeypatch, error):
+    """huggingface_hub 1 asks for a commit's list of files, and hands on what comes of that."""
+    own = snapshot_download
+
+    def download(*given, local_files_only=False, **options):
+        if not local_files_only:
+            raise error
+        return own(*given, local_files_only=True, **options)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert open_model("org/tiny", revision=TAG).revision == TAG
+
+
+def test_a_download_that_broke_off_is_not_taken_from_the_cache(hub, monkeypatch):
+    """It may have left half of a commit there."""
+
+    def download(*_, local_files_only=False, **__):
+        assert not local_files_only
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert "No space left on device" in refused("org/tiny", revision=TAG)
 
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
