@@ -1,9 +1,10 @@
 """Pointwise operations of a batch, a text at a time, so that its place does not show in its bits.
 
 On a CPU torch cuts a tensor into pieces for its threads, without regard to texts, and computes what
-is left of a piece beyond whole vectors by other code: sigmoid, silu, gelu, softplus and rsqrt round
-differently there (torch 2.13; by one unit in the last place). With 2 or 8 threads the pieces of
-most models' tensors are whole vectors; with 3, 6 or 48 they are not.
+is left of a piece beyond whole vectors by other code. There, sigmoid, silu, gelu, softplus and
+powers round differently, and rsqrt in half precision (torch 2.13; by one unit in the last place).
+With 2 or 8 threads the pieces of most models' tensors are whole vectors; with 3, 6 or 48 they are
+not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _EXACT = frozenset(
     "isfinite isinf isnan le logical_and logical_not logical_or lt masked_fill maximum minimum mul "
     "ne neg relu remainder round rsub sign sqrt sub threshold trunc where".split()
 )
-_UNTAGGED = frozenset(["glu", "hardswish", "log_sigmoid"])  # which torch does not call pointwise
+_SUMS = frozenset(["add", "sub", "rsub"])  # exact, unless a term is scaled
+# Which torch does not call pointwise. What else it puts together itself is seen as one operation
+# here: a norm, a softmax or attention takes each row for itself.
+_UNTAGGED = frozenset(["glu", "hardswish", "log_sigmoid", "special_expit"])
 _AT_ONCE_BYTES = 128  # what torch computes in one go: two vectors of AVX-512
 _PIECE = 32_768  # numbers in a thread's piece, at least: at::internal::GRAIN_SIZE
 _LEAST_PIECE = 2_048  # for the few operations that have a limit of their own
@@ -75,8 +79,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        scaled = kwargs.get("alpha", 1) != 1  # a sum
-        if not (scaled or _depends_on_place(func)) or self._is_whole(args):
+        is_scaled = kwargs.get("alpha", 1) != 1 and _name(func) in _SUMS
+        if not (is_scaled or _depends_on_place(func)) or self._is_whole(args):
             return func(*args, **kwargs)
         rows, rank = _shape(args)
         has_out = any(isinstance(each, Tensor) for each in kwargs.values())
@@ -105,7 +109,9 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         most = max(1, min(self._threads, -(-size // _LEAST_PIECE)))
         least = most if size >= most * _PIECE else 1
-        return all(-(-size // pieces) % at_once == 0 for pieces in range(least, most + 1))
+        return size % at_once == 0 and all(
+            -(-size // pieces) % at_once == 0 for pieces in range(least, most + 1)
+        )
 
 
 def _shape(args: Sequence[Any]) -> tuple[int, int]:
@@ -135,7 +141,11 @@ def _empty(args: Sequence[Any], part: Tensor, rows: int) -> Tensor:
 @functools.cache
 def _depends_on_place(func: Any) -> bool:
     """Whether an element's bits may depend on where in a tensor it is."""
-    schema = func._schema  # noqa: SLF001
-    name = schema.name.removeprefix("aten::").removesuffix("_")
-    is_pointwise = torch.Tag.pointwise in func.tags and len(schema.returns) == 1
-    return name in _UNTAGGED or (is_pointwise and name not in _EXACT)
+    is_pointwise = torch.Tag.pointwise in func.tags and len(func._schema.returns) == 1  # noqa: SLF001
+    return _name(func) in _UNTAGGED or (is_pointwise and _name(func) not in _EXACT)
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    name: str = func._schema.name  # noqa: SLF001
+    return name.removeprefix("aten::").removesuffix("_")

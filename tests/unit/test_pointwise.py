@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llfast.pointwise import TextByText
+from llfast.pointwise import TextByText, _Mode
 
 OPERATIONS = {
     "silu": functional.silu,
@@ -14,6 +14,7 @@ OPERATIONS = {
     "sigmoid": torch.sigmoid,
     "softplus": functional.softplus,
     "glu": functional.glu,
+    "expit": torch.special.expit,
     "power": lambda x: torch.pow(x.abs(), 0.7),
     "power of a vector": lambda x: torch.pow(x.abs(), torch.full((x.shape[-1],), 0.7)),
     "power of a batch": lambda x: torch.pow(x.abs(), 0.3 + x.abs()),
@@ -46,10 +47,32 @@ def test_every_text_has_the_same_bits(name):
     assert (found == found[:1]).all() or name in PLACED
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="vectors may be computed as numbers are; runs on processors with AVX2",
+)
 def test_torch_still_needs_this():
     """If it does not, `pointwise.py` can go."""
     x = batch(5, 333, 34)
     assert any((OPERATIONS[name](x) != OPERATIONS[name](x)[:1]).any() for name in OPERATIONS)
+
+
+def test_products_that_are_scaled_are_not_cut():
+    torch.manual_seed(0)
+    bias, left, right = torch.randn(32), torch.randn(16, 64), torch.randn(64, 32)
+    mode = TextByText().during(ids(4))
+    with torch.inference_mode(), mode:
+        found = torch.addmm(bias, left, right, alpha=0.5)
+    torch.testing.assert_close(found, bias + 0.5 * (left @ right))
+    assert not mode.has_cut
+
+
+def test_what_is_left_of_the_last_piece_counts():
+    """Of 17 threads' pieces, all but the last are whole vectors."""
+    mode = _Mode(4)
+    mode._threads = 17
+    assert mode._is_whole([torch.empty(544 * 2048)])
+    assert not mode._is_whole([torch.empty(544 * 2048 - 16)])
 
 
 def test_results_are_laid_out_as_those_of_torch():
