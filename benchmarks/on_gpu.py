@@ -2,14 +2,15 @@
 
     python3 benchmarks/on_gpu.py --out DIR [--commit "$(git describe --always --dirty)"]
 
-It takes at most eight minutes, needs no installed llfast, builds the C++ module if there is none
-(which takes a compiler, setuptools and pybind11), and writes `tests.json`, `kernel.json`,
-`loading.json` and `scoring.json` into the folder as it goes: a run that is killed keeps what it
-had. `--device cpu --quick` shows that all of it runs. Peers are measured if liger-kernel and
-cut-cross-entropy can be imported, and run-time types are checked if beartype can be.
+It takes at most eight minutes (or `--seconds`), needs no installed llfast, builds the C++ module if
+there is none (which takes a compiler, setuptools and pybind11), and writes `tests.json`,
+`kernel.json`, `loading.json` and `scoring.json` into the folder as it goes: a run that is killed
+keeps what it had. `--device cpu --quick` shows that all of it runs. Peers are measured if
+liger-kernel and cut-cross-entropy can be imported, and run-time types are checked if beartype can
+be.
 
 Eight minutes are short for all of it: the kernel's cases get what the others leave, and those that
-do not fit are left out. Where there is more time, but not in one piece, it is best taken in two:
+do not fit are left out. All of it fits into two runs:
 
     --only build tests kernel --seconds 430
     --only loading scoring --seconds 260

@@ -110,7 +110,7 @@ def told_apart(requests: Sequence[ModelRequest]) -> list[ModelRequest]:
     for each in requests:
         revisions[name_of(each)].add(each.revision)
     return [
-        replace(each, revision="main")  # which is what the Hub gives whom does not say
+        replace(each, revision="main")  # which the Hub gives whoever names none
         if each.revision is None
         and len(revisions[name_of(each)]) > 1
         and not Path(each.model).is_dir()

@@ -110,7 +110,10 @@ class Weights:
         return embedding.weight.shape[0] <= self._most_table_rows
 
     def _provide_words(self, member: Member, embedding: StoredEmbedding, cache: Rows) -> None:
-        """Also where layers are kept: the rows of some texts come faster than a table."""
+        """Let an embedding find its rows: in a table on the device or the host, or in the file.
+
+        Also where layers are kept: the rows of some texts come faster than a table.
+        """
         skeleton, table = member.skeleton, member.read(embedding.weight)
         if self._is_read(embedding) and self.keep_table:
             skeleton.put([embedding.place], {embedding.weight.name: self._pages.table(table)})

@@ -162,7 +162,7 @@ class StoredIndex(KLIndex):
         self._refresh({shard: point}, basis)
 
     def remove(self, model: str) -> None:
-        """Remove a model from the store and from the index.
+        """Remove a model, with its layers, from the store, and from the index.
 
         Raises:
             SpaceError: if there is no such model.

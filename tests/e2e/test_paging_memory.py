@@ -102,8 +102,10 @@ EXPERTS = {
 MERGED = """
 import json, re, sys
 from pathlib import Path
+import torch
 import llfast
 
+torch.set_num_threads(2)  # each has memory of its own
 small, large, budget, options = json.loads(sys.argv[1])
 def status(name):
     found = re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())

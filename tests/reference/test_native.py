@@ -61,7 +61,7 @@ def sanitised(tmp_path):
             ]
             for job in jobs:
                 job.result()
-        run(COMPILER, *flags, *objects, "-o", tmp_path / "program")
+        run(COMPILER, *flags, *objects, "-ldl", "-o", tmp_path / "program")
         return tmp_path / "program"
 
     return build
