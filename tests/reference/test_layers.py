@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import llfast
-from llfast import TextSet, UnsupportedModelError, head, layers
+from llfast import TextSet, UnsupportedModelError, batchwise, head, layers
 from llfast.errors import LlfastWarning
 from llfast.lens import find_lens
 from llfast.models import open_model
@@ -208,7 +208,7 @@ def test_the_head_is_read_once_a_batch(tokenizer, monkeypatch):
 
 
 def test_too_little_memory_halves_the_token_budget(tokenizer, monkeypatch):
-    model, run = make_model("llama"), layers.run_model
+    model, run = make_model("llama"), batchwise.run_model
     expected = llfast.score_layers((model, tokenizer), TEXTS, token_budget=256)
 
     def small_machine(model, ids):
@@ -216,7 +216,7 @@ def test_too_little_memory_halves_the_token_budget(tokenizer, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return run(model, ids)
 
-    monkeypatch.setattr(layers, "run_model", small_machine)
+    monkeypatch.setattr(batchwise, "run_model", small_machine)
     with pytest.warns(LlfastWarning, match="token_budget halved to 256"):
         results = llfast.score_layers((model, tokenizer), TEXTS, token_budget=512)
     for one, other in zip(results, expected, strict=True):
