@@ -62,6 +62,7 @@ class TextByText:
             self._whole.add(tuple(input_ids.shape))
 
 
+# torch has no types for its modes, and no public name for what an operator says of itself.
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Attributes: has_cut: whether any operation has been computed text by text."""
 

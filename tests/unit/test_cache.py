@@ -16,6 +16,7 @@ from llfast.batches import Batch, given_tokens
 from llfast.files import atomic_write, read_npz
 from llfast.partial import PartialScores
 from llfast.runs import Run
+from tests.comparisons import counting
 from tests.tiny import make_tokenizer
 
 
@@ -295,15 +296,7 @@ def test_a_text_is_done_only_once_all_of_it_is_kept():
 
 
 def test_a_batch_of_many_short_texts_is_kept_in_one_pass():
-    compared = []
-
-    class Number(int):
-        __hash__ = int.__hash__
-
-        def __eq__(self, other):
-            compared.append(None)
-            return int.__eq__(self, other)
-
+    number, compared = counting(int)
     tokens = given_tokens([[1, 2]] * 2000, None)
     run = Run(
         job=SimpleNamespace(tokens=tokens),
@@ -317,7 +310,7 @@ def test_a_batch_of_many_short_texts_is_kept_in_one_pass():
         verification=None,
     )
     run.scores = PartialScores(tokens, per_token=False)
-    batch = Batch((2000, 16), tuple(map(Number, range(2000))))
+    batch = Batch((2000, 16), tuple(map(number, range(2000))))
     logprobs = -torch.ones(int(tokens.token_counts.sum()))
     finished = SimpleNamespace(batch=batch, logprobs=logprobs, token_budget=32_000)
     assert run.keep(finished) == (2000, len(logprobs))
