@@ -4,6 +4,8 @@
 // A task's words are multiplied a panel at a time, and a block of depth at a time, for which all of
 // its rows pass, in pairs of blocks of kSide. Products take a tenth of the instructions that a core
 // can begin: between them it folds the softmax of the panel before, and fetches the next ones.
+// They wait for tiles, which come from L2 half as fast as from L1: a deep head's block is so short
+// that its words stay in L1 while all rows pass, which pays for adding the sums of blocks.
 #pragma once
 
 #include <immintrin.h>
@@ -38,12 +40,13 @@ class AmxKernel {
   }
 
  private:
-  static constexpr std::int64_t kBlockRows = 256;        // of a task, at most
-  static constexpr std::int64_t kHiddenBytes = 2 << 20;  // of them
+  static constexpr std::int64_t kBlockRows = 512;        // of a task, at most
+  static constexpr std::int64_t kHiddenBytes = 3 << 20;  // of them
   static constexpr std::int64_t kFewPairs = 4;           // up to 128 rows are few
   static constexpr std::int64_t kGroupsTogether = 4;     // for which they are copied once
-  static constexpr std::int64_t kDepthSteps = 32;        // longer sums are less exact
-  static constexpr std::int64_t kSpan = 512;             // words for which a block of depth stays
+  static constexpr std::int64_t kWholeSteps = 32;        // deeper heads are cut: they are as exact
+  static constexpr std::int64_t kDepthSteps = 8;         // in blocks of so many, at most
+  static constexpr std::int64_t kSpan = 256;             // words for which a block of depth stays
 
   struct Scratch {
     std::int64_t* copied;  // 1 + the row that `hidden` begins with; 0 before there is any
@@ -70,7 +73,8 @@ class AmxKernel {
 
     Layout(const HeadProblem& problem, std::int64_t rows)
         : pairs((rows + kPanel - 1) / kPanel), steps(steps_of(problem)) {
-      const std::int64_t depth_blocks = (steps + kDepthSteps - 1) / kDepthSteps;
+      const std::int64_t most = steps > kWholeSteps ? kDepthSteps : kWholeSteps;
+      const std::int64_t depth_blocks = (steps + most - 1) / most;
       depth_steps = (steps + depth_blocks - 1) / depth_blocks;
       word_bytes = (depth_steps | 1) * kCacheLine;
       span = depth_blocks > 1 && pairs > kFewPairs ? kSpan : kPanel;
