@@ -43,7 +43,7 @@ def describe(
     """
     if target is None:
         return _machine(), []
-    if is_remote(target):
+    if is_remote(target) and adapter_base is None:
         store = Store(target)
         if not store.folder.is_dir():
             raise StoreError(f"{store.folder} must be a store, got nothing there")

@@ -238,8 +238,10 @@ def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
         _refuse_gguf(folder)
         others = ", ".join(sorted(_names(folder, _OTHER_WEIGHTS))[:3])
         but = f" by the names that transformers knows, but {others}" if others else ""
+        saved = ", and saved by transformers" if others else ""
         raise CheckpointError(
-            f"{folder} must hold .safetensors weights, got none{but}; is the download complete?"
+            f"{folder} must hold .safetensors weights, got none{but}; is the download complete"
+            f"{saved}?"
         )
     if not allow_pickle:
         raise UnsupportedModelError(

@@ -52,6 +52,8 @@ def test_info_of_an_adapter_and_the_model_that_it_belongs_to(command, checkpoint
     for given in ((), (base,)):
         run = command("info", *given, "--adapter-base", base)
         assert (run.code, run.out) == (1 if given else 2, "")
+    line = command("info", "s3://bucket/store", "--adapter-base", base).error
+    assert "model must be a checkpoint folder or Hub id, got s3://bucket/store" in line
 
 
 def test_info_of_nothing_tells_of_this_machine(command):

@@ -256,6 +256,7 @@ def test_other_formats_are_refused_by_name(tmp_path):
         for options in ({}, {"allow_pickle": True}):
             line = refused(odd, **options)
             assert f"got none by the names that transformers knows, but {name}" in line
+            assert line.endswith("is the download complete, and saved by transformers?")
 
 
 METHODS = (
