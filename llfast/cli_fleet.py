@@ -143,7 +143,7 @@ def fleet_score(
         try:
             with contextlib.redirect_stdout(sys.stderr):  # where what Ray has to say belongs
                 shared = score_on_ray(requests, *opened, address=ray, cpus=cpus, **options)
-        except KeyboardInterrupt:  # as which Ray raises whatever a signal's handler does
+        except (KeyboardInterrupt, SystemExit):  # by Ray's own code, for what the handler raised
             if ended:
                 sys.exit(128 + ended[0])
             raise

@@ -215,6 +215,31 @@ def test_a_command_that_is_told_to_end_gives_its_model_back(made, tmp_path):
     assert [each.name for each in (tmp_path / "store" / "_leases").glob("[!.]*")] == []
 
 
+@pytest.mark.parametrize("raised", ["SystemExit(1)", "KeyboardInterrupt()"])
+def test_what_ray_makes_of_the_end_is_not_the_exit_status(made, tmp_path, raised):
+    """Where a signal comes while Ray waits, it catches what the handler raises."""
+    program = f"""
+import os, signal, time
+from llfast.__main__ import main
+from llfast.fleet import ray_driver
+
+def score_on_ray(*_, **__):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except SystemExit:
+        raise {raised} from None
+
+ray_driver.score_on_ray = score_on_ray
+main()
+"""
+    words = ("fleet", "score", "--models", made[1], "--texts", made[0] / "texts.jsonl")
+    words += ("--store", tmp_path / "store", "--ray", "local")
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
