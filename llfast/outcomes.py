@@ -19,6 +19,7 @@ class Outcome:
         status: one of these.
         result: if it was scored.
         error: if it failed.
+        attempts: how often it has failed in a row, if it did.
         ran_out_of_memory: whether it failed for that.
         seconds: that it took; of relatives that were scored together, a part each.
         loading: what paging took, of all that were scored together.
@@ -29,6 +30,7 @@ class Outcome:
     status: str
     result: LogLikelihoods | None = None
     error: str | None = None
+    attempts: int = 0
     ran_out_of_memory: bool = False
     seconds: float = 0.0
     loading: LoadingStatistics | None = None

@@ -59,7 +59,7 @@ class Ledger:
         self._removed: dict[ResultKey, int] = {}
         self._failures: dict[str, dict[tuple[ResultKey, int, int], Failure]] = {}
         self._by_name: dict[str, list[ResultKey]] = {}
-        self._failed: set[Asked] = set()  # when last tried, as far as that was noted
+        self._failed: dict[Asked, int] = {}  # how often, when last tried, as far as was noted
 
     def refresh(self) -> None:
         """Read what has come since."""
@@ -80,10 +80,19 @@ class Ledger:
         """Count a row that was written just now; it will be read with the next shards."""
         self._enter(RowState(key, "complete", time.time_ns() // 1000, None, None))
 
-    def note(self, request: ModelRequest, dtype: str, *, has_failed: bool) -> None:
-        """Take in what came of a try: results of other branches do not make up for a failure."""
+    def note(self, request: ModelRequest, dtype: str, failed: int) -> None:
+        """Take in what came of a try: results of other branches do not make up for a failure.
+
+        Args:
+            request: the model.
+            dtype: unless it has its own.
+            failed: how often it has failed, this time included; 0 if it has not.
+        """
         asked = name_of(request), asked_of(request, dtype)
-        (self._failed.add if has_failed else self._failed.discard)(asked)
+        if failed:
+            self._failed[asked] = failed
+        else:
+            self._failed.pop(asked, None)
 
     def __contains__(self, key: ResultKey) -> bool:
         """Whether there is a complete row."""
@@ -99,12 +108,16 @@ class Ledger:
         name, asked = name_of(request), asked_of(request, dtype)
         commit = request.revision if _COMMIT.fullmatch(request.revision or "") else None
         keys = self._keys(request, dtype)
-        # What a branch or tag has become is not known: any result may be its, unless it was tried.
-        if (name, asked) in self._failed and self.has(request, dtype) is None:
-            keys = []
         results = [self._completed[key] for key in keys if commit in (None, key.revision)]
-        since = max([*results, _changed_us(request)])
-        found = [each for each in self._counting(name, since) if each.asked in (None, asked)]
+        done = max(results, default=0)
+        # What a branch or tag has become is not known: any result may be its, unless it was tried
+        # since, whatever clocks say. A failure of more attempts was before that.
+        failed = self._failed.get((name, asked), 0) if self.has(request, dtype) is None else 0
+        found = [
+            each
+            for each in self._counting(name, _changed_us(request))
+            if each.asked in (None, asked) and (each.created_us > done or each.attempts <= failed)
+        ]
         return max(found, key=_order, default=None)
 
     def tries(self) -> dict[Asked, int]:

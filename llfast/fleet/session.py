@@ -261,16 +261,22 @@ class Session:
             path.unlink(missing_ok=True)
 
     def _failed(self, request: ModelRequest, key: ResultKey, error: BaseException) -> Outcome:
-        reason = reason_of(error)
+        reason, attempts = reason_of(error), self._attempts(request) + 1
         self._store.add_failure(
             key,
             reason,
-            attempts=self._attempts(request) + 1,
+            attempts=attempts,
             is_lasting=is_lasting(error),
             asked=asked_of(request, self._dtype),
         )
         ran_out = is_out_of_memory(error) or is_out_of_memory(error.__cause__)
-        return Outcome(request=request, status="failed", error=reason, ran_out_of_memory=ran_out)
+        return Outcome(
+            request=request,
+            status="failed",
+            error=reason,
+            attempts=attempts,
+            ran_out_of_memory=ran_out,
+        )
 
     def _raise_if_of_all(self, error: Exception) -> None:
         """Raise what is no model's own fault."""

@@ -113,7 +113,7 @@ class Worker:
     def note(self, request: ModelRequest, outcome: Outcome) -> None:
         """Take in what came of a try, here or at another worker of this run."""
         self.ledger.refresh()
-        self.ledger.note(request, self._terms.dtype, has_failed=outcome.status == "failed")
+        self.ledger.note(request, self._terms.dtype, outcome.attempts)
 
     def give_up(self, request: ModelRequest, reason: str) -> Outcome:
         """Write down why a model is not tried any more, and take it from whom it was lost with."""

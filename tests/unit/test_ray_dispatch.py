@@ -171,7 +171,7 @@ def test_a_failure_is_told_beside_a_later_result_of_another_revision(store, monk
         asked = asked_of(request, "auto")
         store.add_failure(key, "so", attempts=1, is_lasting=True, asked=asked)
         store.add(make_result("m", n=2, revision="c", textset_digest=TEXTS.digest))
-        return Outcome(request=request, status="failed", error="so")
+        return Outcome(request=request, status="failed", error="so", attempts=1)
 
     StubCluster(attempt).install(monkeypatch)
     assert run(store, requests_of("m", revision="b")).failed["m"].reason == "so"
