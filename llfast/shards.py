@@ -144,6 +144,7 @@ class RowState(NamedTuple):
         created_us: when it was written, in microseconds since 1970, UTC.
         error: why it failed; None if it did not.
         metadata: of a failure, as JSON; None for all others.
+        provenance: of a result, read from JSON, and not to be changed: rows share it.
     """
 
     key: ResultKey
@@ -151,6 +152,7 @@ class RowState(NamedTuple):
     created_us: int
     error: str | None
     metadata: str | None
+    provenance: Any = None
 
 
 def read_states(shard: AnyPath) -> list[RowState]:
@@ -161,8 +163,9 @@ def read_states(shard: AnyPath) -> list[RowState]:
     """
     try:
         with _open_shard(shard) as file:
-            read = [*_KEY, "status", "created", "error", "metadata"]
+            read = [*_KEY, "status", "created", "error", "metadata", "provenance"]
             table = file.read(read, use_threads=_may_thread(shard))
+            provenance = _parse_each(table["provenance"])
     except StoreError as error:
         warn_of_damage(error)
         return []
@@ -174,9 +177,18 @@ def read_states(shard: AnyPath) -> list[RowState]:
     return [
         RowState(ResultKey(model, revision, digest, convention, dtype, layer, version), *rest)
         for model, revision, convention, dtype, layer, version, *rest in zip(
-            *(column.to_pylist() for column in columns), strict=True
+            *(column.to_pylist() for column in columns), provenance, strict=True
         )
     ]
+
+
+def _parse_each(column: pa.ChunkedArray) -> list[Any]:
+    """Of a column of JSON, each value that there is once: many models have the same."""
+    parsed: list[Any] = []
+    for chunk in column.dictionary_encode().iterchunks():
+        values = [json.loads(value) for value in chunk.dictionary.to_pylist()]
+        parsed += [None if index is None else values[index] for index in chunk.indices.to_pylist()]
+    return parsed
 
 
 def list_shards(folder: AnyPath) -> dict[str, int]:

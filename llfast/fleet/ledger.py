@@ -24,6 +24,7 @@ from llfast.store import Store
 _COMMIT = re.compile("[0-9a-f]{40}")
 _PARTS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.py", *TOKENIZER_FILES)
 _PART = re.compile("|".join(map(fnmatch.translate, _PARTS)))  # of a model's folder
+_ASKED = 4  # words of `asked_of`
 Asked: TypeAlias = tuple[str, tuple[str | None, ...] | None]  # a name, and `asked_of` it
 
 
@@ -59,6 +60,7 @@ class Ledger:
         self._removed: dict[ResultKey, int] = {}
         self._failures: dict[str, dict[tuple[ResultKey, int, int], Failure]] = {}
         self._by_name: dict[str, list[ResultKey]] = {}
+        self._words: dict[ResultKey, tuple[str | None, ...]] = {}  # where results say theirs
         self._failed: dict[Asked, int] = {}  # how often, when last tried, as far as was noted
 
     def refresh(self) -> None:
@@ -67,7 +69,8 @@ class Ledger:
         while is_moving:
             is_moving = False
             folder, sizes = self._store.partition(self._digest), self._store.shards(self._digest)
-            new = [with_bytes(folder / name, sizes[name]) for name in sizes.keys() - self._shards]
+            names = [name for name in sizes if name not in self._shards]
+            new = [with_bytes(folder / name, sizes[name]) for name in names]
             for shard, states in zip(new, map_paths(_states, new), strict=True):
                 if states is None:  # merged with others: the next listing has these
                     is_moving = True
@@ -141,20 +144,22 @@ class Ledger:
     def has(self, request: ModelRequest, dtype: str, *, by_name: bool = False) -> bool | None:
         """Whether a model's result is there; None where its name alone does not tell.
 
-        That is so of a branch or tag of the Hub, and of other tokenizers and adapters, unless
-        these are to go `by_name`. A folder that was written since has none.
+        That is so of a branch or tag of the Hub, and of other tokenizers and adapters. If these are
+        to go `by_name`, they have the results that were asked for in the same words, whatever the
+        words mean now, and without a revision those that do not say. A folder that was written
+        since has none.
         """
         revision = request.revision
         is_plain = request.tokenizer is None and request.adapter_base is None
-        if not (is_plain or (by_name and revision is None)):
+        keys = [key for key in self._keys(request, dtype) if key in self]
+        if is_plain and (revision is None or _COMMIT.fullmatch(revision)):
+            keys = [key for key in keys if revision in (None, key.revision)]
+        elif by_name:
+            words = _words(asked_of(request, dtype))
+            unknown = words if revision is None else None
+            keys = [key for key in keys if self._words.get(key, unknown) == words]
+        else:
             return None
-        if not (revision is None or _COMMIT.fullmatch(revision)):
-            return None
-        keys = [
-            key
-            for key in self._keys(request, dtype)
-            if key in self and revision in (None, key.revision)
-        ]
         if not keys:
             return False
         return _changed_us(request) <= max(self._completed[key] for key in keys)
@@ -211,6 +216,8 @@ class Ledger:
             if key not in self._completed:
                 self._by_name.setdefault(key.model, []).append(key)
             self._completed[key] = max(state.created_us, self._completed.get(key, 0))
+            if (asked := _asked(state.provenance)) is not None:
+                self._words[key] = _words(asked)
         else:
             failure = _failure(state)
             self._failures.setdefault(key.model, {})[key, *_order(failure)] = failure
@@ -233,6 +240,20 @@ def asked_of(request: ModelRequest, dtype: str) -> tuple[str | None, ...]:
     return request.revision, request.dtype or dtype, request.tokenizer, request.adapter_base
 
 
+def _words(asked: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The same without the dtype; whoever names no revision is given main by the Hub."""
+    revision, _, *others = asked
+    return revision or "main", *others
+
+
+def _asked(facts: Any) -> tuple[str | None, ...] | None:
+    """What was asked for, as metadata or provenance say it; None where they do not."""
+    asked = facts.get("asked") if isinstance(facts, dict) else None
+    if not isinstance(asked, list) or len(asked) != _ASKED:
+        return None
+    return tuple(asked) if all(isinstance(each, str | None) for each in asked) else None
+
+
 def _order(failure: Failure) -> tuple[int, int]:
     """The last one has the most attempts, whatever the clocks of workers say."""
     return failure.attempts, failure.created_us
@@ -247,7 +268,7 @@ def _failure(state: RowState) -> Failure:
         reason=state.error or "",
         attempts=attempts if isinstance(attempts, int) else 1,
         is_lasting=metadata.get("is_lasting") is True,
-        asked=tuple(asked) if isinstance(asked := metadata.get("asked"), list) else None,
+        asked=_asked(metadata),
         created_us=state.created_us,
     )
 

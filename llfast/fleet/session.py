@@ -6,7 +6,7 @@ import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -235,6 +235,8 @@ class Session:
         loading: LoadingStatistics,
         relatives: int = 0,
     ) -> Outcome:
+        asked = list(asked_of(opened.request, self._dtype))
+        result = replace(result, provenance={**result.provenance, "asked": asked})
         try:
             self._store.add(result)
         except OSError as error:

@@ -31,8 +31,8 @@ class Status:
 
     Attributes:
         done: models of the list that have a result; without a list, names that have one.
-        to_do: models of the list that are still to be tried; None without a list. Branches, of
-            which only a look at the model tells, count as to be tried.
+        to_do: models of the list that are still to be tried; None without a list. A branch is to be
+            tried if no result was asked for by that name, whatever it has become since.
         running: what workers are at: `model`, `host`, `rank`, `seconds` since they began, and
             `silent_seconds` since they last gave a sign.
         failed: why models have no result.

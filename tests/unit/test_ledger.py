@@ -237,10 +237,54 @@ def test_what_a_list_asks_for(store, tmp_path):
         assert ledger.has(request, "auto", by_name=True)
         assert not ledger.has(request, "bfloat16", by_name=True)
     branch = ModelRequest(model="org/m", revision="main", tokenizer="another")
-    assert ledger.has(branch, "auto", by_name=True) is None
+    assert ledger.has(branch, "auto", by_name=True) is False
     assert not has(model="org/n")
     assert has(model="elsewhere", name="org/m")
     assert ledger.has(ModelRequest(model="org/m", dtype="float32"), "bfloat16")
+
+
+def test_results_say_what_they_were_asked_for(store):
+    def add(letter, *asked, dtype="float32"):
+        provenance = {"asked": list(asked), "threads": 2}
+        store.add(make_result("org/m", revision=letter * 40, dtype=dtype, provenance=provenance))
+
+    add("a", "step1", "auto", None, None)
+    add("b", None, "auto", None, None)
+    add("c", "c" * 40, "auto", "tokenizer", None)
+    add("d", "v1.0", "auto", None, "base", dtype="bfloat16")
+    store.compact()
+    ledger = Ledger(store, DIGEST, "paper")
+    ledger.refresh()
+
+    def has(by_name=True, dtype="auto", **fields):
+        return ledger.has(ModelRequest(model="org/m", **fields), dtype, by_name=by_name)
+
+    assert has(revision="step1")
+    assert has(revision="step1", dtype="float32")
+    assert has(revision="step1", dtype="bfloat16") is False
+    assert has(revision="step1", by_name=False) is None, "a branch moves"
+    assert has(revision="step2") is False
+    assert has(revision="main"), "which is what no revision is"
+    assert has(revision="c" * 40, tokenizer="tokenizer")
+    assert has(revision="c" * 40, tokenizer="tokenizer", by_name=False) is None
+    assert has(revision="c" * 40, tokenizer="other") is False
+    assert has(revision="a" * 40, tokenizer="tokenizer") is False
+    assert has(tokenizer="tokenizer") is has(adapter_base="base") is False, "of main none are"
+    assert has(revision="v1.0", adapter_base="base")
+    store.remove(["org/m@aaaa"])
+    ledger.refresh()
+    assert has(revision="step1") is False
+
+
+@pytest.mark.parametrize("asked", [None, "step1", [], ["step1", [], None, None], {"revision": 1}])
+def test_what_others_write_is_nothing_that_was_asked_for(store, asked):
+    store.add(make_result("m", provenance={"asked": asked}))
+    store.add_failure(key_of("m"), "so", asked=asked)
+    ledger = Ledger(store, DIGEST, "paper")
+    ledger.refresh()
+    assert ledger.has(ModelRequest(model="m", revision="step1"), "auto", by_name=True) is False
+    assert ledger.has(ModelRequest(model="m", tokenizer="t"), "auto", by_name=True)
+    assert set(ledger.tries()) <= {("m", None)}
 
 
 def test_a_folder_that_was_written_since_is_to_be_looked_at_again(store, tmp_path, an_hour_ago):
@@ -274,7 +318,12 @@ def test_only_new_shards_are_read(store, monkeypatch):
 
 
 def test_states_are_what_rows_say(store):
-    store.add_all([make_result(f"m{number}", layer=number or None) for number in range(3)])
+    store.add_all(
+        [
+            make_result(f"m{number}", layer=number or None, provenance={"threads": number % 2})
+            for number in range(3)
+        ]
+    )
     store.add_failure(key_of("x"), "so", attempts=2)
     store.remove(["m0"])
     for shard in store_shards(store):
@@ -282,3 +331,4 @@ def test_states_are_what_rows_say(store):
             assert (state.key, state.status, state.error) == (row.key, row.status, row.error)
             assert state.created_us == round(row.created.timestamp() * 1e6)
             assert (state.metadata is None) == (row.status != "failed")
+            assert (state.provenance or {}) == row.provenance
