@@ -186,7 +186,7 @@ def _parse_each(column: pa.ChunkedArray) -> list[Any]:
     """Of a column of JSON, each value that there is once: many models have the same."""
     parsed: list[Any] = []
     for chunk in column.dictionary_encode().iterchunks():
-        values = [json.loads(value) for value in chunk.dictionary.to_pylist()]
+        values = [json.loads(value or "{}") for value in chunk.dictionary.to_pylist()]
         parsed += [None if index is None else values[index] for index in chunk.indices.to_pylist()]
     return parsed
 
