@@ -126,8 +126,10 @@ def _read_parquet(path: Path) -> _Table:
 
     with path.open("rb") as file:
         try:
-            # Threads may hang when Python ends: https://github.com/apache/arrow/issues/50482.
-            table = pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
+            # Threads that hold a file of Python's, as those that read ahead do, may hang or abort
+            # when Python ends: https://github.com/apache/arrow/issues/50482 and 34314.
+            parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+            table = parquet.read(use_threads=False)
             of_pandas = table.schema.pandas_metadata or {}
         except (OSError, ValueError, pa.ArrowException) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,29 @@
+"""Tables as other programs write them: with blanks, as bytes, in another shape."""
+
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llfast.importing import import_matrix
+
+
+def load(path):
+    return import_matrix(path, unit="bits_per_byte", text_bytes=972.0)
+
+
+def test_no_thread_outlives_the_reading_of_a_parquet_file(tmp_path):
+    """One that lets go of Python's file while Python ends would abort the process."""
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"id": ["x", "y"], "a": [0.5, 0.6]}), path)
+    code = (
+        "import os, sys, pyarrow.parquet; from llfast.importing import import_matrix\n"
+        "before = os.listdir('/proc/self/task')\n"
+        "import_matrix(sys.argv[1], unit='bits_per_byte', text_bytes=972)\n"
+        "print(len(os.listdir('/proc/self/task')) - len(before))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "0\n"
