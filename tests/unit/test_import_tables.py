@@ -27,3 +27,11 @@ def test_no_thread_outlives_the_reading_of_a_parquet_file(tmp_path):
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert told.stdout == "0\n"
+
+
+def test_blanks_around_a_name_are_no_part_of_it(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("id, org/a ,\"('f', 'b')\"\nx, 0.5, 0.6\n")
+    matrix = load(path)
+    assert matrix.models == ("org/a", "b")
+    assert matrix.metadata == ({}, {"family": "f"})
