@@ -178,7 +178,7 @@ def _from_columns(path: Path, names: Sequence[str], columns: Sequence[list[Any]]
     if columns and (
         names[0].strip().lower() in _ID_COLUMNS or not any(map(_is_number, columns[0]))
     ):
-        ids, names, columns = [str(cell) for cell in columns[0]], names[1:], columns[1:]
+        ids, names, columns = [_word(cell) for cell in columns[0]], names[1:], columns[1:]
     if not columns or not columns[0]:
         raise SpaceError(f"{path} must hold at least one text and one model, got none")
     for name, column in zip(names, columns, strict=True):
@@ -192,6 +192,11 @@ def _from_columns(path: Path, names: Sequence[str], columns: Sequence[list[Any]]
     models, families = zip(*(parse_name(name) for name in names), strict=True)
     values = np.array([[float(cell) for cell in column] for column in columns])
     return list(models), values, ids, list(families)
+
+
+def _word(cell: Any) -> str:
+    """As text, which some programs write as bytes that nothing says are UTF-8."""
+    return cell.decode(errors="backslashreplace") if isinstance(cell, bytes) else str(cell)
 
 
 def tell_apart(models: Sequence[str], families: Sequence[str]) -> list[str]:

@@ -35,3 +35,9 @@ def test_blanks_around_a_name_are_no_part_of_it(tmp_path):
     matrix = load(path)
     assert matrix.models == ("org/a", "b")
     assert matrix.metadata == ({}, {"family": "f"})
+
+
+def test_ids_that_are_bytes_are_what_they_spell(tmp_path):
+    table = pa.table({"id": pa.array(["x", "é"]).cast(pa.binary()), "a": [0.5, 0.6]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    assert load(tmp_path / "m.parquet").ids == ("x", "é")
