@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,10 @@ def _read_parquet(path: Path) -> _Table:
 def _read_npz(path: Path) -> _Table:
     try:
         arrays = read_npz(path)
-        models = _words(arrays["models"])
+        models = _words(arrays, "models")
         values = np.asarray(arrays["values"], dtype=np.float64)
-        ids = _words(arrays["ids"]) if "ids" in arrays else None
-        families = _words(arrays["families"]) if "families" in arrays else None
+        ids = _words(arrays, "ids") if "ids" in arrays else None
+        families = _words(arrays, "families") if "families" in arrays else None
     except KeyError as error:
         raise SpaceError(f"{path} must hold an array named {error}, got none") from None
     except (ValueError, TypeError) as error:
@@ -168,8 +168,11 @@ def _read_npz(path: Path) -> _Table:
     return models, values, ids, families or [""] * len(models)
 
 
-def _words(array: np.ndarray) -> list[str]:
+def _words(arrays: Mapping[str, np.ndarray], name: str) -> list[str]:
     """Each as text; bytes are ASCII."""
+    array = arrays[name]
+    if array.ndim != 1:
+        raise ValueError(f"{name} of shape {array.shape}")
     return [str(each) for each in (array.astype(str) if array.dtype.kind == "S" else array)]
 
 

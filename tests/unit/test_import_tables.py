@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from llfast import SpaceError
 from llfast.importing import import_matrix
 
 
@@ -41,3 +44,12 @@ def test_ids_that_are_bytes_are_what_they_spell(tmp_path):
     table = pa.table({"id": pa.array(["x", "é"]).cast(pa.binary()), "a": [0.5, 0.6]})
     pq.write_table(table, tmp_path / "m.parquet")
     assert load(tmp_path / "m.parquet").ids == ("x", "é")
+
+
+@pytest.mark.parametrize("name", ["models", "ids", "families"])
+def test_names_in_a_table_of_their_own_are_refused(tmp_path, name):
+    names = np.array([["a"], ["b"]])  # as a table with one column has them
+    arrays = {"models": ["a", "b"], "values": np.ones((2, 2))} | {name: names}
+    np.savez(tmp_path / "m.npz", **arrays)
+    with pytest.raises(SpaceError, match=rf"m\.npz must .*, got: {name} of shape \(2, 1\)"):
+        load(tmp_path / "m.npz")
