@@ -45,6 +45,8 @@ def read_scores(path: str | Path) -> Scores:
         rows = [list(column) for column in zip(*rows, strict=True)]
     models = _model_names(path, rows[0][1:])
     benchmarks = [row[0] for row in rows[1:]]
+    if not all(benchmarks):
+        raise SpaceError(f"{path} must name every benchmark, got an empty name")
     if repeated := _repeated(benchmarks):
         raise SpaceError(f"{path} must name each benchmark once, got {repeated!r} again")
     return {

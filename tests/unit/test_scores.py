@@ -44,6 +44,9 @@ def test_names_of_two_levels_are_those_that_an_import_gives(tmp_path):
         ("benchmark,a,a\narc,1,2\n", "must name each model once, got 'a' again"),
         ("benchmark,a,b\narc,1,2\narc,1,2\n", "must name each benchmark once, got 'arc' again"),
         ("model,arc,arc\na,1,2\n", "must name each benchmark once, got 'arc' again"),
+        ("model,arc,\na,1,\n", "must name every benchmark, got an empty name"),
+        ("model,arc,,\na,1,,\n", "must name every benchmark, got an empty name"),
+        ("benchmark,a,b\n,1,2\n", "must name every benchmark, got an empty name"),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, text, message):
