@@ -314,7 +314,8 @@ def _pearson(a: Float64[np.ndarray, " K"], b: Float64[np.ndarray, " K"]) -> floa
     if not np.ptp(a) or not np.ptp(b):
         return math.nan
     a, b = a - a.mean(), b - b.mean()
-    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+    a, b = a / np.abs(a).max(), b / np.abs(b).max()  # whose squares are numbers, and not all 0
+    return float(np.clip(a @ b / math.sqrt(float(a @ a) * float(b @ b)), -1, 1))
 
 
 def _spearman(a: Float64[np.ndarray, " K"], b: Float64[np.ndarray, " K"]) -> float:

@@ -205,6 +205,17 @@ def test_an_interval_is_as_wide_as_fishers_for_models_that_are_alone(monkeypatch
     assert np.ptp(wide.interval) > 0.7 * np.ptp(few)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-90, 1.0, 1e90, 1e300])
+def test_a_correlation_does_not_depend_on_the_size_of_scores(scale):
+    rng = np.random.default_rng(10)
+    for _ in range(50):
+        a = rng.standard_normal(rng.integers(2, 9))
+        b = rng.standard_normal(len(a))
+        assert _pearson(scale * a, scale * b) == pytest.approx(stats.pearsonr(a, b)[0], abs=1e-12)
+        assert _pearson(a, scale * a) <= 1.0
+        assert _pearson(a, -3 * scale * a) >= -1.0
+
+
 def test_scores_that_do_not_vary_have_no_correlation():
     (found,) = predict_scores(make(), as_scores(np.full(K, 0.1)))
     assert np.isnan(found.pearson.value)
