@@ -125,7 +125,7 @@ def predict_scores(
         matrix: log-likelihoods of K models.
         scores: by benchmark and model; models that are not in the matrix are left out.
         group: the key of the metadata that says which models belong together, and so into one
-            fold; a model without it, or with null there, is alone. None: all are.
+            fold; a model without it, or with null or "" there, is alone. None: all are.
         folds: how many, at most.
         clip_quantile: see `Basis.fit`.
         log: benchmarks of which the logarithm is predicted: perplexities, say, of which a few are
@@ -175,12 +175,13 @@ def _logs(benchmark: str, scores: Mapping[str, float]) -> dict[str, float]:
 def _groups(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, " K"]:
     """Which models have the same value of a key of their metadata; those without it are alone.
 
-    So are those that have null there, as tables write what is missing.
+    So are those that have null or "" there, as tables write what is missing.
     Numbers, and so folds, do not depend on the order of the models.
     """
-    lacking = 0 if key is None else sum(each.get(key) is None for each in matrix.metadata)
+    missing = (None, "")
+    lacking = 0 if key is None else sum(each.get(key) in missing for each in matrix.metadata)
     if key is not None and lacking == len(matrix.models):
-        known = sorted({k for each in matrix.metadata for k, v in each.items() if v is not None})
+        known = sorted({k for each in matrix.metadata for k, v in each.items() if v not in missing})
         raise SpaceError(
             f"group must be a key of the models' metadata ({', '.join(known) or 'there is none'}), "
             f"got {key!r}; without groups, relatives predict each other"
@@ -195,7 +196,7 @@ def _groups(matrix: LogLikelihoodMatrix, key: str | None) -> Int64[np.ndarray, "
     found = []
     for model, metadata in zip(matrix.models, matrix.metadata, strict=True):
         value = None if key is None else metadata.get(key)
-        found.append(("alone", model) if value is None else ("group", str(value)))
+        found.append(("alone", model) if value in missing else ("group", str(value)))
     numbers = {group: number for number, group in enumerate(sorted(set(found)))}
     return np.array([numbers[group] for group in found], dtype=np.int64)
 

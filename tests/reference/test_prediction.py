@@ -171,10 +171,11 @@ def test_a_family_that_is_null_is_one_that_is_not_there():
     def of(metadata):
         return LogLikelihoodMatrix(matrix.models, matrix.values, matrix.text_bytes, metadata)
 
-    with pytest.raises(SpaceError, match=r"metadata \(size\), got 'family'; without groups"):
-        predict_scores(of([{"family": None, "size": 1}] * K), scores)
+    for lacking in (None, ""):
+        with pytest.raises(SpaceError, match=r"metadata \(size\), got 'family'; without groups"):
+            predict_scores(of([{"family": lacking, "size": 1}] * K), scores)
     found = []
-    for other in ({}, {"family": None}, {"family": math.nan}):
+    for other in ({}, {"family": None}, {"family": math.nan}, {"family": ""}):
         half = of([other if row % 2 else {"family": f"f{row % FAMILIES}"} for row in range(K)])
         with pytest.warns(LlfastWarning, match="30 of 60 models have no family"):
             found += predict_scores(half, scores)
