@@ -14,6 +14,7 @@ from .drawing import check_picture, new_figure, save_figure
 
 _FEWEST_FOR_A_SHAPE = 20  # fewer pairs are drawn as points
 _PAIRS, _INK, _PUBLISHED = "#1f77b4", "0.15", "#d62728"
+_POINT = {"marker": "o", "linestyle": "", "clip_on": False}  # whole at the ends of the axis, too
 
 
 def draw_relations(found: Sequence[RelationKL], path: str | os.PathLike[str]) -> None:
@@ -71,7 +72,7 @@ def _draw_relation(axes: Any, place: int, each: RelationKL, floor: int) -> None:
     else:
         # To the sides of what is drawn over them, and so that close ones can be told apart.
         aside = np.resize([-0.12, 0.12, -0.2, 0.2], len(logs))
-        axes.plot(place + aside, logs, "o", color=_PAIRS, markersize=4, alpha=0.6)
+        axes.plot(place + aside, logs, color=_PAIRS, markersize=4, alpha=0.6, **_POINT)
 
     def height(kl: float) -> float:
         return math.log10(kl) if kl > 0 else float(floor)
@@ -81,9 +82,10 @@ def _draw_relation(axes: Any, place: int, each: RelationKL, floor: int) -> None:
     if each.drawn is not None:
         ends = [height(end) for end in each.median.interval]
         axes.plot([place] * 2, ends, color=_INK, linewidth=1.5, marker="_", markersize=9)
-    axes.plot([place], [height(each.median.value)], "o", color=_INK, markersize=5)
+    axes.plot([place], [height(each.median.value)], color=_INK, markersize=5, **_POINT)
     for name, kl in each.published.items():
-        axes.plot([place + 0.4], [height(kl)], "D", color=_PUBLISHED, markersize=5)
+        style = {**_POINT, "marker": "D", "color": _PUBLISHED, "markersize": 5}
+        axes.plot([place + 0.4], [height(kl)], **style)
         label = f"{kl:g}\n{name}" if len(each.published) > 1 else f"{kl:g}"
         axes.annotate(
             label,

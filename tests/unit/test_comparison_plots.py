@@ -92,6 +92,14 @@ def test_an_axis_says_what_it_shows(draw):
     assert len(points(axes, comparison_plots._PAIRS)) == 2
 
 
+def test_points_at_the_ends_of_an_axis_are_whole(draw):
+    axes = draw(make_relation("siblings", [0, 0, 1e-9, 1.0]), make_relation("same family", [0.99]))
+    drawn = [line for line in axes.get_lines() if len(line.get_xdata())]
+    at_ends = [line for line in drawn if line.get_marker() in ("o", "D")]
+    assert len(at_ends) == 5  # pairs and median of both, and a published median
+    assert not any(line.get_clip_on() for line in at_ends)
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_words_do_not_run_into_each_other_or_out_of_the_picture(draw, count):
     axes = draw(*[make_relation("adjacent layers", MANY, total=1234567)] * count)
