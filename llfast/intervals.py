@@ -81,7 +81,8 @@ def kl_estimate(
         )
     if groups is not None and groups.shape != difference.shape:
         raise ValueError(f"groups must be one a text {difference.shape}, got {groups.shape}")
-    value = float(half_variances(difference[None])[0])
+    # The mean of equal numbers may be rounded.
+    value = float(half_variances(difference[None])[0]) if np.ptp(difference) else 0.0
     left_out = _without_each(difference, groups)
     if value == 0.0 and len(left_out) > 1:
         return _estimate(0.0, 0.0, (0.0, 0.0), confidence)

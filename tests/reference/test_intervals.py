@@ -125,10 +125,10 @@ def test_group_codes_number_documents_in_order():
 # ------------------------------------------------------------------------------ edges
 
 
-@pytest.mark.parametrize("constant", [0.0, 5.0])
-@pytest.mark.parametrize("groups", [None, np.array([0, 0, 1])])
+@pytest.mark.parametrize("constant", [0.0, 5.0, 0.1])  # seven times 0.1 is not 0.7
+@pytest.mark.parametrize("groups", [None, np.array([0, 0, 1, 1, 1, 2, 2])])
 def test_identical_models_have_no_divergence_and_no_error(constant, groups):
-    found = kl_estimate(np.full(3, constant), groups)
+    found = kl_estimate(np.full(7, constant), groups)
     assert (found.value, found.standard_error, found.interval) == (0.0, 0.0, (0.0, 0.0))
 
 
