@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -259,10 +259,10 @@ def _encode_cached(
             return np.split(arrays["ids"], arrays["offsets"][1:-1])
     encoded = [
         np.array(ids, dtype=np.int32)
-        for chunk in _batched(texts.texts, 1024)
+        for start in range(0, len(texts), 1024)
         for ids in _token_ids(
             tokenizer,
-            chunk,
+            list(texts.texts[start : start + 1024]),
             add_special_tokens=own_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -294,8 +294,3 @@ def _encode_truncated(tokenizer: Any, text: str, length: int) -> Int32[np.ndarra
 def _token_ids(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
     with _IN_TURN:
         return tokenizer(text, verbose=False, **options)["input_ids"]
-
-
-def _batched(rows: Sequence[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(rows), size):
-        yield list(rows[start : start + size])

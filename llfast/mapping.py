@@ -47,7 +47,7 @@ def make_map(
         MissingDependencyError: without openTSNE, for "tsne".
     Warns: as `ModelSpace.fit` does.
     """
-    unit = kl_unit(matrix)
+    unit = "bits_per_byte" if matrix.text_bytes.any() else "nats_per_text"
     space = map_space(matrix, kept) if space is None else space
     # Squared distances of these are KL divergences.
     coordinates = space.coordinates * math.sqrt(space.per_nat(unit) / (2 * len(space.basis)))
@@ -92,11 +92,6 @@ def map_space(matrix: LogLikelihoodMatrix, kept: Places | None = None) -> ModelS
     Raises: SpaceError if the places are of other texts, or of too few of these models.
     """
     return ModelSpace.fit(matrix, on=None if kept is None else list(_kept_rows(matrix, kept)[0]))
-
-
-def kl_unit(matrix: LogLikelihoodMatrix) -> str:
-    """Bits per byte, or where no bytes are known, nats a text."""
-    return "bits_per_byte" if matrix.text_bytes.any() else "nats_per_text"
 
 
 # ------------------------------------------------------------------ inside

@@ -77,14 +77,16 @@ def map_page(found: ModelMap, *, title: str, colour: str | None = None) -> str:
         ValueError: if there is no such column.
         MissingDependencyError: if plotly is not installed.
     """
-    columns = _columns(found.metadata)
     colour = colour_column(found.metadata, colour)
     data = {
         "models": found.models,
         "x": [_rounded(x) for x in found.places[:, 0].tolist()],
         "y": [_rounded(y) for y in found.places[:, 1].tolist()],
         "bits": [_rounded(each) for each in found.bits_per_byte.tolist()],
-        "columns": columns,
+        "columns": {
+            name[:_SHOWN]: column_cells(found.metadata, name)
+            for name in _column_names(found.metadata)
+        },
         "nearest": [[_neighbour(row, kl) for row, kl in near] for near in found.nearest],
         "lines": found.lines,
         "axes": found.axes,
@@ -134,11 +136,6 @@ def colour_column(metadata: Sequence[Mapping[str, Any]], colour: str | None) -> 
             f"colour must be a column of the models' metadata ({listed}), got {colour!r}"
         )
     return colour
-
-
-def _columns(metadata: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """A value a model of every key of the metadata that says something."""
-    return {name[:_SHOWN]: column_cells(metadata, name) for name in _column_names(metadata)}
 
 
 def column_cells(metadata: Sequence[Mapping[str, Any]], name: str) -> list[Cell]:

@@ -64,7 +64,7 @@ def place(
         raise SpaceError(f"models must differ to have places, got {len(centred)} that are the same")
     if method == "mds":
         return classical_mds(np.maximum(_squared_distances(centred), 0))
-    first = principal_components(centred)
+    first = _first_axes(centred @ centred.T)  # for points are often fewer than dimensions
     return first if method == "pca" else _tsne(centred, first, perplexity, seed)
 
 
@@ -116,14 +116,6 @@ def place_among(
     placed = np.asarray(embedding.transform(new, perplexity=own))
     found: Float64[np.ndarray, "M 2"] = placed + centre
     return found
-
-
-def principal_components(coordinates: Float64[np.ndarray, "K N"]) -> Float64[np.ndarray, "K 2"]:
-    """The points on their first two principal axes; `coordinates` are centred.
-
-    From the (K, K) products of the points, for there are often fewer of them than dimensions.
-    """
-    return _first_axes(coordinates @ coordinates.T)
 
 
 def classical_mds(squared_distances: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K 2"]:
