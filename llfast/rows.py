@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import StoreError
 from .remote import AnyPath
-from .results import ResultKey, plain_metadata
+from .results import LogLikelihoods, ResultKey, plain_metadata
 
 _MOST_LISTED = 20  # rows in an error, which is one line
 _OWN_NAME = re.compile(r"[0-9]{20}-[0-9a-f]{16}\.parquet")  # as `shards.write_shard` gives them
@@ -233,7 +233,7 @@ def refuse_incomplete(row: StoredRow) -> None:
         raise ValueError(f"row must be complete, got the {what}")
 
 
-def matrix_metadata(row: StoredRow) -> dict[str, Any]:
+def matrix_metadata(row: StoredRow | LogLikelihoods) -> dict[str, Any]:
     """The caller's own columns, whether the tokenizer adds BOS if that is known, and the layer."""
     found, adds_bos = dict(plain_metadata(row.metadata)), row.provenance.get("adds_bos")
     if adds_bos is not None:

@@ -20,8 +20,8 @@ from jaxtyping import Float64
 
 from llfast.basis import Basis
 from llfast.intervals import half_variances
-from llfast.mixed import adds_bos_of
-from llfast.results import KLEstimate, LogLikelihoods, plain_metadata
+from llfast.results import KLEstimate, LogLikelihoods
+from llfast.rows import matrix_metadata
 from llfast.space import ModelSpace
 from llfast.store import Store
 
@@ -303,11 +303,7 @@ class KLIndex:
             SpaceError: if it was scored on other texts or under another convention.
             SearchError: if it is too large for fp32.
         """
-        metadata, adds_bos = dict(plain_metadata(result.metadata)), adds_bos_of(result)
-        if adds_bos is not None:
-            metadata["adds_bos"] = adds_bos
-        if result.layer is not None:
-            metadata |= {"layer": result.layer, "layer_of": result.model}
+        metadata = matrix_metadata(result)
         model = IndexedModel(result.key.label, result.revision, result.dtype, metadata)
         point = self._project(result)
         with self._lock:
