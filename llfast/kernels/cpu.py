@@ -87,7 +87,7 @@ def fold(parts: PartialSums, total: PartialSums | None = None) -> PartialSums:
     """The parts folded left to right, (1, T), into a copy of what lies to their left, if given."""
     count, tokens = parts.shape
     folded = (
-        PartialSums.neutral(1, tokens, parts.max.device)
+        PartialSums.neutral(tokens, parts.max.device)
         if total is None
         else PartialSums.joined(total)
     )

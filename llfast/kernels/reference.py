@@ -43,7 +43,7 @@ def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
 def fold(parts: PartialSums, total: PartialSums | None = None) -> PartialSums:
     """The parts folded left to right, (1, T), onto what lies to their left, if given."""
     if total is None:
-        total = PartialSums.neutral(1, parts.shape[1], parts.max.device)
+        total = PartialSums.neutral(parts.shape[1], parts.max.device)
     for part in range(parts.shape[0]):
         total = _merge(total, _row(parts, part))
     return total

@@ -55,9 +55,9 @@ class PartialSums:
         )
 
     @staticmethod
-    def neutral(parts: int, tokens: int, device: torch.device) -> PartialSums:
-        """Parts without words: folding them into others changes no bit."""
-        sums = PartialSums.empty(parts, tokens, device)
+    def neutral(tokens: int, device: torch.device) -> PartialSums:
+        """A part without words: folding it into others changes no bit."""
+        sums = PartialSums.empty(1, tokens, device)
         sums.max.fill_(-math.inf)
         sums.sum.zero_()
         sums.weighted_sum.zero_()

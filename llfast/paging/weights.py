@@ -128,7 +128,7 @@ class Weights:
         """What was read of the layer in place, as it was stored, and slots on a device."""
         return [*self._there.values(), *self._pages.on_device]
 
-    def begin_wave(self, member: int = 0) -> None:
+    def begin_wave(self, member: int) -> None:
         """Expect the order of the last wave again, beginning with this member."""
         self._before, self._asked = self._asked, []
         self._wave = (0,) if len(self._members) == 1 else None
@@ -143,7 +143,7 @@ class Weights:
         if is_news and self._layer is not None:
             self._read_ahead(self._after(*self._layer))
 
-    def need(self, name: str, member: int = 0) -> None:
+    def need(self, name: str, member: int) -> None:
         """Put a layer of a member in place; others go, unless they are kept."""
         if (name, member) == self._layer or name in self._kept:
             return
