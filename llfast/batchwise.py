@@ -140,7 +140,7 @@ def plan_for(model: Any, tokens: TokenizedTexts, token_budget: int) -> list[Batc
     """The batches of all texts; of one text each for a mixture of experts."""
     rows = 1 if is_mixture_of_experts(model) else None
     limits = [limit for _, limit in rope_limits(model.config)]
-    return plan_batches(tokens, max(token_budget, 1), rows_per_batch=rows, limits=limits)
+    return plan_batches(tokens, token_budget, rows_per_batch=rows, limits=limits)
 
 
 def too_long(batch: Batch, name: str, error: IndexError) -> ScoringError:

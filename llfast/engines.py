@@ -223,7 +223,7 @@ def plan_unread(job: Job, paged: PagedModel | None) -> list[Batch]:
         model = job.source.outline() if paged is None else paged.model
     if model is None:
         limits = [limit for _, limit in rope_limits(job.source.config)]
-        return plan_batches(job.tokens, max(job.token_budget, 1), limits=limits)
+        return plan_batches(job.tokens, job.token_budget, limits=limits)
     return plan_for(model, job.tokens, job.token_budget)
 
 

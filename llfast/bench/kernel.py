@@ -225,7 +225,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
         found["gpu"] = chip.name
         found["multiprocessors"] = chip.multi_processor_count
         found["memory_gib"] = round(chip.total_memory / 2**30, 1)
-        found["l2_mib"] = round(getattr(chip, "L2_cache_size", 0) / 2**20, 1)
+        found["l2_mib"] = round(chip.L2_cache_size / 2**20, 1)
         found["cuda"] = torch.version.cuda
     return found
 

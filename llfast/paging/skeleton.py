@@ -276,7 +276,7 @@ def _places(model: nn.Module) -> Iterable[tuple[str, Place]]:
     found: dict[int, tuple[Tensor, list[str]]] = {}
     named = [
         *model.named_parameters(remove_duplicate=False),
-        *((name, each) for name, each in model.named_buffers(remove_duplicate=False)),
+        *model.named_buffers(remove_duplicate=False),
     ]
     for name, tensor in named:
         if tensor.is_meta:

@@ -117,12 +117,11 @@ def find_units(skeleton: Skeleton, linear: str) -> Units:
     by_layer: dict[str, list[str]] = {}
     kept = []
     for name, place in skeleton.places.items():
-        layers = {owner for owner in (_owner(owners, each) for each in place.names) if owner}
+        layer, *more = {_owner(owners, each) for each in place.names}
         if name == head_weight or (embedding is not None and name == embedding.place):
             continue
-        alone = len(layers) == 1 and all(_owner(owners, each) for each in place.names)
-        if alone and isinstance(place.empty, nn.Parameter):
-            by_layer.setdefault(layers.pop(), []).append(name)
+        if layer is not None and not more and isinstance(place.empty, nn.Parameter):
+            by_layer.setdefault(layer, []).append(name)
         else:
             kept.append(name)
     if embedding is None and len(skeleton.places[head_weight].names) > 1:

@@ -154,7 +154,7 @@ def _threads(_process: int) -> ThreadPoolExecutor:  # of each process, for a for
 
 @cache
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 @cache

@@ -85,7 +85,7 @@ class Segment:
             raise SearchError(f"{folder} must be a whole index, got {error!r}") from None
         if directions.shape != (m, n) or not 0 <= first <= m or count < 1:
             raise SearchError(_damaged(folder / "index.npz", "sizes that do not fit together"))
-        explained = self.facts.get("explained", (0.0, 0.0))
+        explained = self.facts["explained"]
         self.projection = Projection(directions, first, tuple(explained)) if m else None
         self._sums = self._read("checks.u64", np.dtype("<u8"), (count,))
         fp32 = np.dtype("<f4")
