@@ -32,7 +32,7 @@ from memory import status_kib
 import llfast
 from llfast.bench import report
 from llfast.checkpoint import Checkpoint
-from llfast.paging.sharing import find_equals
+from llfast.paging import relatives
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = Shape(layers=12, hidden=2048, heads=16, kv_heads=8, head_dim=128, vocabulary=32_000)
@@ -122,7 +122,7 @@ def measure(folder: Path, shape: Shape, repetitions: int) -> dict[str, Any]:
         checkpoint.digest()  # once in a checkpoint's life, which every way of scoring asks for
     drop([path for each in checkpoints for path in each.weights])
     statistics, start = llfast.LoadingStatistics(), time.perf_counter()
-    find_equals(checkpoints, statistics)
+    relatives(checkpoints, statistics)
     compare_seconds = time.perf_counter() - start
     return {
         "models": MODELS,

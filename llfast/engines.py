@@ -169,7 +169,7 @@ def open_engine(
 def find_relatives(
     models: Sequence[tuple[ModelSource, torch.dtype, torch.device]],
     weights: str,
-    statistics: LoadingStatistics | None = None,
+    statistics: LoadingStatistics,
 ) -> list[Relatives]:
     """Models in groups that can be opened, and are worth being opened, together.
 

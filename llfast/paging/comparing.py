@@ -28,9 +28,7 @@ _DIGEST_BYTES = 32
 Contents = list[dict[str, object]]  # of each checkpoint, by name: the same for equal tensors
 
 
-def contents_of(
-    checkpoints: Sequence[Checkpoint], statistics: LoadingStatistics | None
-) -> Contents:
+def contents_of(checkpoints: Sequence[Checkpoint], statistics: LoadingStatistics) -> Contents:
     """What tells tensors from others of their name; what only one checkpoint has is left out.
 
     Args:
@@ -56,8 +54,7 @@ def contents_of(
             if len({places[tensor] for tensor in tie}) > 1:
                 in_doubt |= {places[tensor]: tensor for tensor in tie}
     digests, hashed_bytes = _digests(in_doubt)
-    if statistics is not None:
-        statistics.compared_bytes += hashed_bytes
+    statistics.compared_bytes += hashed_bytes
     return [
         {
             name: (tensor.dtype, tensor.shape, digests.get(places[tensor], places[tensor]))

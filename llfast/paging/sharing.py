@@ -43,32 +43,13 @@ class Relatives:
         return Relatives(tuple(numbers[place] for place in self.numbers), self.equals)
 
 
-def find_equals(
-    checkpoints: Sequence[Checkpoint], statistics: LoadingStatistics | None = None
-) -> list[Equals]:
-    """For each checkpoint the tensors that an earlier one has, too, byte for byte, by that name.
-
-    Tensors of one name, shape and dtype are compared by a few of their bytes, then by their sha256,
-    which is remembered by the file's place, size, time of change and inode.
-
-    Args:
-        checkpoints: opened ones.
-        statistics: told what was read.
-
-    Raises:
-        CheckpointError: if a file cannot be read.
-    """
-    contents = contents_of(checkpoints, statistics)
-    return _equals(checkpoints, contents, range(len(checkpoints)))
-
-
-def relatives(
-    checkpoints: Sequence[Checkpoint], statistics: LoadingStatistics | None = None
-) -> list[Relatives]:
+def relatives(checkpoints: Sequence[Checkpoint], statistics: LoadingStatistics) -> list[Relatives]:
     """All checkpoints, in groups that are worth going through together.
 
     Those of a group are of one architecture, and each shares a twentieth of its bytes with another
-    one. Pickled ones are alone.
+    one. Pickled ones are alone. Tensors of one name, shape and dtype are compared by a few of their
+    bytes, then by their sha256, which is remembered by the file's place, size, time of change and
+    inode.
 
     Args:
         checkpoints: opened ones.

@@ -14,7 +14,7 @@ from llfast import cache
 from llfast.checkpoint import Checkpoint
 from llfast.errors import CheckpointError
 from llfast.paging import LoadingStatistics, comparing, relatives, sharing
-from llfast.paging.sharing import at_place, find_equals, in_other_places
+from llfast.paging.sharing import at_place, in_other_places
 from llfast.safetensors_file import StoredTensor
 from tests.families import age
 
@@ -38,6 +38,12 @@ def changed(tensor, place):
     copy = tensor.clone()
     copy[place] += 1
     return copy
+
+
+def find_equals(checkpoints, statistics=None):
+    """For each checkpoint the tensors that an earlier one has, too, by that name."""
+    contents = comparing.contents_of(checkpoints, statistics or LoadingStatistics())
+    return sharing._equals(checkpoints, contents, range(len(checkpoints)))
 
 
 @pytest.fixture
@@ -206,7 +212,7 @@ def test_an_interrupt_does_not_wait_for_whole_files(tmp_path, monkeypatch):
 
 def numbers_of(checkpoints):
     """Of each group; what they share must be what comparing its members alone says."""
-    found = relatives(checkpoints)
+    found = relatives(checkpoints, LoadingStatistics())
     for group in found:
         assert list(group.equals) == find_equals([checkpoints[each] for each in group.numbers])
     return [group.numbers for group in found]
