@@ -22,6 +22,7 @@ from readme_moves import trajectories
 from readme_real import real_models, real_predictions, real_relations
 from readme_search import search
 from readme_summary import REPORTS, summary
+from readme_tables import spread, table
 from readme_throughput import throughput
 
 from llfast.bench.cases import GRAPH_TOKENS
@@ -42,22 +43,15 @@ def scoring(found: dict[str, Any]) -> list[str]:
     rates, over = found["tokens_per_second"], found["llfast_over"]
     memory = found["peak_memory_mib"]
 
-    def row(name: str, title: str, *rest: str) -> str:
-        rate = f"{rates[name]['median']:,.0f}"
-        return "| " + " | ".join((title, rate, f"{memory[name]:,.0f} MiB", *rest)) + " |"
+    def row(name: str, title: str, *rest: str) -> tuple[str, ...]:
+        return title, f"{rates[name]['median']:,.0f}", f"{memory[name]:,.0f} MiB", *rest
 
-    lines = [
-        "| | tokens/s | memory | time over llfast's | over the body's alone |",
-        "|---|---|---|---|---|",
-        row("llfast", "**`llfast.score`**", "", ""),
-    ]
+    rows = [row("llfast", "**`llfast.score`**", "", "")]
     for peer, title in peers.items():
         ratio, ceiling = over[peer]["ratio"], over[peer]["ceiling"]
-        paired = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        lines.append(row(peer, title, paired, f"{ceiling['median']:.2f}"))
+        rows.append(row(peer, title, spread(ratio, ".2f"), f"{ceiling['median']:.2f}"))
     model, chip, versions = found["model"], found["hardware"], found["versions"]
-    lines.append("")
-    lines.append(
+    told = (
         f"{found['texts']} texts ({found['tokens']:,} tokens), a GPT-2 shape of "
         f"{model['parameters'] / 1e6:.0f}M parameters in {model['dtype']}, on "
         f"{chip['threads']} threads of {chip['processor']} ({chip['instruction_set']}), torch "
@@ -68,7 +62,8 @@ def scoring(found: dict[str, Any]) -> list[str]:
         f"`score` ran at {100 * found['share_of_matmul']['median']:.0f} % of the rate of torch's "
         f"own matrix product. Command: `{found['command']}`."
     )
-    return lines
+    titles = ("", "tokens/s", "memory", "time over llfast's", "over the body's alone")
+    return [*table(titles, rows), "", told]
 
 
 def intervals(found: dict[str, Any]) -> list[str]:
@@ -80,43 +75,37 @@ def intervals(found: dict[str, Any]) -> list[str]:
     }
     claimed = [cell for cell in found["cells"] if not cell["beyond_claim"]]
     layouts = sorted({(cell["texts"], cell["texts_a_document"]) for cell in claimed})
-    lines = [
-        "| texts | a document | " + " | ".join(methods.values()) + " |",
-        "|---|---|" + "---|" * len(methods),
-    ]
+    rows = []
     for texts, chunks in layouts:
         cells = [
             cell["intervals"]
             for cell in claimed
             if (cell["texts"], cell["texts_a_document"]) == (texts, chunks)
         ]
-        row = []
+        row = [f"{texts:,}", str(chunks)]
         for method in methods:
             shares = [100 * cell[method]["coverage"] for cell in cells]
             row.append(f"{min(shares):.1f} to {max(shares):.1f} %")
-        lines.append(f"| {texts:,} | {chunks} | " + " | ".join(row) + " |")
+        rows.append(row)
     kinds = len({cell["distribution"] for cell in claimed})
-    lines.append("")
-    lines.append(
+    told = (
         f"Lowest and highest over {kinds} distributions, {found['repetitions']:,} simulated "
         "repetitions each. The last distribution is that of measured pairs of models (`--pairs`). "
         "Command: `python benchmarks/bench_intervals.py`."
     )
-    return lines
+    return [*table(("texts", "a document", *methods.values()), rows), "", told]
 
 
 def demo(found: dict[str, Any]) -> list[str]:
     """The nearest relatives that the demo found."""
-    lines = ["| model | nearest | second | third |", "|---|---|---|---|"]
-    for model, hits in found["nearest"].items():
-        if model.endswith(("-prose", "-code", "-heavy", "-merge")):
-            cells = [
-                "{} {:.2f} ({:.2f} to {:.2f})".format(hit["model"], hit["kl"], *hit["interval"])
-                for hit in hits
-            ]
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    lines += ["", "KL in bits/byte (95 % interval). Command: `llfast demo --json`."]
-    return lines
+    form = "{} {:.2f} ({:.2f} to {:.2f})"
+    rows = [
+        (model, *(form.format(hit["model"], hit["kl"], *hit["interval"]) for hit in hits))
+        for model, hits in found["nearest"].items()
+        if model.endswith(("-prose", "-code", "-heavy", "-merge"))
+    ]
+    told = "KL in bits/byte (95 % interval). Command: `llfast demo --json`."
+    return [*table(("model", "nearest", "second", "third"), rows), "", told]
 
 
 def cpu_kernel(found: dict[str, Any]) -> list[str]:
@@ -131,10 +120,7 @@ def cpu_kernel(found: dict[str, Any]) -> list[str]:
     }
     many, few = found["many_tokens"], found["few_tokens"]
     peers = {name: title for name, title in peers.items() if name in many[0]["llfast_over"]}
-    lines = [
-        "| T, V, D | dtype | GFLOP/s (share of peak) | " + " | ".join(peers.values()) + " |",
-        "|---|---|---|" + "---|" * len(peers),
-    ]
+    rows = []
     for case in many:
         rate, share = case["llfast_gflops"]["median"], case["share_of_peak"]["median"]
         over = case["llfast_over"]
@@ -146,15 +132,10 @@ def cpu_kernel(found: dict[str, Any]) -> list[str]:
             f"{rate:,.0f} ({100 * share:.0f} %)",
             *ratios,
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = table(("T, V, D", "dtype", "GFLOP/s (share of peak)", *peers.values()), rows)
     counts = sorted({case["T"] for case in few})
-    lines += [
-        "",
-        "| V, D | dtype | read, GB/s | share of it at "
-        + " | ".join(f"T = {count}" for count in counts)
-        + " |",
-        "|---|---|---|" + "---|" * len(counts),
-    ]
+    rows = []
     heads: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     for case in few:
         heads.setdefault((case["V"], case["D"], case["dtype"]), []).append(case)
@@ -163,7 +144,10 @@ def cpu_kernel(found: dict[str, Any]) -> list[str]:
         shares = {case["T"]: 100 * case["share_of_read"]["median"] for case in cases}
         cells = [f"{words}, {width}", dtype, f"{min(reads):.0f} to {max(reads):.0f}"]
         cells += [f"{shares[count]:.0f} %" for count in counts]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    first, *others = (f"T = {count}" for count in counts)
+    titles = ("V, D", "dtype", "read, GB/s", f"share of it at {first}", *others)
+    lines += ["", *table(titles, rows)]
     chip, versions, limited = found["hardware"], found["versions"], found["limited_to"]
     held = "" if limited is None else f", torch held to {limited} too"
     lines.append("")
@@ -202,10 +186,7 @@ def kernel(found: dict[str, Any]) -> list[str]:
         if any(name in case["llfast_over"] for case in cases)
     }
     many = [case for case in cases if case["share_of_copy"] is None]
-    lines = [
-        "| head | T, V, D | TFLOP/s | " + " | ".join(peers.values()) + " |",
-        "|---|---|---|" + "---|" * len(peers),
-    ]
+    rows = []
     for case in many:
         ratios = {name: f"{ratio['median']:.2f}" for name, ratio in case["llfast_over"].items()}
         if "matmul" in ratios:
@@ -216,12 +197,10 @@ def kernel(found: dict[str, Any]) -> list[str]:
             f"{case['tflops']['median']:,.0f}",
             *(ratios.get(name, "") for name in peers),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| head | T | ms | GB/s of the head | share of a copy's rate | time over `torch.mm` |",
-        "|---|---|---|---|---|---|",
-    ]
+        rows.append(cells)
+    lines = table(("head", "T, V, D", "TFLOP/s", *peers.values()), rows)
+    titles = "head,T,ms,GB/s of the head,share of a copy's rate,time over `torch.mm`".split(",")
+    rows = []
     for case in cases:
         if case["share_of_copy"] is not None:
             over = case["llfast_over"].get("matmul")
@@ -233,8 +212,8 @@ def kernel(found: dict[str, Any]) -> list[str]:
                 f"{100 * case['share_of_copy']['median']:.0f} %",
                 "" if over is None else f"{over['median']:.2f}",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", _kernel_notes(found, cases)]
+            rows.append(cells)
+    return [*lines, "", *table(titles, rows), "", _kernel_notes(found, cases)]
 
 
 def _kernel_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
@@ -263,11 +242,9 @@ def _kernel_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
 
 def kernel_resources(found: dict[str, Any]) -> list[str]:
     """What each compiled kernel takes of a multiprocessor."""
-    columns = "dtype, tokens, tile, loads, with, warps, stages, registers, stack bytes, shared KiB"
-    columns += ", instructions"
-    lines = ["| | " + columns.replace(", ", " | ") + " |", "|---|" + "---|" * 11]
-    for row in found["kernels"]:
-        cells = [
+    titles = ",dtype,tokens,tile,loads,with,warps,stages,registers,stack bytes".split(",")
+    rows = [
+        (
             f"sm_{row['architecture']} `{row['kernel'].removesuffix('_kernel')}`",
             row.get("dtype", ""),
             row.get("schedule", ""),
@@ -280,10 +257,11 @@ def kernel_resources(found: dict[str, Any]) -> list[str]:
             str(row["stack_bytes"]),
             f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit_bytes'] / 1024:.0f}",
             f"{row['instructions']:,}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    command = "python benchmarks/compile_kernels.py"
-    return [*lines, "", f"Triton {found['triton']}. Command: `{command}`."]
+        )
+        for row in found["kernels"]
+    ]
+    told = f"Triton {found['triton']}. Command: `python benchmarks/compile_kernels.py`."
+    return [*table([*titles, "shared KiB", "instructions"], rows), "", told]
 
 
 def load(name: str) -> dict[str, Any]:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from readme_tables import spread, table
+
 
 def loading(found: dict[str, Any]) -> list[str]:
     """Weights from disk: what each provider takes for the same texts."""
     peers, chip, versions = found["peers"], found["hardware"], found["versions"]
     titles = {"llfast": "**llfast, paged**", "from_pretrained": "transformers, all in memory"}
-    lines = [
-        "| | seconds | over llfast's | read a text | peak memory |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, each in peers["peers"].items():
         over = each.get("over_llfast")
-        cells = (
+        row = (
             titles.get(name, name),
             f"{each['seconds']['median']:.1f}",
             "" if over is None else f"{over['median']:.1f}",
             f"{each['bytes_a_text']['median'] / 1e9:.2f} GB",
             f"{each['peak_mib']['median']:,.0f} MiB",
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(row)
     texts, tokens = peers["texts"]
     rate = found["rate"]
     notes = [
@@ -78,20 +77,19 @@ def loading(found: dict[str, Any]) -> list[str]:
         f"{versions['accelerate']}, AirLLM {versions['airllm']}; medians, least to most in "
         f"brackets. Command: `{found['command']}`."
     )
-    return [*lines, "", " ".join(notes)]
+    columns = ("", "seconds", "over llfast's", "read a text", "peak memory")
+    return [*table(columns, rows), "", " ".join(notes)]
 
 
 def _times(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    return spread(ratio, ".2f")
 
 
 def relatives(found: dict[str, Any]) -> list[str]:
     """Fine-tunes together, beside each of them alone."""
     chip, versions, compared = found["hardware"], found["versions"], found["compare"]
-    lines = [
-        "| | one after the other | **together** | time together | bytes together | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
+    titles = ",one after the other,**together**,time together,bytes together,peak memory".split(",")
+    rows = []
     for case in found["cases"]:
         texts, tokens = case["texts"]
         alone, together = case["runs"]["alone"], case["runs"]["together"]
@@ -102,7 +100,7 @@ def relatives(found: dict[str, Any]) -> list[str]:
         cells += [_times(case["seconds_over_alone"]), _times(case["bytes_over_alone"])]
         peaks = [max(run["peak_mib"] for run in runs) for runs in (alone, together)]
         cells.append(f"{peaks[0]:,.0f} and {peaks[1]:,.0f} MiB")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     note = (
         f"{found['models']} fine-tunes of {found['shape']} that share three quarters of their "
         f"{found['weight_bytes'] / 1e9:.1f} GB in bf16, files that no cache holds, "
@@ -112,4 +110,4 @@ def relatives(found: dict[str, Any]) -> list[str]:
         f"{versions['transformers']}; medians, least to most in brackets. Command: "
         f"`{found['command']} --folder DIR`."
     )
-    return [*lines, "", note]
+    return [*table(titles, rows), "", note]

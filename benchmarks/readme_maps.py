@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from readme_tables import table
+
 
 def real_map(found: dict[str, Any]) -> list[str]:
     """How families of real models hang together on a map."""
@@ -20,16 +22,15 @@ def real_map(found: dict[str, Any]) -> list[str]:
 
 def page(found: dict[str, Any]) -> list[str]:
     """How fast the page is."""
-    lines = [
-        "| models | file | opens in | a picture while it moves | another colour | a search |",
-        "|---|---|---|---|---|---|",
-    ]
-    for case in found["cases"]:
-        ms = case["ms"]
-        cells = [_ms(ms[name]) for name in ("open", "frame", "colour", "search")]
-        lines.append(
-            f"| {case['models']:,} | {case['file_mib']:.1f} MiB | " + " | ".join(cells) + " |"
+    titles = "models,file,opens in,a picture while it moves,another colour,a search".split(",")
+    rows = [
+        (
+            f"{case['models']:,}",
+            f"{case['file_mib']:.1f} MiB",
+            *(_ms(case["ms"][name]) for name in ("open", "frame", "colour", "search")),
         )
+        for case in found["cases"]
+    ]
     last = found["cases"][-1]
     made = last["made_in_seconds"]
     told = (
@@ -38,7 +39,7 @@ def page(found: dict[str, Any]) -> list[str]:
         f"{found['versions']['plotly']}. The map of {last['models']:,} models on "
         f"{last['texts']} texts took {made['map']:.0f} s to make. Command: `{found['command']}`."
     )
-    return [*lines, "", told]
+    return [*table(titles, rows), "", told]
 
 
 def _ms(spread: dict[str, float]) -> str:

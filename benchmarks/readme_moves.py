@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from readme_tables import table
+
 _SPACES = ("loglikelihood", "weight")
 
 
@@ -18,18 +20,19 @@ def trajectories(found: dict[str, Any]) -> list[str]:
         "KL of a layer to the next",
         "bits/byte at the end",
     )
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    rows = []
     for width in found["models"]["widths"]:
         names = [name for name in found["runs"] if name.startswith(f"w{width}-")]
         runs = [found["runs"][name] for name in names]
         layers = [found["kl_between_layers"][name] for name in names]
         cells = [
+            str(width),
             *(_range([run[space]["exponent"] for run in runs]) for space in _SPACES),
             _range([run["median_late_kl"] for run in runs]),
             ", ".join(_range(list(each)) for each in zip(*layers, strict=True)),
             _range([run["bits_per_byte"][1] for run in runs]),
         ]
-        lines.append(f"| {width} | " + " | ".join(cells) + " |")
+        rows.append(cells)
     seeds, sizes = (found["kl_of_last"][name]["median"] for name in ("seeds", "sizes"))
     steps, models = found["steps"], found["models"]
     told = (
@@ -48,7 +51,7 @@ def trajectories(found: dict[str, Any]) -> list[str]:
             f"{seconds['scoring and following'] / 60:.0f} of scoring on "
             f"{found['hardware']['threads']} threads. "
         )
-    return [*lines, "", f"{told}Command: `{found['command']}`."]
+    return [*table(titles, rows), "", f"{told}Command: `{found['command']}`."]
 
 
 def _range(values: list[float]) -> str:

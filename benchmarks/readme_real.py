@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from readme_tables import table
+
 
 def real_models(found: dict[str, Any]) -> list[str]:
     """The nearest of some of 90 real models."""
-    lines = ["| model | nearest | second | third |", "|---|---|---|---|"]
-    for model, hits in found["nearest"].items():
-        cells = [
-            "{} {:.4f} ({:.4f} to {:.4f})".format(h["model"], h["kl"], *h["interval"]) for h in hits
-        ]
-        lines.append(f"| {model} | " + " | ".join(cells[:3]) + " |")
-    lines.append("")
-    lines.append(
+    form = "{} {:.4f} ({:.4f} to {:.4f})"
+    rows = [
+        (model, *(form.format(h["model"], h["kl"], *h["interval"]) for h in hits[:3]))
+        for model, hits in found["nearest"].items()
+    ]
+    told = (
         f"{found['models']} models on {found['texts']} texts. The nearest model is of the same "
         f"family for {found['nearest_is_kin']} of the {found['with_kin']} whose family has "
         "another. Bytes of the texts are not known, so values order models but are no absolute KL. "
         "Command: `python benchmarks/real_models.py bits_per_byte.csv`."
     )
-    return lines
+    return [*table(("model", "nearest", "second", "third"), rows), "", told]
 
 
 def real_predictions(found: dict[str, Any]) -> list[str]:
     """How predicted scores go with real ones."""
-    lines = [
-        "| error on | r | of ranks | mean log-likelihood alone: r | of ranks |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ("error on", "r", "of ranks", "mean log-likelihood alone: r", "of ranks")
+    rows = []
     names = ("pearson", "spearman", "baseline_pearson", "baseline_spearman")
     for benchmark, each in found["benchmarks"].items():
         cells = [
@@ -36,24 +34,21 @@ def real_predictions(found: dict[str, Any]) -> list[str]:
             for name in names
         ]
         title = f"{benchmark}, log perplexity" if benchmark in found["log"] else benchmark
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines.append("")
-    lines.append(
+        rows.append((title, *cells))
+    told = (
         f"{found['models']} models of {found['families']} families on {found['texts']} texts; "
         "correlations of predicted and real errors, with 95 % intervals from drawing families "
         "again, for predictions as they are. Each family is predicted by the others: their clip, "
         "penalty and weights. "
         "Command: `python benchmarks/real_predictions.py bits_per_byte.csv benchmark_errors.csv`."
     )
-    return lines
+    return [*table(titles, rows), "", told]
 
 
 def real_relations(found: dict[str, Any]) -> list[str]:
     """KL by relation among 90 real models, and how the tree goes with families."""
-    lines = [
-        "| relation | pairs | first quartile | median | third quartile |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ("relation", "pairs", "first quartile", "median", "third quartile")
+    rows = []
     for each in found["relations"]:
         pairs = f"{each['pairs']:,}"
         if each["used"] < each["pairs"]:
@@ -62,7 +57,7 @@ def real_relations(found: dict[str, Any]) -> list[str]:
             "{:.2g} ({:.2g} to {:.2g})".format(each[name]["value"], *each[name]["interval"])
             for name in ("first_quartile", "median", "third_quartile")
         ]
-        lines.append(f"| {each['relation']} | {pairs} | " + " | ".join(cells) + " |")
+        rows.append((each["relation"], pairs, *cells))
     tree = found["tree"]
     told = (
         f"{found['models']} models of {found['families']} families on {found['texts']} texts; "
@@ -73,4 +68,4 @@ def real_relations(found: dict[str, Any]) -> list[str]:
         f"shuffled ones: below {tree['adjusted_rand_of_shuffled']:.2f}). Command: `python "
         "benchmarks/real_relations.py bits_per_byte.csv`."
     )
-    return [*lines, "", told]
+    return [*table(titles, rows), "", told]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from readme_tables import spread, table
+
 _CERTIFIED, _EXACT, _FLAT = "llfast certified", "llfast exact", "faiss Flat"
 _TITLES = {
     _CERTIFIED: "**llfast**",
@@ -12,6 +14,19 @@ _TITLES = {
 }
 _GRAPHS = ("faiss HNSW", "usearch", "hnswlib")
 _KIND = "outside"
+_OWN = (  # titles of llfast's own figures
+    "models",
+    "faiss Flat over llfast",
+    "compared in full",
+    "of the collection",
+    "with intervals",
+    "in batches",
+    "faiss Flat in batches",
+    "just opened",
+    "cold",
+    "memory over vectors",
+    "built in",
+)
 
 
 def search(found: dict[str, Any]) -> list[str]:
@@ -19,37 +34,20 @@ def search(found: dict[str, Any]) -> list[str]:
     cases = found["cases"]
     asked = [case["questions"][_KIND] for case in cases]
     names = list(dict.fromkeys(name for each in asked for name in each["providers"]))
-    lines = _head("models", *(_TITLES.get(name, name) for name in names))
+    times, own_figures = [], []
     for case, each in zip(cases, asked, strict=True):
         cells = [_title(case)]
         for name in names:
             one = each["providers"].get(name)
             cells.append("" if one is None else _cell(one["ms"], one["recall"]))
-        lines.append(_row(cells))
-    lines += [
-        "",
-        *_head(
-            "models",
-            "faiss Flat over llfast",
-            "compared in full",
-            "of the collection",
-            "with intervals",
-            "in batches",
-            "faiss Flat in batches",
-            "just opened",
-            "cold",
-            "memory over vectors",
-            "built in",
-        ),
-    ]
+        times.append(cells)
     for case, each in zip(cases, asked, strict=True):
         batch, own = each["batch"], each["certified"]
         flat = each["providers"].get(_FLAT)
-        compared = own["compared"]
         cells = [
             _title(case),
-            "" if flat is None else _times(flat["over_certified"]),
-            f"{compared['median']:,.0f} ({compared['min']:,.0f} to {compared['max']:,.0f})",
+            "" if flat is None else spread(flat["over_certified"], ".1f"),
+            spread(own["compared"], ",.0f"),
             _cell(case["questions"]["held in"]["providers"][_CERTIFIED]["ms"]),
             _cell(own["with_intervals"]["ms"]),
             *(
@@ -61,8 +59,14 @@ def search(found: dict[str, Any]) -> list[str]:
             f"{100 * case['memory']['share_of_vectors']:.1f} %",
             f"{case['build']['llfast']['seconds']:,.0f} s",
         ]
-        lines.append(_row(cells))
-    return [*lines, "", " ".join(_notes(found, asked))]
+        own_figures.append(cells)
+    return [
+        *table(("models", *(_TITLES.get(name, name) for name in names)), times),
+        "",
+        *table(_OWN, own_figures),
+        "",
+        " ".join(_notes(found, asked)),
+    ]
 
 
 def _notes(found: dict[str, Any], asked: list[dict[str, Any]]) -> list[str]:
@@ -135,15 +139,3 @@ def _cell(ms: dict[str, float], recall: float = 1.0) -> str:
         f"{figure:,.0f}" if figure >= 100 else f"{figure:.1f}" if figure >= 1 else f"{figure:.2f}"
     )
     return shown if recall == 1.0 else f"{shown} ({100 * recall:.1f} %)"
-
-
-def _times(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})"
-
-
-def _head(*titles: str) -> list[str]:
-    return [_row(titles), "|" + "---|" * len(titles)]
-
-
-def _row(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"

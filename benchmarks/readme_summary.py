@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from readme_tables import spread, table
+
 REPORTS = ("scoring", "cpu_kernel_avx512_bf16", "loading", "search")  # that it is made of
 _MODELS = 100_000
 _THERE = "into a tensor that is there"
@@ -17,15 +19,13 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
         *_loading(found["loading"]),
         *_search(found["search"]),
     ]
-    lines = ["| | llfast | beside | time over llfast's |", "|---|---|---|---|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     *others, nearest = dict.fromkeys(_chip(found[name]) for name in REPORTS)
     where = f"{', '.join(others)}; searches: {nearest}" if others else nearest
     told = (
         f"{where}. Medians of interleaved repetitions, least to most in brackets; versions and "
         "commands stand with each table in docs/benchmarks.md."
     )
-    return [*lines, "", told]
+    return [*table(("", "llfast", "beside", "time over llfast's"), rows), "", told]
 
 
 def _scoring(found: dict[str, Any]) -> list[list[str]]:
@@ -101,6 +101,4 @@ def _inverse(ratio: dict[str, float]) -> dict[str, float]:
 
 
 def _times(ratio: dict[str, float]) -> str:
-    digits = 1 if ratio["median"] >= 2.5 else 2
-    middle, least, most = (f"{ratio[name]:.{digits}f}" for name in ("median", "min", "max"))
-    return f"{middle} ({least} to {most})"
+    return spread(ratio, ".1f" if ratio["median"] >= 2.5 else ".2f")

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from readme_tables import spread, table
+
 PARTS = ("tokenise", "read", "body", "head", "store", "other")
 
 
 def throughput(found: dict[str, Any]) -> list[str]:
     """A row a model: how fast it is, and each part's share of the time and of its ceiling."""
-    lines = [
-        "| model | models an hour | tokens/s | " + " | ".join(PARTS) + " |",
-        "|---|---|---|" + "---|" * len(PARTS),
-    ]
-    for model in found["models"]:
-        cells = [
+    rows = [
+        (
             f"{model['name']}, {model['parameters'] / 1e6:,.0f}M",
-            _range(model["models_an_hour"]),
-            _range(model["tokens_a_second"]),
+            spread(model["models_an_hour"], ",.0f"),
+            spread(model["tokens_a_second"], ",.0f"),
             *(_part(model["parts"][part]) for part in PARTS),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        )
+        for model in found["models"]
+    ]
     chip, versions = found["hardware"], found["versions"]
     tokens = sorted({model["tokens"] for model in found["models"]})
     bounds = "; ".join(f"{model['name']}: {model['bound']['line']}" for model in found["models"])
@@ -36,14 +35,10 @@ def throughput(found: dict[str, Any]) -> list[str]:
         f"transformers {versions['transformers']}; medians of {found['repetitions']} interleaved "
         f"repetitions, least to most in brackets. Command: `{found['command']}`."
     )
-    return [*lines, "", line]
+    return [*table(("model", "models an hour", "tokens/s", *PARTS), rows), "", line]
 
 
 def _part(part: dict[str, Any]) -> str:
     share = part["share_of_ceiling"]
     beside = "" if share is None else f" ({share['median']:.2f})"
     return f"{100 * part['share_of_time']['median']:.1f} %{beside}"
-
-
-def _range(value: dict[str, float]) -> str:
-    return "{median:,.0f} ({min:,.0f} to {max:,.0f})".format(**value)
