@@ -99,9 +99,8 @@ def _to_merge(
     return merged
 
 
-def _replacing(rows: Iterable[StoredRow], kept: Iterable[StoredRow]) -> set[AnyPath]:
+def _replacing(rows: Iterable[StoredRow], kept: Sequence[StoredRow]) -> set[AnyPath]:
     """Shards whose results take the place of others: with those gone they have to be whole."""
-    kept = list(kept)
     places = {(row.shard, row.position) for row in kept}
     dropped = {row.key for row in rows if (row.shard, row.position) not in places}
     return {row.shard for row in kept if row.status == "complete" and row.key in dropped}
@@ -169,6 +168,8 @@ def _row_groups(
 ) -> Iterator[pa.Table]:
     """Tables with all columns of rows, shard by shard; small shards are in the order of the rows.
 
+    What a shard has no column for is a missing value.
+
     Whenever a table is given, `finished` has the shards that have no rows in later ones.
     """
     positions: defaultdict[AnyPath, list[int]] = defaultdict(list)
@@ -183,20 +184,11 @@ def _row_groups(
             if low == high:
                 continue
             chosen = [place - start for place in places[low:high]]
-            waiting.append(_with_columns(pa.Table.from_batches([batch]).take(chosen), schema))
+            waiting.append(pa.Table.from_batches([batch]).take(chosen))
             waiting_bytes += waiting[-1].nbytes
             if waiting_bytes >= GROUP_BYTES:
-                yield pa.concat_tables(waiting)
+                yield pa.concat_tables([schema.empty_table(), *waiting], promote_options="default")
                 waiting, waiting_bytes = [], 0
         finished.append(shard)
     if waiting:
-        yield pa.concat_tables(waiting)
-
-
-def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the columns of other shards, too, as missing values."""
-    columns = [
-        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)
+        yield pa.concat_tables([schema.empty_table(), *waiting], promote_options="default")
