@@ -34,8 +34,8 @@ from llfast.search.segment import Segment
 K = 10
 CERTIFIED, EXACT, INTERVALS = "llfast certified", "llfast exact", "llfast certified, intervals"
 APPROXIMATE = "llfast approximate"
+# Timed in between, to hold searches against.
 FIRST_PASS, READ_FIRST, READ = "first pass", "read of its bytes", "read"
-NO_SEARCH = (FIRST_PASS, READ_FIRST, READ)  # timed in between, to hold searches against
 BATCH, BATCHES = 32, 3
 SETTLE_SECONDS = 0.01  # for some milliseconds after a call, OpenMP's threads spin in others' way
 MOST_SECONDS = 15.0  # a provider and kind of question; a slow one is asked fewer of them

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,9 @@ def measure(
     def seconds_left() -> float:
         return max(most_seconds - (time.monotonic() - start), 0.0)
 
-    with _on(place), torch.no_grad():
+    # For events and streams.
+    current = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
+    with current, torch.no_grad():
         copy = Copy(place)
         for name, head in chosen.items():
             for problem in _problems(
@@ -228,10 +230,3 @@ def _hardware(device: torch.device) -> dict[str, Any]:
         found["l2_mib"] = round(chip.L2_cache_size / 2**20, 1)
         found["cuda"] = torch.version.cuda
     return found
-
-
-@contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device the current one, for events and streams."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        yield
