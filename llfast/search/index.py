@@ -30,7 +30,7 @@ from .certified import first_look, nearest, within
 from .contents import Contents, choose_mode
 from .flat import import_faiss, norms_of, refuse_overflow
 from .hits import Hits
-from .models import IndexedModel
+from .models import IndexedModel, Models
 from .segment import Segment
 from .snapshot import Snapshot
 
@@ -64,11 +64,12 @@ class KLIndex:
 
     def _set(self, contents: Contents) -> None:
         """Search in these from now on; call it with the lock."""
-        self._models, self._rows = contents.models, contents.rows
-        self._projection = contents.projection
+        self._contents = contents
         self._added = Added(len(self.basis), contents.projection)
-        self._largest, self._offset = contents.largest, contents.offset
-        self._noise_floor = contents.noise_floor
+
+    @property
+    def _models(self) -> Models:
+        return self._contents.models
 
     @classmethod
     def build(
@@ -179,7 +180,7 @@ class KLIndex:
 
         It was measured when the lists of models were made, for models held out from that.
         """
-        listed = self._rows.listed
+        listed = self._contents.rows.listed
         return None if listed is None else listed.lists.recall
 
     @property
@@ -329,26 +330,26 @@ class KLIndex:
         """One more row; call it with the lock."""
         norm = float(norms_of(point[None])[0])
         refuse_overflow(norm)
-        self._largest = max(self._largest, norm * (1 + _ROUNDED))
-        self._offset = max(self._offset, abs(float(point.mean())) + _ROUNDED * norm)
+        self._contents = known = replace(
+            self._contents,
+            largest=max(self._contents.largest, norm * (1 + _ROUNDED)),
+            offset=max(self._contents.offset, abs(float(point.mean())) + _ROUNDED * norm),
+        )
         self._added.append(point)
         self._models.add(model)
         if same := self._models.in_another_dtype(model):
             now = self._take_snapshot()
             noise = half_variances(np.array([now.point(row) for row in same]) - point)
-            self._noise_floor = max(self._noise_floor, float(noise.max()))
+            floor = max(known.noise_floor, float(noise.max()))
+            self._contents = replace(known, noise_floor=floor)
 
     def _take_snapshot(self) -> Snapshot:
         """What there is; call it with the lock."""
         return Snapshot(
             basis=self.basis,
-            models=self._models,
-            parts=[self._rows] + ([self._added.rows()] if len(self._added) else []),
-            projection=self._projection,
+            contents=self._contents,
+            parts=[self._contents.rows] + ([self._added.rows()] if len(self._added) else []),
             allowed=self._models.allowed(),
-            largest=self._largest,
-            offset=self._offset,
-            noise_floor=self._noise_floor,
         )
 
     def _snapshot(

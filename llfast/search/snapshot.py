@@ -15,11 +15,11 @@ from llfast.mixed import warn_of_kind
 from llfast.results import KLEstimate, LogLikelihoods
 from llfast.where import select_rows
 
+from .contents import Contents
 from .flat import refuse_large_rows
 from .gpu import MOST_ANSWERS
 from .hits import Hit, Hits
-from .models import Models
-from .projection import Projection, Reduced
+from .projection import Reduced
 from .searched import Found, Query, Rows, first_bounds, listed_bounds
 
 
@@ -37,30 +37,22 @@ class Snapshot:
 
     Attributes:
         basis: of all points.
-        models: what is known of the rows; of those that came later, too.
-        parts: their points.
-        projection: what their lower-bound coordinates were made with, if there are any.
+        contents: what is known of all rows; its models may be joined by more.
+        parts: points of its rows, and of those that came later.
         allowed: which rows are there; None for all.
-        largest: norm of the points, at most.
-        offset: mean of a point's coordinates, at most.
-        noise_floor: the largest KL between two dtypes of one model, nats a text.
     """
 
     basis: Basis
-    models: Models
+    contents: Contents
     parts: Sequence[Rows]
-    projection: Projection | None
     allowed: Bool[np.ndarray, " K"] | None
-    largest: float
-    offset: float
-    noise_floor: float
 
     def only(self, where: str | None) -> Snapshot:
         """Without the rows of which a SQL condition does not hold; see `KLIndex.search`."""
         if where is None:
             return self
         count = sum(map(len, self.parts))
-        chosen = select_rows(self.models.table(self.basis.convention), where)[:count]
+        chosen = select_rows(self.contents.models.table(self.basis.convention), where)[:count]
         allowed = chosen if self.allowed is None else chosen & self.allowed
         # The lists of the nearest models may hold none of which the condition holds.
         return replace(self.exactly(), allowed=allowed)
@@ -88,7 +80,7 @@ class Snapshot:
         """
         point = self.basis.project(result)
         refuse_large_rows(point[None], [result.model])
-        known, floor = self.models, self.noise_floor or None
+        known, floor = self.contents.models, self.contents.noise_floor or None
         warn_of_kind(result, self.basis.convention, known.dtypes, known.adds_bos, floor)
         rounded: Float64[np.ndarray, " N"] = point.astype(self.parts[0].points.dtype)
         return rounded.astype(np.float64)
@@ -114,7 +106,7 @@ class Snapshot:
             same = isinstance(query, str) or (row is not None and self._is_at(row, points[at]))
             own_rows.append(row if same else None)
         reduced = bounds = None
-        if self.projection is not None:
+        if self.contents.projection is not None:
             reduced = self._reduce(points, own_rows)
             bounds = first_bounds(self.parts, reduced) if self.recall is None else None
         near = self._near(points, least)
@@ -129,8 +121,8 @@ class Snapshot:
                 query=Query.around(
                     points[at],
                     own,
-                    largest=self.largest,
-                    offset=self.offset,
+                    largest=self.contents.largest,
+                    offset=self.contents.offset,
                     allowed=allowed,
                     bounds=own_bounds,
                     rows=chosen,
@@ -140,14 +132,14 @@ class Snapshot:
 
     def kl(self, a: int, b: int, unit: str) -> KLEstimate:
         """The KL divergence between two rows."""
-        return self._estimate(self.point(a), self.models[a].dtype, b, unit)
+        return self._estimate(self.point(a), self.contents.models[a].dtype, b, unit)
 
     def hits(self, asked: Asked, found: Found, unit: str, k: int | None = None) -> Hits:
         """The k nearest of what was found; all of it for None."""
         factor = self.basis.per_nat(unit)
         divergences, rows = found.divergences.tolist(), found.rows.tolist()
         order = sorted(
-            (divergence, self.models.name(row), row)
+            (divergence, self.contents.models.name(row), row)
             for divergence, row in zip(divergences, rows, strict=True)
         )
         hits = [
@@ -167,23 +159,23 @@ class Snapshot:
     # ------------------------------------------------------------------ inside
 
     def _metadata(self, row: int) -> Mapping[str, Any]:
-        return self.models[row].metadata
+        return self.contents.models[row].metadata
 
     def _estimate(
         self, point: Float64[np.ndarray, " N"], dtype: str, row: int, unit: str
     ) -> KLEstimate:
         return self.basis.kl(
             point - self.point(row),
-            (dtype, self.models[row].dtype),
+            (dtype, self.contents.models[row].dtype),
             unit,
-            noise_floor=self.noise_floor,
+            noise_floor=self.contents.noise_floor,
         )
 
     def _dtype(self, query: str | LogLikelihoods, row: int | None) -> str:
         if isinstance(query, LogLikelihoods):
             return query.dtype
         assert row is not None
-        return self.models[row].dtype
+        return self.contents.models[row].dtype
 
     def _near(
         self, points: Float64[np.ndarray, "Q N"], least: int
@@ -211,9 +203,9 @@ class Snapshot:
         self, points: Float64[np.ndarray, "Q N"], own_rows: Sequence[int | None]
     ) -> Reduced:
         """Lower-bound coordinates, which the index has of its own rows."""
-        assert self.projection is not None
+        assert self.contents.projection is not None
         other = [at for at, row in enumerate(own_rows) if row is None]
-        computed = self.projection.reduce(points[other])
+        computed = self.contents.projection.reduce(points[other])
         rows = [
             computed[other.index(at)] if row is None else self._reduced(row)
             for at, row in enumerate(own_rows)

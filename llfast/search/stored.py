@@ -53,10 +53,7 @@ from .models import IndexedModel, Models
 from .segment import Segment
 
 # What a search sees, and what is known of it.
-_STATE = (
-    "basis _models _rows _projection _added _largest _offset _noise_floor _segment _shards "
-    "_removed _known"
-).split()
+_STATE = "basis _contents _added _segment _shards _removed _known".split()
 _MOST_ADDED = 1 / 8  # of a segment's rows: with more, opening an index writes a new one
 
 
@@ -224,10 +221,10 @@ class StoredIndex(KLIndex):
 
     def summary(self) -> dict[str, Any]:
         """What people are told of it; memory is without the points, which are mapped."""
-        rows, projection, lists = self._segment.rows, self._projection, self._segment.lists
+        rows, projection, lists = self._segment.rows, self._contents.projection, self._segment.lists
         arrays = [] if rows.reduced is None else [rows.reduced.first, rows.reduced.rest]
         arrays += [] if projection is None else [projection.directions]
-        listed = 0 if self._rows.listed is None else self._rows.listed.nbytes
+        listed = self._contents.rows.listed
         return {
             "models": len(self),
             "texts": len(self.basis),
@@ -236,7 +233,8 @@ class StoredIndex(KLIndex):
             "explained": None if projection is None else projection.explained[1],
             "lists": 0 if lists is None else len(lists.centroids),
             "approximate_recall": None if lists is None else round(lists.recall, 4),
-            "memory_bytes": sum(each.nbytes for each in arrays) + listed,
+            "memory_bytes": sum(each.nbytes for each in arrays)
+            + (0 if listed is None else listed.nbytes),
             "points_bytes": rows.points.nbytes,
             "folder": str(self._segment.folder),
         }
@@ -312,7 +310,8 @@ class StoredIndex(KLIndex):
     def _adopt(self, segment: Segment) -> None:
         if hasattr(self, "_segment"):  # a GPU may have no room for the new points beside the old
             with self._lock:
-                self._rows = replace(self._rows, on_gpu=None)
+                rows = replace(self._contents.rows, on_gpu=None)
+                self._contents = replace(self._contents, rows=rows)
         contents = self._prepared(Contents.of_segment(segment, self.mode))
         with self._lock:
             self._set(contents)

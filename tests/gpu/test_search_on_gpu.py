@@ -29,7 +29,7 @@ def space():
 @pytest.fixture(scope="module")
 def index(space):
     index = KLIndex.build(space, "exact")
-    assert index._rows.on_gpu is not None
+    assert index._contents.rows.on_gpu is not None
     return index
 
 
@@ -53,7 +53,7 @@ def test_few_are_compared_on_the_cpu(space, index):
 
 def test_distances_are_as_exact_as_fp32_allows(space, index):
     points = np.ascontiguousarray(space.coordinates[:16], dtype=np.float32)
-    squares, rows = index._rows.on_gpu.near(points, 50)
+    squares, rows = index._contents.rows.on_gpu.near(points, 50)
     for point, found, near in zip(points, squares, rows, strict=True):
         some = space.coordinates[near].astype(np.float32).astype(np.float64)
         truth = np.square(some - point).sum(axis=1)

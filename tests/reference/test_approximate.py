@@ -56,8 +56,8 @@ def test_what_it_finds_has_the_kl_of_an_exact_search_in_the_same_order(space, in
 def test_it_looks_at_few_models_and_gives_no_certificate(space, index):
     looked_at = []
     for row in range(0, K, 500):
-        reduced = index._projection.reduce(space.coordinates[[row]])
-        looked_at.append(len(index._rows.listed.near(reduced.first, 34, None)[0]))
+        reduced = index._contents.projection.reduce(space.coordinates[[row]])
+        looked_at.append(len(index._contents.rows.listed.near(reduced.first, 34, None)[0]))
     assert np.median(looked_at) < K / 4
     hits = index.search(space.models[0])
     assert hits.certificate is None

@@ -121,8 +121,8 @@ def test_only_what_a_condition_allows_is_read_where_that_is_little():
     space = make_space(lineage(rng, 3000, N))
     exact, certified = KLIndex.build(space, "exact"), KLIndex.build(space, "certified")
     reads = []
-    rows = exact._rows
-    object.__setattr__(exact, "_rows", replace(rows, check=reads.extend))
+    rows = replace(exact._contents.rows, check=reads.extend)
+    exact._contents = replace(exact._contents, rows=rows)
     hits = exact.search("m0007", 5, where="model like '%11'")
     assert hits == certified.search("m0007", 5, where="model like '%11'")
     assert hits.certificate.compared == hits.certificate.models == 30
