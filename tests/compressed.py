@@ -1,9 +1,9 @@
 """Tiny checkpoints of compressed-tensors, made by the package itself from plain ones."""
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tests.quantised import edit, is_quantised
+from tests.quantised import edit, is_quantised, save_both
 
 ARGUMENTS = {
     "float-quantized": {"num_bits": 8, "type": "float", "strategy": "channel"},
@@ -108,12 +108,6 @@ def save_compressed(
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
     } | settings
-    for to, tensors in ((folder, stored), (truth, exact)):
-        if to is not None:
-            to.mkdir(parents=True)
-            for file in plain.iterdir():
-                if file.name != "model.safetensors":
-                    (to / file.name).write_bytes(file.read_bytes())
-            save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    save_both(plain, (folder, stored), (truth, exact))
     edit(folder, quantization_config=method)
     return folder

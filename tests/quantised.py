@@ -91,6 +91,17 @@ def edit(folder, name="config.json", **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def save_both(plain, *twins):
+    """Tensors in folders, each with all else that is in the plain one. None is for no folder."""
+    for to, tensors in twins:
+        if to is not None:
+            to.mkdir(parents=True)
+            for file in plain.iterdir():
+                if file.name != "model.safetensors":
+                    (to / file.name).write_bytes(file.read_bytes())
+            save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+
+
 def save_fp8(
     plain,
     folder,
@@ -129,12 +140,6 @@ def save_fp8(
     change(stored)
     method = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
     method |= {"weight_block_size": None if block is None else list(block)} | settings
-    for to, tensors in ((folder, stored), (truth, exact)):
-        if to is not None:
-            to.mkdir(parents=True)
-            for file in plain.iterdir():
-                if file.name != "model.safetensors":
-                    (to / file.name).write_bytes(file.read_bytes())
-            save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    save_both(plain, (folder, stored), (truth, exact))
     edit(folder, quantization_config=method)
     return folder
