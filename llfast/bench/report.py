@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,9 +59,7 @@ def commit() -> str:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and most, to four digits."""
-    ordered = sorted(values)
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    found = {"median": middle, "min": ordered[0], "max": ordered[-1]}
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
