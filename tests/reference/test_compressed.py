@@ -3,7 +3,6 @@
 import re
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,7 +14,7 @@ from llfast.models import open_model
 from llfast.quantised import compressed
 from tests.compressed import ARGUMENTS, save_compressed
 from tests.paging import check_same, least_budget, score_paged
-from tests.quantised import KINDS, edit, save_plain
+from tests.quantised import KINDS, edit, same_numbers, save_plain
 from tests.tiny import TEXTS, make_model, make_tokenizer, quiet
 
 pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
@@ -39,12 +38,6 @@ def plain(tmp_path_factory):
 
 def resident(folder, **options):
     return llfast.score(folder, FEW, weights="resident", per_token=True, **OPTIONS, **options)
-
-
-def same_numbers(one, other):
-    assert np.std(other.values) > 10, "the truth must tell texts apart"
-    assert one.values.tobytes() == other.values.tobytes()
-    assert one.logprobs.values.tobytes() == other.logprobs.values.tobytes()
 
 
 @pytest.mark.parametrize(

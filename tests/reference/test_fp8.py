@@ -3,7 +3,6 @@
 import re
 import threading
 
-import numpy as np
 import pytest
 import safetensors
 import torch
@@ -20,7 +19,16 @@ from llfast.paging.skeleton import Skeleton
 from llfast.quantised.dequantise import in_fp32, multiplied
 from llfast.quantised.weight import Fp8Weight
 from tests.paging import LIMITS, check_same, least_budget, score_paged
-from tests.quantised import KINDS, edit, is_quantised, quantise, save_fp8, save_plain, spread
+from tests.quantised import (
+    KINDS,
+    edit,
+    is_quantised,
+    quantise,
+    same_numbers,
+    save_fp8,
+    save_plain,
+    spread,
+)
 from tests.tiny import TEXTS, make_model, make_tokenizer, quiet
 
 pytestmark = pytest.mark.usefixtures("on_one_thread")  # models are tiny
@@ -53,13 +61,6 @@ def resident(folder, **options):
 
 def paged(folder, **options):
     return score_paged(folder, FEW, **OPTIONS, **options)[0]
-
-
-def same_numbers(one, other):
-    """The provenance differs: they are two checkpoints."""
-    assert np.std(other.values) > 10, "the truth must tell texts apart"
-    assert one.values.tobytes() == other.values.tobytes()
-    assert one.logprobs.values.tobytes() == other.logprobs.values.tobytes()
 
 
 # ------------------------------------------------------------------------------ numbers

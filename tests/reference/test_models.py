@@ -15,6 +15,7 @@ import llfast
 from llfast import CheckpointError, TextSet, UnsupportedModelError
 from llfast.errors import LlfastWarning
 from llfast.models import FolderSource, open_model
+from tests.opening import same_weights
 from tests.paging import score_paged
 from tests.tiny import (
     COMMON,
@@ -70,12 +71,6 @@ def edit_weights(folder, change):
     weights = load_file(path)
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
-
-
-def same_weights(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ------------------------------------------------------------------------------ weights

@@ -1,7 +1,6 @@
 import json
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -17,13 +16,7 @@ from llfast.results import RaggedArray, ResultKey
 from tests.comparisons import counting
 from tests.spaces import make_matrix
 
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """Without the type checks that only tests have, so that our own answer."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("untyped")  # our own checks are to answer
 
 
 # ------------------------------------------------------------------------------ RaggedArray
