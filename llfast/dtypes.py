@@ -54,9 +54,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def fast_dtype(
-    stored: torch.dtype, device: torch.device, *, processor: Processor | None = None
-) -> torch.dtype:
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to run a checkpoint in: its own, except where a CPU is slow in it.
 
     fp16 runs at a tenth of fp32's speed on a CPU, and bf16 needs instructions for it that are fast;
@@ -65,10 +63,8 @@ def fast_dtype(
     Args:
         stored: the checkpoint's dtype.
         device: where it will run.
-        processor: looked up in the table, instead of this machine's.
     """
     if device.type != "cpu" or stored == torch.float32:
         return stored
-    processor = this_processor() if processor is None else processor
-    fast = stored == torch.bfloat16 and processor in _BF16_PAYS
+    fast = stored == torch.bfloat16 and this_processor() in _BF16_PAYS
     return stored if fast else torch.float32

@@ -55,7 +55,6 @@ def linear_path(
     *,
     model: nn.Module | None = None,
     leave_out: nn.Module | None = None,
-    processor: Processor | None = None,
 ) -> str:
     """Which path linear layers take: "torch" or "packed".
 
@@ -67,10 +66,9 @@ def linear_path(
         dtype: the dtype that it runs in.
         model: whose packed weights have to fit in memory; None asks for the table alone.
         leave_out: the layer that `linear_layers` will leave out.
-        processor: looked up in the table, instead of this machine's.
     """
-    processor = this_processor() if processor is None else processor
-    if device.type != "cpu" or (processor, dtype) not in _PACKED_PAYS or not _packing_works():
+    pays = device.type == "cpu" and (this_processor(), dtype) in _PACKED_PAYS
+    if not pays or not _packing_works():
         return TORCH
     weights = set() if model is None else {weight for _, weight in _packable(model, leave_out)}
     if sum(weight.nbytes for weight in weights) > _MEMORY_SHARE * memory.total_bytes():

@@ -40,6 +40,11 @@ def make_layer(shape, *, bias=True, kind=nn.Linear):
     return layer
 
 
+def on(processor, monkeypatch):
+    """The table is asked for another processor than this machine's."""
+    monkeypatch.setattr(linear, "this_processor", lambda: processor)
+
+
 def run(layer, hidden, path="packed"):
     with torch.inference_mode(), linear_layers(layer, path, leave_out=None):
         return layer(hidden)
@@ -277,9 +282,9 @@ def test_a_shared_weight_is_packed_and_counted_once(monkeypatch):
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     monkeypatch.setattr(memory, "total_bytes", lambda: 4 * 48 * 32 * 4)
-    options = {"model": model, "processor": ZEN5}
-    assert linear_path(CPU, torch.float32, leave_out=third, **options) == "packed"
-    assert linear_path(CPU, torch.float32, **options) == "torch"
+    on(ZEN5, monkeypatch)
+    assert linear_path(CPU, torch.float32, model=model, leave_out=third) == "packed"
+    assert linear_path(CPU, torch.float32, model=model) == "torch"
 
 
 def test_unusual_calls_do_what_they_always_did(calls):
@@ -322,14 +327,16 @@ def test_two_models_on_two_threads():
             assert values.tobytes() == expected[row].tobytes()
 
 
-def test_the_table_is_all_that_decides():
+def test_the_table_is_all_that_decides(monkeypatch):
     model = make_model("llama")
-    assert linear_path(CPU, torch.float32, model=model, processor=ZEN5) == "packed"
+    on(ZEN5, monkeypatch)
+    assert linear_path(CPU, torch.float32, model=model) == "packed"
+    assert linear_path(CPU, torch.bfloat16) == "torch"
+    assert linear_path(torch.device("cuda"), torch.float32) == "torch"
     others = ("", ""), ("AuthenticAMD 25", "avx2"), ("GenuineIntel 6", "avx512_bf16")
     for processor in itertools.starmap(Processor, others):
-        assert linear_path(CPU, torch.float32, model=model, processor=processor) == "torch"
-    assert linear_path(CPU, torch.bfloat16, processor=ZEN5) == "torch"
-    assert linear_path(torch.device("cuda"), torch.float32, processor=ZEN5) == "torch"
+        on(processor, monkeypatch)
+        assert linear_path(CPU, torch.float32, model=model) == "torch"
     with linear_layers(model, "torch", leave_out=None):
         assert not [module for module in model.modules() if "forward" in vars(module)]
 
@@ -357,15 +364,17 @@ def test_torch_takes_over_where_its_operators_are_not_usable(
 
     own = torch.ops.mkldnn
     monkeypatch.setattr(torch.ops, "mkldnn", Operators())
-    assert linear_path(CPU, torch.float32, processor=Processor("", "")) == "torch"  # no warning
+    on(Processor("", ""), monkeypatch)
+    assert linear_path(CPU, torch.float32) == "torch"  # no warning
+    on(ZEN5, monkeypatch)
     with pytest.warns(LlfastWarning, match=f"not usable .*{problem}"):
-        assert linear_path(CPU, torch.float32, processor=ZEN5) == "torch"
-    assert linear_path(CPU, torch.float32, processor=ZEN5) == "torch"  # warned of once
+        assert linear_path(CPU, torch.float32) == "torch"
+    assert linear_path(CPU, torch.float32) == "torch"  # warned of once
 
 
 def test_little_memory_leaves_the_layers_with_torch(monkeypatch):
     model = make_model("llama")
-    monkeypatch.setattr(linear, "this_processor", lambda: ZEN5)
+    on(ZEN5, monkeypatch)
     pair = model, make_tokenizer(adds_bos=True)
     assert llfast.score(pair, TEXTS).provenance["linear"] == "packed"
     monkeypatch.setattr(memory, "total_bytes", lambda: 10_000)
