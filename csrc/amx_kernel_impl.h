@@ -43,6 +43,7 @@ class AmxKernel {
   static constexpr std::int64_t kBlockRows = 512;        // of a task, at most
   static constexpr std::int64_t kHiddenBytes = 3 << 20;  // of them
   static constexpr std::int64_t kFewPairs = 4;           // up to 128 rows are few
+  static constexpr std::int64_t kStepsAhead = 4;         // that words in place are asked for
   static constexpr std::int64_t kGroupsTogether = 4;     // for which they are copied once
   static constexpr std::int64_t kWholeSteps = 32;        // deeper heads are cut: they are as exact
   static constexpr std::int64_t kDepthSteps = 8;         // in blocks of so many, at most
@@ -250,6 +251,13 @@ class AmxKernel {
     const std::byte* first;
     std::int64_t row_bytes;
     std::byte* copy;  // null if they stay where they are
+
+    // A step of a panel, into L1: through L2, it would wait twice.
+    void prefetch(std::int64_t step) const {
+      for (std::int64_t word = 0; word < kPanel; ++word) {
+        _mm_prefetch(first + word * row_bytes + step * kCacheLine, _MM_HINT_T0);
+      }
+    }
   };
 
   // Few tokens read words where they are, once; for more, rows are copied that may be far apart,
@@ -279,13 +287,22 @@ class AmxKernel {
     const std::int64_t calls = layout_.pairs * piece.steps;
     const bool copies = next_words.copy != nullptr && next.words > 0;
     Lines copied(problem_, copies ? next : Piece{}, calls);
-    Lines asked(problem_, copies ? piece_after(next) : next, calls);
+    Lines asked(problem_, copies ? piece_after(next) : Piece{}, calls);
     // So many that a panel is folded before the products of another are stored in its place.
     const int folds = static_cast<int>((PanelSoftmax::kMostSteps + piece.steps - 1) / piece.steps);
-    const auto beside = [&] {
+    bool is_first = true;  // of the pairs that pass words in place
+    const auto beside = [&](std::int64_t step) {
       for (int i = 0; i < folds; ++i) softmax_.step();
       copied.copy(next_words.copy, next_words.row_bytes);
       asked.prefetch();
+      if (is_first && words.copy == nullptr) {
+        const std::int64_t ahead = step + kStepsAhead;
+        if (ahead < piece.steps) {
+          words.prefetch(ahead);
+        } else if (next.words > 0 && !copies) {
+          next_words.prefetch(ahead - piece.steps);
+        }
+      }
     };
     AmxTiles::finish_stores();
     const bool done = piece.step + piece.steps == layout_.steps;
@@ -305,6 +322,7 @@ class AmxKernel {
         softmax_.begin(scores, piece.begin, piece.words, place, scratch_.lanes + 2 * pair,
                        both ? 2 : 1);
       }
+      is_first = false;
     }
     if (copies) clear_words(next, next_words);
   }

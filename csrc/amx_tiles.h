@@ -40,7 +40,7 @@ class AmxTiles {
   }
 
   // scores (kPanel, kPanel) = words . hidden over `steps` pairs of tiles, in one chain of products;
-  // of the first kSide rows alone without kBoth. Between two steps, `beside` is called.
+  // of the first kSide rows alone without kBoth. After each step, `beside` is called with it.
   template <bool kBoth, class Beside>
   static void multiply(const std::byte* words, std::int64_t word_stride, const std::byte* hidden,
                        std::int64_t steps, float* scores, const Beside& beside) {
@@ -66,7 +66,7 @@ class AmxTiles {
       words += kCacheLine;
       lower += kCacheLine;
       hidden += kPairBytes;
-      beside();
+      beside(step);
     }
     _tile_stored(0, scores, kScoreStride);
     _tile_stored(2, below, kScoreStride);
