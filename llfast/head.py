@@ -80,8 +80,16 @@ def run_model(model: Any, input_ids: Int64[Tensor, "B S"]) -> Float[Tensor, "B S
 
     Under causal attention nothing to the right of a token can touch it, so right padding needs no
     mask, and attention takes its causal path.
+
+    Raises:
+        UnsupportedModelError: if the model gives none.
     """
-    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    logits: Tensor | None = getattr(model(input_ids=input_ids, use_cache=False), "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise UnsupportedModelError(
+            f"model must give logits of every token, got a {type(model).__name__}, which gives "
+            "none; load it with AutoModelForCausalLM"
+        )
     return logits
 
 
@@ -124,7 +132,7 @@ def find_head(model: Any, probe: Int64[Tensor, " S"]) -> Head | None:
         probe: a few valid token ids, at least two.
 
     Raises:
-        UnsupportedModelError: if the model's attention is not causal.
+        UnsupportedModelError: if the model's attention is not causal, or it has no logits of words.
     """
     module = linear_head(model)
     seen: list[Tensor] = []
@@ -139,6 +147,11 @@ def find_head(model: Any, probe: Int64[Tensor, " S"]) -> Head | None:
 
             stack.enter_context(replaced_forward(module, watch))
         logits = run_model(model, probe[None])[0]
+    if logits.shape[-1] <= int(probe.max()):
+        raise UnsupportedModelError(
+            f"model must give a logit of every word, got a {type(model).__name__}, which gives "
+            f"{logits.shape[-1]}; load it with AutoModelForCausalLM"
+        )
     refuse_acausal(model, logits, run_model(model, changed_probe(probe)[None])[0])
     if module is None or len(seen) != 1 or seen[0].shape[:-1] != (1, len(probe)):
         return None

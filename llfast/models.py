@@ -214,6 +214,10 @@ def open_model(
                 "adapter_base must go with the folder or Hub id of a LoRA adapter, got a loaded "
                 "model; load the adapter into it"
             )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"model must be a causal decoder, got an encoder-decoder: {type(model).__name__}"
+            )
         own_name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return MemorySource(
             name=as_utf8(name or own_name),

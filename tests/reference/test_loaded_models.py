@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import llfast
 from llfast import CheckpointError, ScoringError, UnsupportedModelError
@@ -144,6 +145,28 @@ def test_partial_results_of_weights_without_a_name_are_refused(llama, tokenizer,
 def test_models_without_their_weights_are_refused(llama, tokenizer):
     with pytest.raises(UnsupportedModelError, match="hold its weights, got a LlamaForCausalLM"):
         llfast.score((llama.to("meta"), tokenizer), TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("Model", "of every token, got a GPT2Model, which gives none"),
+        ("ForSequenceClassification", "of every token, got a .*, which gives none"),
+        ("ForTokenClassification", "of every word, got a .*, which gives 2;"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(kind, reason, tokenizer):
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=304, pad_token_id=1)
+    model = getattr(transformers, f"GPT2{kind}")(config)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        llfast.score((model, tokenizer), TEXTS)
+
+
+def test_encoder_decoders_are_refused(tokenizer):
+    config = transformers.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=304)
+    model = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(UnsupportedModelError, match="got an encoder-decoder: T5ForConditional"):
+        llfast.score((model, tokenizer), TEXTS)
 
 
 def test_a_dtype_that_is_not_scored_is_refused(llama, tokenizer):
