@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from .batches import TokenizedTexts
+from .batches import TokenizedTexts, model_max_length
 from .errors import CheckpointError, UnsupportedModelError
 
 _PROBE_TOKENS = 24
@@ -93,5 +93,7 @@ def probe_tokens(model: Any) -> Int64[Tensor, " S"]:
     they are from the middle of the vocabulary, where ordinary words are.
     """
     rows = vocabulary_rows(model) or 2
-    ids = np.unique(np.linspace(rows // 4, rows // 2, _PROBE_TOKENS).astype(np.int64))
+    most = model_max_length(model.config, None, "paper") or _PROBE_TOKENS
+    count = max(2, min(_PROBE_TOKENS, most))
+    ids = np.unique(np.linspace(rows // 4, rows // 2, count).astype(np.int64))
     return torch.from_numpy(np.minimum(ids, rows - 1)).to(model.device)

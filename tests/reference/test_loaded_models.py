@@ -169,6 +169,15 @@ def test_encoder_decoders_are_refused(tokenizer):
         llfast.score((model, tokenizer), TEXTS)
 
 
+def test_a_model_of_few_positions_is_not_tried_with_more(tokenizer):
+    model = make_model("gpt2", n_positions=8)
+    result = llfast.score((model, tokenizer), TEXTS)
+    ids = [tokenizer(text, truncation=True, max_length=8).input_ids for text in TEXTS]
+    expected = [plain_loglikelihood(model, each) for each in ids]
+    assert result.truncated.any()
+    np.testing.assert_allclose(result.values, expected, rtol=0, atol=1e-4)
+
+
 def test_a_dtype_that_is_not_scored_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match=r"float32, bfloat16, float16, got torch\.float64"):
         llfast.score((llama.double(), tokenizer), TEXTS)
