@@ -84,3 +84,9 @@ def test_numpys_whole_numbers_are_budgets(checkpoints):
     expected = estimate.estimate(source, texts, token_budget=256, weights="resident")
     found = estimate.estimate(source, texts, token_budget=np.int64(256), weights="resident")
     assert found.padded_tokens == expected.padded_tokens
+
+
+def test_an_estimate_takes_no_random_numbers(checkpoints):
+    before = torch.get_rng_state()
+    estimate.estimate(open_model(checkpoints / "gpt2"), TextSet.from_texts(TEXTS))
+    assert torch.equal(torch.get_rng_state(), before)
