@@ -50,8 +50,9 @@ def borrowed(model: Any) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
-            for parameter in gradients:
-                parameter.requires_grad_()
+            with torch.inference_mode():  # in which the model may have been made
+                for parameter in gradients:
+                    parameter.requires_grad_()
 
 
 @contextmanager

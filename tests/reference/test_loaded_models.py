@@ -169,6 +169,15 @@ def test_encoder_decoders_are_refused(tokenizer):
         llfast.score((model, tokenizer), TEXTS)
 
 
+def test_a_model_that_was_made_in_inference_mode(llama, tokenizer):
+    with torch.inference_mode():
+        made = make_model("llama")
+    found = llfast.score((made, tokenizer), TEXTS).values
+    assert found.tolist() == llfast.score((llama, tokenizer), TEXTS).values.tolist()
+    for model in (made, llama):
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_model_of_few_positions_is_not_tried_with_more(tokenizer):
     model = make_model("gpt2", n_positions=8)
     result = llfast.score((model, tokenizer), TEXTS)
