@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llfast._native import FileReader, Memory
 from llfast.devices import resolve_device
+from llfast.errors import MissingDependencyError
 from llfast.models import open_model
 from llfast.output import human_bytes, human_seconds, print_line, print_table
 from llfast.paging import LoadingStatistics
@@ -26,6 +26,13 @@ from llfast.scoring import score
 
 from .report import commit, hardware, spread, versions
 from .timing import seconds_a_call
+
+try:
+    from llfast._native import FileReader, Memory
+except ImportError as error:
+    raise MissingDependencyError(
+        "measuring how weights are read needs llfast's C++ module; build it with `pip install -e .`"
+    ) from error
 
 _SLOT_BYTES = 256 << 20
 _BLOCK_BYTES = 8 << 20

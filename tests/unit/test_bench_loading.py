@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import llfast
 from llfast.bench import loading
 from llfast.checkpoint import Checkpoint
+from llfast.errors import MissingDependencyError
 from llfast.verify import read_manifest
 from tests.conftest import ROOT
 from tests.tiny import make_model, make_tokenizer, save
@@ -25,6 +28,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     return loading.measure(str(folder), tokens=600, repetitions=2, device="cpu")
+
+
+def test_without_the_cpp_module_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llfast._native", None)
+    monkeypatch.delitem(sys.modules, loading.__name__)
+    with pytest.raises(MissingDependencyError, match=r"needs llfast's C\+\+ module; build it with"):
+        importlib.import_module(loading.__name__)
 
 
 def test_every_rate_is_measured(found, folder):
