@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from llfast.batches import model_max_length, plan_batches, tokenize
-from llfast.devices import default_token_budget, resolve_device
+from llfast.devices import default_token_budget, parse_device, resolve_device
 from llfast.dtypes import dtype_name, parse_dtype
 from llfast.kernels import instruction_set
 from llfast.linear import PACKED, linear_path
@@ -130,7 +130,7 @@ def measure(
     for name, value in (("texts", texts), ("repetitions", repetitions)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    kind = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
+    kind = parse_device(device).type
     shapes = (() if models else DEFAULT_SHAPES[kind]) if shapes is None else shapes
     check_shapes(shapes)
     stored_dtype = _STORED_DTYPE if dtype == "auto" else parse_dtype(dtype)

@@ -275,6 +275,12 @@ def test_what_cannot_be_measured_is_refused(small, options, message):
         throughput.measure(**options)
 
 
+def test_a_device_is_refused_before_models_are_made_for_it(small, monkeypatch):
+    monkeypatch.setattr(throughput, "make_checkpoint", lambda *_, **__: pytest.fail("made"))
+    with pytest.raises(ValueError, match="device must be there, got 'cuda:9'"):
+        throughput.measure(["tiny"], device="cuda:9")
+
+
 def test_products_of_every_layer_are_timed_as_often_as_it_is_there(monkeypatch):
     """With a clock that says one second a multiplication, whatever its size."""
     monkeypatch.setattr(
