@@ -176,7 +176,10 @@ def score_many(
     Raises:
         LlfastError: as `score`; nothing is returned then, and `partials` have what was finished.
         ValueError: for arguments that make no sense.
+        TypeError: if `models` is one path.
     """
+    if isinstance(models, str | PathLike):
+        raise TypeError("models must be a list, got one path; wrap it in a list, or use score")
     sources = [
         open_model(each, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         for each in models

@@ -210,6 +210,8 @@ def test_names_metadata_and_no_models(tmp_path, tokenizer):
     assert llfast.score_many([], FEW) == []
     with pytest.raises(ValueError, match=r"metadata must be one a model \(2\), got 1"):
         llfast.score_many(sources, FEW, metadata=[{}])
+    with pytest.raises(TypeError, match="models must be a list, got one path"):
+        llfast.score_many(str(folders[0]), FEW)
     with pytest.raises(ValueError, match="partials must be different files, got one twice"):
         llfast.score_many(sources, FEW, partials=["a", "./a"])
     with pytest.raises(ValueError, match=r"partials must be one a model \(2\), got 3"):
