@@ -45,8 +45,8 @@ class AmxKernel {
   static constexpr std::int64_t kFewPairs = 4;           // up to 128 rows are few
   static constexpr std::int64_t kStepsAhead = 4;         // that words in place are asked for
   static constexpr std::int64_t kGroupsTogether = 4;     // for which they are copied once
-  static constexpr std::int64_t kWholeSteps = 32;        // deeper heads are cut: they are as exact
-  static constexpr std::int64_t kDepthSteps = 8;         // in blocks of so many, at most
+  static constexpr std::int64_t kWholeSteps = 32;        // longer sums are less exact, and deeper
+  static constexpr std::int64_t kDepthSteps = 8;         // heads are cut into blocks of so many
   static constexpr std::int64_t kSpan = 256;             // words for which a block of depth stays
 
   struct Scratch {
@@ -59,10 +59,10 @@ class AmxKernel {
   };
 
   struct Layout {
-    std::int64_t pairs;        // of blocks of kSide rows
-    std::int64_t steps;        // of kStep elements
-    std::int64_t depth_steps;  // in a block of depth
-    std::int64_t span;         // words that pass a block of depth before the next block comes
+    std::int64_t pairs;  // of blocks of kSide rows
+    std::int64_t steps;  // of kStep elements
+    std::int64_t depth_blocks;
+    std::int64_t span;  // words that pass a block of depth before the next block comes
     std::int64_t word_bytes;
     std::int64_t words_at;
     std::int64_t fresh_at;
@@ -75,15 +75,20 @@ class AmxKernel {
     Layout(const HeadProblem& problem, std::int64_t rows)
         : pairs((rows + kPanel - 1) / kPanel), steps(steps_of(problem)) {
       const std::int64_t most = steps > kWholeSteps ? kDepthSteps : kWholeSteps;
-      const std::int64_t depth_blocks = (steps + most - 1) / most;
-      depth_steps = (steps + depth_blocks - 1) / depth_blocks;
-      word_bytes = (depth_steps | 1) * kCacheLine;
+      depth_blocks = (steps + most - 1) / most;
+      word_bytes = (depth_steps(0) | 1) * kCacheLine;
       span = depth_blocks > 1 && pairs > kFewPairs ? kSpan : kPanel;
       words_at = kCacheLine + pairs * steps * kPairBytes;
       fresh_at = words_at + 2 * kPanel * word_bytes;
       scores_at = fresh_at + kPanel * kPanel * kFloat;
       lanes_at = scores_at + pairs * span * kPanel * kFloat;
       bytes = lanes_at + 2 * pairs * static_cast<std::int64_t>(sizeof(TokenLanes));
+    }
+
+    // In the block of depth that begins at a step: about equally many, the first ones the most.
+    std::int64_t depth_steps(std::int64_t step) const {
+      const std::int64_t least = steps / depth_blocks;
+      return least + (step < steps % depth_blocks * (least + 1) ? 1 : 0);
     }
 
     Scratch scratch(std::byte* memory) const {
@@ -228,7 +233,7 @@ class AmxKernel {
   }
 
   Piece first_piece(std::int64_t begin) const {
-    return {begin, smaller(kPanel, end_ - begin), 0, layout_.depth_steps};
+    return {begin, smaller(kPanel, end_ - begin), 0, layout_.depth_steps(0)};
   }
 
   // All panels of a span in one block of depth, then in the next; without words after the last.
@@ -240,8 +245,7 @@ class AmxKernel {
     }
     const std::int64_t step = piece.step + piece.steps;
     if (step < layout_.steps) {
-      return {span, smaller(kPanel, end_ - span), step,
-              smaller(layout_.depth_steps, layout_.steps - step)};
+      return {span, smaller(kPanel, end_ - span), step, layout_.depth_steps(step)};
     }
     return span + layout_.span < end_ ? first_piece(span + layout_.span) : Piece{};
   }

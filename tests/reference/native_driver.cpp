@@ -244,9 +244,9 @@ int main(int count, char** words) {
       check_head(set, dtype, 8, 130, 1029, true);
       check_head(set, dtype, 3, 2100, 65, false, true);
       check_head(set, dtype, 100, 70, 1601, true, true);  // blocks of rows and of depth
-      check_head(set, dtype, 300, 33, 1025, false);       // more rows than any task has
-      check_head(set, dtype, 135, 600, 1100, true);       // too few for whole blocks, of two depths
-      check_head(set, dtype, 2, 5, 40000, true);  // blocks of depth that do not come out even
+      check_head(set, dtype, 530, 33, 1025, false);       // more rows than any task has
+      check_head(set, dtype, 135, 600, 1100, true);  // too few for whole blocks, of five depths
+      check_head(set, dtype, 2, 5, 40000, true);     // blocks of depth that do not come out even
     }
   }
   return failures == 0 ? 0 : 1;
