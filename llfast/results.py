@@ -71,8 +71,8 @@ class LogLikelihoods:
         token_budgets: (N,) the batch ladder each text was scored on.
         groups: the document of each text, if known.
         logprobs: nats of each scored token, if asked for.
-        provenance: head, device, instruction set, versions: what else decides the bits. In a store
-            also what was `asked`, before it was looked up: revision, dtype, tokenizer and base.
+        provenance: head, device, instruction set, versions: what else decides the bits. Of
+            `score_models` and fleets also what was `asked`: revision, dtype, tokenizer and base.
         metadata: the caller's own columns (family, parameters, ...).
 
     Raises:

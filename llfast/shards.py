@@ -143,16 +143,14 @@ class RowState(NamedTuple):
         status: "complete", "failed" or "removed".
         created_us: when it was written, in microseconds since 1970, UTC.
         error: why it failed; None if it did not.
-        metadata: of a failure, as JSON; None for all others.
-        provenance: of a result, read from JSON, and not to be changed: rows share it.
+        facts: as JSON, the metadata of a failure, and the provenance of a result.
     """
 
     key: ResultKey
     status: str
     created_us: int
     error: str | None
-    metadata: str | None
-    provenance: Any = None
+    facts: str | None
 
 
 def read_states(shard: AnyPath) -> list[RowState]:
@@ -165,30 +163,20 @@ def read_states(shard: AnyPath) -> list[RowState]:
         with _open_shard(shard) as file:
             read = [*_KEY, "status", "created", "error", "metadata", "provenance"]
             table = file.read(read, use_threads=_may_thread(shard))
-            provenance = _parse_each(table["provenance"])
     except StoreError as error:
         warn_of_damage(error)
         return []
     failed = pc.equal(table["status"], "failed")
     columns = [table[name] for name in (*_KEY, "status")]
     columns += [table["created"].cast(pa.int64()), table["error"]]
-    columns.append(pc.if_else(failed, table["metadata"], None))
+    columns.append(pc.if_else(failed, table["metadata"], table["provenance"]))
     digest = shard.parent.name.removeprefix("textset=")
     return [
         RowState(ResultKey(model, revision, digest, convention, dtype, layer, version), *rest)
         for model, revision, convention, dtype, layer, version, *rest in zip(
-            *(column.to_pylist() for column in columns), provenance, strict=True
+            *(column.to_pylist() for column in columns), strict=True
         )
     ]
-
-
-def _parse_each(column: pa.ChunkedArray) -> list[Any]:
-    """Of a column of JSON, each value that there is once: many models have the same."""
-    parsed: list[Any] = []
-    for chunk in column.dictionary_encode().iterchunks():
-        values = [json.loads(value or "{}") for value in chunk.dictionary.to_pylist()]
-        parsed += [None if index is None else values[index] for index in chunk.indices.to_pylist()]
-    return parsed
 
 
 def list_shards(folder: AnyPath) -> dict[str, int]:

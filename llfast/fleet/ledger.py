@@ -25,6 +25,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _PARTS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.py", *TOKENIZER_FILES)
 _PART = re.compile("|".join(map(fnmatch.translate, _PARTS)))  # of a model's folder
 _ASKED = 4  # words of `asked_of`
+_DECODER, _ASKED_KEY = json.JSONDecoder(), re.compile(r'"asked":\s*')
 Asked: TypeAlias = tuple[str, tuple[str | None, ...] | None]  # a name, and `asked_of` it
 
 
@@ -216,7 +217,7 @@ class Ledger:
             if key not in self._completed:
                 self._by_name.setdefault(key.model, []).append(key)
             self._completed[key] = max(state.created_us, self._completed.get(key, 0))
-            if (asked := _asked(state.provenance)) is not None:
+            if (asked := _asked_in(state.facts or "")) is not None:
                 self._words[key] = _words(asked)
         else:
             failure = _failure(state)
@@ -246,9 +247,19 @@ def _words(asked: tuple[str | None, ...]) -> tuple[str | None, ...]:
     return revision or "main", *others
 
 
-def _asked(facts: Any) -> tuple[str | None, ...] | None:
-    """What was asked for, as metadata or provenance say it; None where they do not."""
-    asked = facts.get("asked") if isinstance(facts, dict) else None
+def _asked_in(provenance: str) -> tuple[str | None, ...] | None:
+    """What a result says that it was asked for; nothing else of its provenance is parsed."""
+    key = _ASKED_KEY.search(provenance)
+    if key is None:
+        return None
+    try:
+        return _asked(_DECODER.raw_decode(provenance, key.end())[0])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _asked(asked: Any) -> tuple[str | None, ...] | None:
+    """What was asked for, as JSON gives it; None where it is nothing of the kind."""
     if not isinstance(asked, list) or len(asked) != _ASKED:
         return None
     return tuple(asked) if all(isinstance(each, str | None) for each in asked) else None
@@ -261,14 +272,15 @@ def _order(failure: Failure) -> tuple[int, int]:
 
 def _failure(state: RowState) -> Failure:
     metadata: Any = {}
-    with contextlib.suppress(ValueError):
-        metadata = json.loads(state.metadata or "{}")
+    with contextlib.suppress(ValueError, RecursionError):
+        metadata = json.loads(state.facts or "{}")
+    metadata = metadata if isinstance(metadata, dict) else {}
     attempts = metadata.get("attempts")
     return Failure(
         reason=state.error or "",
-        attempts=attempts if isinstance(attempts, int) else 1,
+        attempts=max(attempts, 1) if isinstance(attempts, int) else 1,
         is_lasting=metadata.get("is_lasting") is True,
-        asked=_asked(metadata),
+        asked=_asked(metadata.get("asked")),
         created_us=state.created_us,
     )
 

@@ -1,6 +1,7 @@
 """A ledger says what the store's own readers say, however rows come."""
 
 import contextlib
+import json
 import os
 import random
 from datetime import datetime, timedelta
@@ -287,6 +288,21 @@ def test_what_others_write_is_nothing_that_was_asked_for(store, asked):
     assert set(ledger.tries()) <= {("m", None)}
 
 
+@pytest.mark.parametrize(
+    "facts",
+    ["", "{", "[]", "null", "7", '{"asked": ', '{"asked": ' + "[" * 100_000, '{"attempts":-1}'],
+)
+def test_facts_of_any_kind_are_taken(store, monkeypatch, facts):
+    with monkeypatch.context() as patched:
+        patched.setattr("llfast.shards.json.dumps", lambda _: facts)
+        store.add(make_result("m"))
+        store.add_failure(key_of("n"), "so")
+    ledger = Ledger(store, DIGEST, "paper")
+    ledger.refresh()
+    assert ledger.has(ModelRequest(model="m"), "auto")
+    assert ledger.failure(ModelRequest(model="n"), "auto").attempts == 1
+
+
 def test_a_folder_that_was_written_since_is_to_be_looked_at_again(store, tmp_path, an_hour_ago):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -330,5 +346,5 @@ def test_states_are_what_rows_say(store):
         for state, row in zip(read_states(shard), read_rows(shard), strict=True):
             assert (state.key, state.status, state.error) == (row.key, row.status, row.error)
             assert state.created_us == round(row.created.timestamp() * 1e6)
-            assert (state.metadata is None) == (row.status != "failed")
-            assert (state.provenance or {}) == row.provenance
+            facts = row.metadata if row.status == "failed" else row.provenance
+            assert json.loads(state.facts or "{}") == facts
