@@ -157,9 +157,12 @@ def _room(source: ModelSource) -> int:
 def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Of a linear layer, on the path that a model's would take."""
     rows, inner, columns = 512, 1024, 2048
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        layer = torch.nn.Linear(inner, columns, bias=False, device=device, dtype=dtype)
-        given = torch.randn(rows, inner, device=device).to(dtype)
+    # Nothing is drawn from torch's own generator.
+    layer = torch.nn.Linear(inner, columns, bias=False, device="meta", dtype=dtype)
+    layer.to_empty(device=device)
+    given = torch.empty(rows, inner, device=device, dtype=dtype)
+    for tensor in (layer.weight, given):
+        tensor.normal_(generator=torch.Generator(device))
     times: list[float] = []
     with linear_layers(layer, linear_path(device, dtype), leave_out=None):
         stop = time.perf_counter() + _MEASURE_SECONDS

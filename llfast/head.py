@@ -84,11 +84,11 @@ def run_model(model: Any, input_ids: Int64[Tensor, "B S"]) -> Float[Tensor, "B S
     Raises:
         UnsupportedModelError: if the model gives none.
     """
-    logits: Tensor | None = getattr(model(input_ids=input_ids, use_cache=False), "logits", None)
-    if logits is None or logits.ndim != 3:
+    logits = getattr(model(input_ids=input_ids, use_cache=False), "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise UnsupportedModelError(
-            f"model must give logits of every token, got a {type(model).__name__}, which gives "
-            "none; load it with AutoModelForCausalLM"
+            f"model must give logits of every token, got a {type(model).__name__}, whose output "
+            "has none; load it with AutoModelForCausalLM"
         )
     return logits
 

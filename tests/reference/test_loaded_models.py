@@ -150,8 +150,8 @@ def test_models_without_their_weights_are_refused(llama, tokenizer):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("Model", "of every token, got a GPT2Model, which gives none"),
-        ("ForSequenceClassification", "of every token, got a .*, which gives none"),
+        ("Model", "of every token, got a GPT2Model, whose output has none"),
+        ("ForSequenceClassification", "of every token, got a .*, whose output has none"),
         ("ForTokenClassification", "of every word, got a .*, which gives 2;"),
     ],
 )
@@ -160,6 +160,14 @@ def test_models_of_other_kinds_are_refused(kind, reason, tokenizer):
     model = getattr(transformers, f"GPT2{kind}")(config)
     with pytest.raises(UnsupportedModelError, match=reason):
         llfast.score((model, tokenizer), TEXTS)
+
+
+def test_logits_that_are_no_tensor_are_refused(llama, tokenizer, monkeypatch):
+    own = llama.forward
+    for output in (tuple, lambda found: SimpleNamespace(logits=[found.logits])):
+        monkeypatch.setattr(llama, "forward", lambda output=output, **given: output(own(**given)))
+        with pytest.raises(UnsupportedModelError, match="got a LlamaForCausalLM, whose output"):
+            llfast.score((llama, tokenizer), TEXTS)
 
 
 def test_encoder_decoders_are_refused(tokenizer):
