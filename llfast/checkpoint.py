@@ -236,7 +236,8 @@ def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
     pickles, index = _weight_files(folder, _PICKLES)
     if not pickles:
         _refuse_gguf(folder)
-        others = ", ".join(sorted(_names(folder, _OTHER_WEIGHTS))[:3])
+        there = (name for name in _names(folder, _OTHER_WEIGHTS) if (folder / name).exists())
+        others = ", ".join(sorted(there)[:3])
         but = f" by the names that transformers knows, but {others}" if others else ""
         saved = ", and saved by transformers" if others else ""
         raise CheckpointError(
