@@ -125,16 +125,20 @@ def measure_many_tokens(problem: Problem, limits: Limits, repetitions: int) -> d
 
 
 def measure_few_tokens(problem: Problem, limits: Limits, repetitions: int) -> dict[str, Any]:
-    """Calls beside reads of the same head. torch's product is timed apart: its threads spin on."""
+    """Calls beside reads of the same head; torch's product is timed apart, before the next calls.
+
+    Rounds that are dropped come first: after idling, or torch's product, both are slow for a while.
+    """
     size_gb = problem.lm_head_gb
     calls, reads, products = [], [], []
     run_matmul(problem)
     for _ in range(repetitions):
-        time.sleep(SETTLE_SECONDS)
-        run_llfast(problem)
-        for _ in range(FEW_ROUNDS):
-            reads.append(limits.read_seconds(problem.lm_head))
-            calls.append(seconds(run_llfast, problem))
+        rounds = []
+        for _ in range(2 * FEW_ROUNDS):
+            read = limits.read_seconds(problem.lm_head)
+            rounds.append((read, seconds(run_llfast, problem)))
+        reads += [read for read, _ in rounds[FEW_ROUNDS:]]
+        calls += [call for _, call in rounds[FEW_ROUNDS:]]
         products += [seconds(run_matmul, problem) for _ in range(FEW_ROUNDS)]
     return {
         **described(problem),
