@@ -157,7 +157,7 @@ def cpu_kernel(found: dict[str, Any]) -> list[str]:
         f"({few[0]['pairs']} with few tokens), least to most in brackets; the peak is that of a "
         "loop of multiply-adds, and the read that of the same head by as many threads, both "
         "measured in between; smaller heads lie partly in L3. torch's threads stop spinning before "
-        "every call. Memory beyond inputs and output: at most "
+        "every call with many tokens. Memory beyond inputs and output: at most "
         f"{max(case['mib_a_thread'] for case in found['memory']):.1f} MiB a thread. Largest error "
         f"against fp64: {max(case['errors']['llfast'] for case in many):.1e} nats, at most "
         f"{max(case['error_ratio'] for case in many):.1f} times that of a product in fp32; torch's "

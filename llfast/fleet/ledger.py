@@ -24,8 +24,8 @@ from llfast.store import Store
 _COMMIT = re.compile("[0-9a-f]{40}")
 _PARTS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.py", *TOKENIZER_FILES)
 _PART = re.compile("|".join(map(fnmatch.translate, _PARTS)))  # of a model's folder
-_ASKED = 4  # words of `asked_of`
-_DECODER, _ASKED_KEY = json.JSONDecoder(), re.compile(r'"asked":\s*')
+_WORDS = 4  # of `asked_of`
+_DECODER, _ASKED = json.JSONDecoder(), re.compile(r'"asked":\s*')  # of provenance
 Asked: TypeAlias = tuple[str, tuple[str | None, ...] | None]  # a name, and `asked_of` it
 
 
@@ -249,7 +249,7 @@ def _words(asked: tuple[str | None, ...]) -> tuple[str | None, ...]:
 
 def _asked_in(provenance: str) -> tuple[str | None, ...] | None:
     """What a result says that it was asked for; nothing else of its provenance is parsed."""
-    key = _ASKED_KEY.search(provenance)
+    key = _ASKED.search(provenance)
     if key is None:
         return None
     try:
@@ -260,7 +260,7 @@ def _asked_in(provenance: str) -> tuple[str | None, ...] | None:
 
 def _asked(asked: Any) -> tuple[str | None, ...] | None:
     """What was asked for, as JSON gives it; None where it is nothing of the kind."""
-    if not isinstance(asked, list) or len(asked) != _ASKED:
+    if not isinstance(asked, list) or len(asked) != _WORDS:
         return None
     return tuple(asked) if all(isinstance(each, str | None) for each in asked) else None
 
