@@ -21,9 +21,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from llfast.bench import report
-from llfast.kernels import triton_head
+from llfast.kernels import gluon_head, triton_head
 from llfast.kernels.cuda import FOLD_ROWS, ROWS
 from llfast.kernels.tuning import SCHEDULES, Tile
 
@@ -34,6 +35,11 @@ SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # By 16: what the launcher lets Triton look at, as it is in real models.
 DIVISIBLE = ("hidden", "lm_head", "hidden_stride_t", "lm_head_stride_v")
 INSTRUCTION = re.compile(r"^ +/\*[0-9a-f]+\*/ ", re.MULTILINE)
+TYPES = {
+    "targets_ptr": "*i64",
+    "argmax_ptr": "*i32",
+    **dict.fromkeys(("scale", "softcap", "inverse_softcap"), "fp32"),
+}
 OPTIONS = ("", "statistics", "statistics, bias, scale, softcap")
 TENSOR_CORES = ("wgmma", "tcgen05.mma", "mma.sync")
 
@@ -49,11 +55,15 @@ class Job:
     warps: int
     stages: int
     labels: dict[str, Any]
+    specialised: bool = False
 
 
 def head_jobs() -> Iterator[Job]:
-    """Both schedules of every row, as they load with and without TMA."""
+    """All schedules of every row, as they load with and without TMA."""
     for (architecture, dtype), row in SCHEDULES.items():
+        if row.specialised is not None:
+            for options in OPTIONS if dtype == torch.bfloat16 else OPTIONS[:1]:
+                yield specialised_job(architecture, dtype, row.specialised, options)
         named = {"many": row.many} | ({} if row.few == row.many else {"few": row.few})
         for schedule, tile in named.items():
             for tma in sorted({row.tma, False}):
@@ -73,24 +83,15 @@ def head_job(
 ) -> Job:
     """The launcher's call, for a wide head whose rows are contiguous."""
     name = TRITON_NAMES[dtype]
-    everything = "bias" in options
     constants = {
+        **constants_of(tile, options),
         "hidden_stride_d": 1,
         "lm_head_stride_d": 1,
         "HAS_TMA": tma,
-        "HAS_BIAS": everything,
-        "HAS_SCALE": everything,
-        "HAS_SOFTCAP": everything,
-        "ONLY_LOGPROBS": "statistics" not in options,
         "EVEN_D": True,
         "BLOCK_T": tile.block_t,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_D": tile.block_d,
     }
-    if not everything:
-        constants["bias_ptr"] = None
-    types = {"targets_ptr": "*i64", "argmax_ptr": "*i32"}
-    types |= dict.fromkeys(("scale", "softcap", "inverse_softcap"), "fp32")
+    types = dict(TYPES)
     for matrix, rows in (("hidden", tile.block_t), ("lm_head", tile.block_v)):
         types[matrix] = f"tensordesc<{name}[{rows}, {tile.block_d}]>" if tma else f"*{name}"
     return Job(
@@ -100,14 +101,52 @@ def head_job(
         signature=types,
         warps=tile.warps,
         stages=tile.stages,
-        labels={
-            "dtype": name,
-            "schedule": schedule,
-            "tile": [tile.block_t, tile.block_v, tile.block_d],
-            "loads": "descriptors" if tma else "pointers",
-            "options": options,
-        },
+        labels=labels_of(name, schedule, tile, "descriptors" if tma else "pointers", options),
     )
+
+
+def specialised_job(architecture: int, dtype: torch.dtype, tile: Tile, options: str) -> Job:
+    """The same, of the kernel whose warps are specialised."""
+    name = TRITON_NAMES[dtype]
+    types = dict(TYPES)
+    for matrix, rows in (("hidden", gluon_head.ROWS), ("lm_head", tile.block_v)):
+        layout = gluon_head.boxes(torch.empty(rows, tile.block_d, dtype=dtype), rows, tile.block_d)
+        types[matrix] = f"tensordesc<{name}[{rows}, {tile.block_d}],{layout.layout!r}>"
+    return Job(
+        kernel="head_partials_kernel",
+        architecture=architecture,
+        constants={**constants_of(tile, options), "STAGES": tile.stages},
+        signature=types,
+        warps=tile.warps,
+        stages=tile.stages,
+        labels=labels_of(name, "many, specialised", tile, "descriptors", options),
+        specialised=True,
+    )
+
+
+def constants_of(tile: Tile, options: str) -> dict[str, Any]:
+    """Of both kernels."""
+    everything = "bias" in options
+    constants = {
+        "HAS_BIAS": everything,
+        "HAS_SCALE": everything,
+        "HAS_SOFTCAP": everything,
+        "ONLY_LOGPROBS": "statistics" not in options,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+    }
+    return constants if everything else constants | {"bias_ptr": None}
+
+
+def labels_of(dtype: str, schedule: str, tile: Tile, loads: str, options: str) -> dict[str, Any]:
+    """What a row of the table is found by."""
+    return {
+        "dtype": dtype,
+        "schedule": schedule,
+        "tile": [tile.block_t, tile.block_v, tile.block_d],
+        "loads": loads,
+        "options": options,
+    }
 
 
 def small_jobs() -> Iterator[Job]:
@@ -137,7 +176,8 @@ def small_jobs() -> Iterator[Job]:
 
 def compiled(job: Job) -> dict[str, Any]:
     """Compile a kernel, and read what it takes."""
-    function = getattr(triton_head, job.kernel)
+    module = gluon_head if job.specialised else triton_head
+    function = getattr(module, job.kernel)
     signature = {
         name: "constexpr" if name in job.constants else job.signature.get(name, _type_of(name))
         for name in function.arg_names
@@ -147,8 +187,11 @@ def compiled(job: Job) -> dict[str, Any]:
         for place, (name, kind) in enumerate(signature.items())
         if name in DIVISIBLE and not kind.startswith(("constexpr", "tensordesc"))
     }
-    source = ASTSource(function, signature, constexprs=job.constants, attrs=divisible)
+    make_source = GluonASTSource if job.specialised else ASTSource
+    source = make_source(function, signature, constexprs=job.constants, attrs=divisible)
     options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
+    if job.specialised:
+        options["maxnreg"] = gluon_head.REGISTERS_AT_START
     found = triton.compile(source, target=GPUTarget("cuda", job.architecture, 32), options=options)
     resources = {
         name: int(value)

@@ -14,6 +14,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,14 +27,30 @@ from llfast.kernels import cuda, token_logprobs, tuning
 from llfast.kernels.tuning import Schedules, Tile
 
 # T, V, D: many tokens, and few.
-SHAPES = {"many": (8192, 128256, 4096), "few": (64, 128256, 4096)}
-QUICK_SHAPES = {"many": (300, 2100, 128), "few": (64, 2100, 128)}
+_MANY, _FEW = (8192, 128256, 4096), (64, 128256, 4096)
+_QUICK_MANY, _QUICK_FEW = (300, 2100, 128), (64, 2100, 128)
+SHAPES = {"specialised": _MANY, "many": _MANY, "few": _FEW}
+QUICK_SHAPES = {"specialised": _QUICK_MANY, "many": _QUICK_MANY, "few": _QUICK_FEW}
 ROUNDS = 3
 MOST_DIFFERENCE = 1e-4  # nats; other chunks are summed in another order
 
 
 def tiles(schedule: str) -> Iterator[Tile]:
     """What to try."""
+    if schedule == "specialised":
+        for (block_d, stages), panel in itertools.product(
+            ((64, 4), (64, 3), (32, 8), (32, 6), (128, 2)), (16, 8, 32)
+        ):
+            yield Tile(
+                block_t=128,
+                block_v=256,
+                block_d=block_d,
+                warps=4,
+                stages=stages,
+                panel=panel,
+                specialised=True,
+            )
+        return
     sizes = {
         "many": ((128, 256, 64), (128, 128, 64), (256, 128, 64), (128, 256, 32), (128, 256, 128)),
         "few": ((64, 256, 64), (64, 128, 64), (128, 256, 64), (64, 256, 128), (16, 128, 128)),
@@ -71,7 +88,11 @@ def search(schedule: str, problem: Problem, end: float) -> list[dict[str, Any]]:
         for tile in tiles(schedule):
             if time.monotonic() > end:
                 break
-            tuning.SCHEDULES[key] = Schedules(many=tile, few=tile, tma=row.tma)
+            tuning.SCHEDULES[key] = (
+                replace(row, specialised=tile)
+                if tile.specialised
+                else Schedules(many=tile, few=tile, tma=row.tma)
+            )
             entry: dict[str, Any] = {"schedule": schedule, "tile": repr(tile)}
             try:
                 off = float((run(problem) - expected).abs().max())
@@ -99,7 +120,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
+    row = tuning.schedules_of(cuda.chip_of(torch.device("cuda")).capability, DTYPES[options.dtype])
     for schedule, shape in (QUICK_SHAPES if options.quick else SHAPES).items():
+        if schedule == "specialised" and row.specialised is None:
+            continue
         problem = make_problem(shape, DTYPES[options.dtype], "cuda")
         for entry in search(schedule, problem, time.monotonic() + options.seconds):
             print(schedule, entry.get("ms", entry.get("failed")), entry["tile"], flush=True)

@@ -1,7 +1,7 @@
 """Fused output heads: log-probabilities from hidden states, without the (T, V) logits.
 
-`cpu` runs C++ from `csrc/`, `cuda` the Triton kernels of `triton_head`; tensors on other devices
-take `reference`, the plain-torch twin.
+`cpu` runs C++ from `csrc/`, `cuda` the Triton kernels of `triton_head` and `gluon_head`; tensors on
+other devices take `reference`, the plain-torch twin.
 """
 
 from __future__ import annotations

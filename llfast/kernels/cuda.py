@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .inputs import GROUP, LAST_WORD, HeadInputs
 from .sums import PARTIAL_BYTES, PartialSums, TokenStatistics
-from .tuning import Schedules, schedules_of
+from .tuning import Schedules, Tile, schedules_of
 
 _WORKSPACE_BYTES = 56 << 20
 ROWS = 128  # slices of T are multiples of it
@@ -86,50 +86,98 @@ def partial_sums(inputs: HeadInputs, rows: slice) -> PartialSums:
     is negative, or beyond a whole head, gets a target logit of NaN.
     """
     hidden, lm_head = inputs.hidden[rows].detach(), inputs.lm_head.detach()
-    targets = inputs.targets[rows].contiguous()
-    bias = inputs.bias
-    tokens, width = hidden.shape
-    vocabulary = len(lm_head)
-    schedules = _schedules(inputs)
-    tile = schedules.few if tokens <= schedules.few.block_t else schedules.many
+    tokens, vocabulary = len(hidden), len(lm_head)
+    tile, has_tma = _tile(_schedules(inputs), hidden, lm_head)
     chunks = PartialSums.empty(-(-vocabulary // tile.block_v), tokens, hidden.device)
     if tokens == 0:
         return _folded(chunks, run=GROUP // tile.block_v)
-    has_tma = schedules.tma and _takes_tma(hidden) and _takes_tma(lm_head)
-    tiles = -(-tokens // tile.block_t) * chunks.shape[0]
-    programs = min(tiles, chip_of(hidden.device).multiprocessors * tile.programs)
+    t_tiles = -(-tokens // tile.block_t)
+    most = chip_of(hidden.device).multiprocessors * tile.programs
+    grid = (min(t_tiles * chunks.shape[0], most),)
+    bias, softcap = inputs.bias, inputs.softcap
+    arguments = {
+        "bias_ptr": None if bias is None else bias.detach().to(torch.float32).contiguous(),
+        "targets_ptr": inputs.targets[rows].contiguous(),
+        **_pointers(chunks),
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "width": hidden.shape[1],
+        "first_word": inputs.first_word or 0,
+        "last_target": vocabulary - 1 if inputs.first_word is None else LAST_WORD,
+        "panel_tiles": _panel_tiles(t_tiles, tile.panel),
+        "scale": inputs.scale,
+        "softcap": softcap or 1.0,
+        "inverse_softcap": 1.0 / (softcap or 1.0),
+        "HAS_BIAS": bias is not None,
+        "HAS_SCALE": inputs.scale != 1.0,
+        "HAS_SOFTCAP": softcap is not None,
+        "ONLY_LOGPROBS": inputs.only_logprobs,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "num_warps": tile.warps,
+        "enable_fp_fusion": True,
+    }
     with on_device(hidden.device):
-        _kernels().head_partials_kernel[(programs,)](
-            _blocks(hidden, tile.block_t, tile.block_d) if has_tma else hidden,
-            _blocks(lm_head, tile.block_v, tile.block_d) if has_tma else lm_head,
-            None if bias is None else bias.detach().to(torch.float32).contiguous(),
-            targets,
-            *_pointers(chunks),
-            tokens,
-            vocabulary,
-            width,
-            *hidden.stride(),
-            *lm_head.stride(),
-            inputs.first_word or 0,
-            vocabulary - 1 if inputs.first_word is None else LAST_WORD,
-            _panel_tiles(-(-tokens // tile.block_t), tile.panel),
-            inputs.scale,
-            inputs.softcap or 1.0,
-            1.0 / (inputs.softcap or 1.0),
-            HAS_TMA=has_tma,
-            HAS_BIAS=bias is not None,
-            HAS_SCALE=inputs.scale != 1.0,
-            HAS_SOFTCAP=inputs.softcap is not None,
-            ONLY_LOGPROBS=inputs.only_logprobs,
-            EVEN_D=width % tile.block_d == 0,
-            BLOCK_T=tile.block_t,
-            BLOCK_V=tile.block_v,
-            BLOCK_D=tile.block_d,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,
-        )
+        if tile.specialised:
+            _launch_specialised(grid, tile, hidden, lm_head, arguments)
+        else:
+            _launch(grid, tile, hidden, lm_head, arguments, has_tma=has_tma)
     return _folded(chunks, run=GROUP // tile.block_v)
+
+
+def _tile(schedules: Schedules, hidden: Tensor, lm_head: Tensor) -> tuple[Tile, bool]:
+    """The one for so many tokens, and whether descriptors can load it."""
+    has_tma = schedules.tma and _takes_tma(hidden) and _takes_tma(lm_head)
+    if len(hidden) <= schedules.few.block_t:
+        return schedules.few, has_tma
+    if has_tma and schedules.specialised is not None and _specialised_kernels() is not None:
+        return schedules.specialised, has_tma
+    return schedules.many, has_tma
+
+
+def _launch(
+    grid: tuple[int],
+    tile: Tile,
+    hidden: Tensor,
+    lm_head: Tensor,
+    arguments: dict[str, Any],
+    *,
+    has_tma: bool,
+) -> None:
+    kernels = _kernels()
+    matrices = {}
+    for name, matrix, rows in (
+        ("hidden", hidden, tile.block_t),
+        ("lm_head", lm_head, tile.block_v),
+    ):
+        block = [rows, tile.block_d]
+        matrices[name] = kernels.TensorDescriptor.from_tensor(matrix, block) if has_tma else matrix
+    kernels.head_partials_kernel[grid](
+        **matrices,
+        **arguments,
+        hidden_stride_t=hidden.stride(0),
+        hidden_stride_d=hidden.stride(1),
+        lm_head_stride_v=lm_head.stride(0),
+        lm_head_stride_d=lm_head.stride(1),
+        HAS_TMA=has_tma,
+        EVEN_D=hidden.shape[1] % tile.block_d == 0,
+        BLOCK_T=tile.block_t,
+        num_stages=tile.stages,
+    )
+
+
+def _launch_specialised(
+    grid: tuple[int], tile: Tile, hidden: Tensor, lm_head: Tensor, arguments: dict[str, Any]
+) -> None:
+    kernels = _specialised_kernels()
+    assert kernels is not None
+    kernels.head_partials_kernel[grid](
+        hidden=kernels.boxes(hidden, kernels.ROWS, tile.block_d),
+        lm_head=kernels.boxes(lm_head, tile.block_v, tile.block_d),
+        **arguments,
+        STAGES=tile.stages,
+        maxnreg=kernels.REGISTERS_AT_START,
+    )
 
 
 def fold(parts: PartialSums, total: PartialSums | None = None) -> PartialSums:
@@ -144,7 +192,7 @@ def write_statistics(total: PartialSums, found: TokenStatistics) -> None:
         return
     with on_device(total.max.device):
         _kernels().statistics_kernel[(-(-tokens // ROWS),)](
-            *_pointers(total),
+            *_pointers(total).values(),
             found.logprobs,
             found.lse,
             found.target_logits,
@@ -170,8 +218,8 @@ def _folded(parts: PartialSums, *, run: int, total: PartialSums | None = None) -
         return folded
     with on_device(parts.max.device):
         _kernels().fold_kernel[(-(-tokens // FOLD_ROWS) * runs,)](
-            *_pointers(parts),
-            *_pointers(folded),
+            *_pointers(parts).values(),
+            *_pointers(folded).values(),
             count,
             tokens,
             run,
@@ -187,6 +235,15 @@ def _kernels() -> ModuleType:
     from . import triton_head
 
     return triton_head
+
+
+@functools.cache
+def _specialised_kernels() -> ModuleType | None:
+    try:
+        from . import gluon_head
+    except ImportError:
+        return None
+    return gluon_head
 
 
 def _schedules(inputs: HeadInputs) -> Schedules:
@@ -209,9 +266,12 @@ def _takes_tma(matrix: Tensor) -> bool:
     )
 
 
-def _blocks(matrix: Tensor, rows: int, columns: int) -> Any:
-    return _kernels().TensorDescriptor.from_tensor(matrix, [rows, columns])
-
-
-def _pointers(sums: PartialSums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return sums.max, sums.sum, sums.weighted_sum, sums.target_logits, sums.argmax
+def _pointers(sums: PartialSums) -> dict[str, Tensor]:
+    """By the name and in the order of the kernels' parameters."""
+    return {
+        "max_ptr": sums.max,
+        "sum_ptr": sums.sum,
+        "weighted_sum_ptr": sums.weighted_sum,
+        "target_logits_ptr": sums.target_logits,
+        "argmax_ptr": sums.argmax,
+    }

@@ -19,8 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 __all__ = ["TensorDescriptor", "fold_kernel", "head_partials_kernel", "statistics_kernel"]
 
 # One compilation serves all sizes, and all addresses of what is no matrix.
-_SIZES = "tokens vocabulary width first_word last_target panel_tiles parts run".split()
-_ADDRESSES = (
+SIZES = "tokens vocabulary width first_word last_target panel_tiles parts run".split()
+ADDRESSES = (
     "bias_ptr targets_ptr max_ptr sum_ptr weighted_sum_ptr target_logits_ptr argmax_ptr "
     "total_max_ptr total_sum_ptr total_weighted_sum_ptr total_target_logits_ptr total_argmax_ptr "
     "sums_target_logits_ptr sums_argmax_ptr logprobs_ptr lse_ptr entropy_ptr"
@@ -51,7 +51,97 @@ def tanh(x):
     return tl.where(size < 0.55, near, tl.where(x < 0.0, -far, far))
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ADDRESSES)
+@triton.jit
+def tile_place(tile, t_tiles, chunks, panel_tiles):
+    """Which tile of tokens, and which chunk: a panel of tokens meets one chunk after the other."""
+    panel = tile // (panel_tiles * chunks)
+    place = tile - panel * (panel_tiles * chunks)
+    first_tile = panel * panel_tiles
+    tiles_here = tl.minimum(t_tiles - first_tile, panel_tiles)
+    return first_tile + place % tiles_here, place // tiles_here
+
+
+@triton.jit
+def reduce_tile(
+    logits,  # (rows, columns) fp32, products alone
+    rows,
+    offs_v,  # of the columns, within the chunk
+    chunk,
+    bias_ptr,
+    targets_ptr,
+    max_ptr,
+    sum_ptr,
+    weighted_sum_ptr,
+    target_logits_ptr,
+    argmax_ptr,
+    tokens,
+    vocabulary,
+    first_word,
+    last_target,
+    scale,
+    softcap,
+    inverse_softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ONLY_LOGPROBS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The partial sums of one tile, stored. Nothing here makes a tensor, so Gluon can call it."""
+    first_column = chunk * BLOCK_V
+    columns = first_column + offs_v
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)
+        logits += bias[None, :]
+    if HAS_SCALE:
+        logits *= scale
+    if HAS_SOFTCAP:
+        logits = softcap * tanh(logits * inverse_softcap)
+    # Everywhere: under a condition, or without this where no column is beyond V, ptxas may have
+    # to run the instructions of the product one by one.
+    logits += tl.where(columns < vocabulary, 0.0, float("-inf"))[None, :]
+
+    mask_t = rows < tokens
+    target = tl.load(targets_ptr + rows, mask=mask_t, other=0)
+    refused = (target < 0) | (target > last_target)
+    column = target.to(tl.int32) - first_word - first_column
+    inside = (column >= 0) & (column < BLOCK_V) & (refused == 0)
+    target_logit = tl.where(inside, float("nan"), float("-inf"))
+    if tl.max(inside.to(tl.int32), axis=0) > 0:  # one tile in several
+        is_target = offs_v[None, :] == column[:, None]
+        # A sum, not a maximum: a NaN must stay.
+        found = tl.sum(tl.where(is_target, logits, 0.0), axis=1)
+        target_logit = tl.where(inside, found, target_logit)
+    if chunk == 0:
+        target_logit = tl.where(refused, float("nan"), target_logit)
+
+    largest = tl.max(logits, axis=1)
+    # -inf - (-inf) would be NaN where every word of a chunk is ruled out.
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    if ONLY_LOGPROBS:  # a third fewer instructions, and the same bits
+        total = tl.sum(exp(logits - shift[:, None]), axis=1)
+        argmax = rows * 0
+        weighted_sum = argmax.to(tl.float32)
+    else:
+        is_largest = logits == largest[:, None]
+        places = tl.where(is_largest, offs_v[None, :], _NO_COLUMN)
+        argmax = tl.min(places, axis=1) + (first_word + first_column)
+        exponents = logits - shift[:, None]
+        exponents = tl.maximum(exponents, _LOWEST_EXPONENT, propagate_nan=_NAN_WINS)
+        exponentials = exp(exponents)
+        # In this order, ptxas for sm_90 needs no memory for registers.
+        weighted_sum = tl.sum(exponentials * exponents, axis=1)
+        total = tl.sum(exponentials, axis=1)
+
+    offs = chunk.to(tl.int64) * tokens + rows
+    tl.store(max_ptr + offs, largest, mask=mask_t)
+    tl.store(sum_ptr + offs, total, mask=mask_t)
+    tl.store(weighted_sum_ptr + offs, weighted_sum, mask=mask_t)
+    tl.store(target_logits_ptr + offs, target_logit, mask=mask_t)
+    tl.store(argmax_ptr + offs, argmax, mask=mask_t)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def head_partials_kernel(
     hidden,  # (T, D): a descriptor of (BLOCK_T, BLOCK_D) with HAS_TMA, else a pointer
     lm_head,  # (V, D): a descriptor of (BLOCK_V, BLOCK_D) with HAS_TMA, else a pointer
@@ -94,12 +184,8 @@ def head_partials_kernel(
     chunks = tl.cdiv(vocabulary, BLOCK_V)
     # Flattened, the loads of the next tile run ahead while this one is reduced.
     for tile in tl.range(tl.program_id(0), t_tiles * chunks, tl.num_programs(0), flatten=HAS_TMA):
-        panel = tile // (panel_tiles * chunks)
-        place = tile - panel * (panel_tiles * chunks)
-        first_tile = panel * panel_tiles
-        tiles_here = tl.minimum(t_tiles - first_tile, panel_tiles)
-        chunk = place // tiles_here
-        first_row = (first_tile + place % tiles_here) * BLOCK_T
+        t_tile, chunk = tile_place(tile, t_tiles, chunks, panel_tiles)
+        first_row = t_tile * BLOCK_T
         first_column = chunk * BLOCK_V
         rows = first_row + tl.arange(0, BLOCK_T)
         columns = first_column + tl.arange(0, BLOCK_V)
@@ -132,58 +218,34 @@ def head_partials_kernel(
                 h_ptrs += h_step
                 w_ptrs += w_step
 
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)
-            logits += bias[None, :]
-        if HAS_SCALE:
-            logits *= scale
-        if HAS_SOFTCAP:
-            logits = softcap * tanh(logits * inverse_softcap)
-        # Everywhere: under a condition, or without this where no column is beyond V, ptxas may have
-        # to run the instructions of the product one by one.
-        logits += tl.where(columns < vocabulary, 0.0, float("-inf"))[None, :]
-
-        mask_t = rows < tokens
-        target = tl.load(targets_ptr + rows, mask=mask_t, other=0)
-        refused = (target < 0) | (target > last_target)
-        column = target.to(tl.int32) - first_word - first_column
-        inside = (column >= 0) & (column < BLOCK_V) & (refused == 0)
-        target_logit = tl.full((BLOCK_T,), float("-inf"), dtype=tl.float32)
-        if tl.max(inside.to(tl.int32), axis=0) > 0:  # one tile in several
-            is_target = tl.arange(0, BLOCK_V)[None, :] == column[:, None]
-            # A sum, not a maximum: a NaN must stay.
-            found = tl.sum(tl.where(is_target, logits, 0.0), axis=1)
-            target_logit = tl.where(inside, found, target_logit)
-        if chunk == 0:
-            target_logit = tl.where(refused, float("nan"), target_logit)
-
-        largest = tl.max(logits, axis=1)
-        # -inf - (-inf) would be NaN where every word of a chunk is ruled out.
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        if ONLY_LOGPROBS:  # a third fewer instructions, and the same bits
-            total = tl.sum(exp(logits - shift[:, None]), axis=1)
-            weighted_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
-            argmax = tl.zeros((BLOCK_T,), dtype=tl.int32)
-        else:
-            is_largest = logits == largest[:, None]
-            places = tl.where(is_largest, tl.arange(0, BLOCK_V)[None, :], _NO_COLUMN)
-            argmax = tl.min(places, axis=1) + (first_word + first_column)
-            exponents = logits - shift[:, None]
-            exponents = tl.maximum(exponents, _LOWEST_EXPONENT, propagate_nan=_NAN_WINS)
-            exponentials = exp(exponents)
-            # In this order, ptxas for sm_90 needs no memory for registers.
-            weighted_sum = tl.sum(exponentials * exponents, axis=1)
-            total = tl.sum(exponentials, axis=1)
-
-        offs = chunk.to(tl.int64) * tokens + rows
-        tl.store(max_ptr + offs, largest, mask=mask_t)
-        tl.store(sum_ptr + offs, total, mask=mask_t)
-        tl.store(weighted_sum_ptr + offs, weighted_sum, mask=mask_t)
-        tl.store(target_logits_ptr + offs, target_logit, mask=mask_t)
-        tl.store(argmax_ptr + offs, argmax, mask=mask_t)
+        reduce_tile(
+            logits,
+            rows,
+            tl.arange(0, BLOCK_V),
+            chunk,
+            bias_ptr,
+            targets_ptr,
+            max_ptr,
+            sum_ptr,
+            weighted_sum_ptr,
+            target_logits_ptr,
+            argmax_ptr,
+            tokens,
+            vocabulary,
+            first_word,
+            last_target,
+            scale,
+            softcap,
+            inverse_softcap,
+            HAS_BIAS,
+            HAS_SCALE,
+            HAS_SOFTCAP,
+            ONLY_LOGPROBS,
+            BLOCK_V,
+        )
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ADDRESSES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def fold_kernel(
     max_ptr,  # (parts, T), as are the next four
     sum_ptr,
@@ -248,7 +310,7 @@ def fold_kernel(
     tl.store(total_argmax_ptr + place, argmax, mask=mask_t)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ADDRESSES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def statistics_kernel(
     max_ptr,  # (T,), as are all others
     sum_ptr,

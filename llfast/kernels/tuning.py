@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """One way to run `triton_head.head_partials_kernel`."""
+    """One way to run the kernel of `triton_head.py`, or of `gluon_head.py` if `specialised`."""
 
     block_t: int
     block_v: int  # a chunk of the vocabulary
@@ -18,19 +18,21 @@ class Tile:
     stages: int
     panel: int = 16  # tiles of tokens that pass over the head together
     programs: int = 1  # a multiprocessor
+    specialised: bool = False  # one warp loads, and groups of `warps` multiply
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedules:
     """A tile for many tokens, and one for at most `few.block_t` of them.
 
-    Both must give a row the same bits, so they share `block_v` and, as compiled, the instruction
+    All must give a row the same bits, so they share `block_v` and, as compiled, the instruction
     that multiplies and the threads that reduce a row; a test looks at the compiled code.
     """
 
     many: Tile
     few: Tile
     tma: bool = False  # loads through tensor memory descriptors, where the layout allows
+    specialised: Tile | None = None  # for many tokens, where it does and this Triton can
 
 
 def _one(tile: Tile, *, tma: bool = False) -> Schedules:
@@ -44,6 +46,7 @@ _HOPPER = Schedules(
     # Half the arithmetic on rows that are not there, and as much of the head in flight.
     few=Tile(block_t=64, block_v=256, block_d=64, warps=4, stages=5),
     tma=True,
+    specialised=Tile(block_t=128, block_v=256, block_d=64, warps=4, stages=4, specialised=True),
 )
 _BLACKWELL = Tile(block_t=128, block_v=128, block_d=64, warps=8, stages=4)
 # fp32 runs without tensor cores, which would round to tf32.

@@ -19,6 +19,7 @@ from llfast.kernels import (
     token_logprobs,
     token_statistics,
 )
+from llfast.kernels.tuning import schedules_of
 from tests.heads import (
     DTYPES,
     STATISTICS,
@@ -134,6 +135,19 @@ def test_a_bad_row_is_nan_and_harms_no_other(value, dtype):
     assert found.logprobs[7].isnan()
     others = torch.arange(100, device=DEVICE) != 7
     assert same_bytes(part_of(found, others), part_of(good, others))
+
+
+@pytest.mark.parametrize("shape", [(65, 257, 8), (150, 2100, 72), (300, 5003, 4096)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_specialised_warps_change_no_bit(shape, name, monkeypatch):
+    case, options = make_case(shape, torch.bfloat16, device=DEVICE), options_of(name, shape[1])
+    capability = torch.cuda.get_device_capability()
+    if schedules_of(capability, torch.bfloat16).specialised is None:
+        pytest.skip(f"runs on sm_90, this is {capability}")
+    assert cuda._specialised_kernels() is not None
+    found = token_statistics(*case, **options)
+    monkeypatch.setattr(cuda, "_specialised_kernels", lambda: None)
+    assert same_bytes(token_statistics(*case, **options), found)
 
 
 @pytest.mark.parametrize("tokens", [50, 300])

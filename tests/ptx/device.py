@@ -12,7 +12,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from llfast.kernels import cuda, dispatch, triton_head
+from llfast.kernels import cuda, dispatch, gluon_head, triton_head
 
 Launched = Callable[[Any, dict[str, Any], int], None]  # a compiled kernel, arguments, programs
 
@@ -36,13 +36,12 @@ class _Driver:
 class _Kernels:
     """The kernels, compiled where they would be launched."""
 
-    TensorDescriptor = triton_head.TensorDescriptor
-
-    def __init__(self, launched: Launched):
-        self.launched = launched
+    def __init__(self, module, launched: Launched):
+        self.module, self.launched = module, launched
 
     def __getattr__(self, name):
-        return _Grids(getattr(triton_head, name), self.launched)
+        found = getattr(self.module, name)
+        return _Grids(found, self.launched) if hasattr(found, "warmup") else found
 
 
 class _Grids:
@@ -60,11 +59,12 @@ class _Grids:
 
 def pretend(capability: tuple[int, int], multiprocessors: int, launched: Launched) -> None:
     """Let tensors of the CPU go to a device of this compute capability."""
-    kernels = _Kernels(launched)
+    kernels, specialised = (_Kernels(module, launched) for module in (triton_head, gluon_head))
     driver.set_active(_Driver(10 * capability[0] + capability[1]))
     dispatch.cpu.native = lambda: None
     dispatch.reference = cuda
     cuda._kernels = lambda: kernels
+    cuda._specialised_kernels = lambda: specialised
     chip = cuda.Chip(capability=capability, multiprocessors=multiprocessors)
     cuda.chip_of = lambda _: chip
     cuda.on_device = lambda _: contextlib.nullcontext()

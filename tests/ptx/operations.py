@@ -19,7 +19,7 @@ from .operands import LANE, Operation, address, assign, assigning, source
 from .program import Instruction, split
 from .tensor_cores import TENSOR_CORES
 
-_MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:\.(v2|v4))?\.([bsuf])(\d+)")
+_MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:::cta)?(?:\.(v2|v4))?\.([bsuf])(\d+)")
 
 
 def translate(machine: Machine) -> None:
@@ -69,6 +69,8 @@ def _translated(instruction: Instruction, machine: Machine) -> Operation:
     if name in _OTHERS:
         return _OTHERS[name](operands, machine)
     parts = name.split(".")
+    if parts[0] not in ARITHMETIC:
+        raise NotImplementedError(f"nobody has taught this machine {instruction.text}")
     compute, read, written = ARITHMETIC[parts[0]](parts[1:])
     sources = [source(each, dtype, machine) for each, dtype in zip(operands[1:], read, strict=True)]
     return assigning(operands[0], written, lambda warp: compute(*[each(warp) for each in sources]))

@@ -9,10 +9,11 @@ import json
 import re
 import sys
 import traceback
+from unittest import mock
 
 import torch
 
-from llfast.kernels import TokenStatistics, token_logprobs, token_statistics
+from llfast.kernels import TokenStatistics, cuda, token_logprobs, token_statistics
 from tests.heads import (
     STATISTICS,
     check_logprobs,
@@ -36,7 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # T, V, D: several chunks of words, the last one not full; in fp16 and fp32, neither is the last
 # block of the width.
 SHAPES = {
-    (9, 0): {"bfloat16": (150, 700, 192), "float16": (70, 700, 136), "float32": (70, 300, 24)},
+    (9, 0): {"bfloat16": (150, 400, 192), "float16": (70, 400, 136), "float32": (70, 140, 24)},
     (8, 0): {"bfloat16": (70, 300, 64), "float16": (70, 140, 40), "float32": (70, 140, 24)},
 }[CAPABILITY]
 FEW = 40
@@ -61,11 +62,14 @@ def logprobs(dtype, timing):
 
 
 def same_bits(dtype):
-    """Few tokens or many, all statistics or one, whatever the order of warps and copies."""
+    """Few tokens or many, specialised warps or not, all statistics or one, in any order."""
     hidden, lm_head, targets = make_case(SHAPES[dtype], DTYPES[dtype])
     emulated.timing = TIMINGS[0]
     whole = token_statistics(hidden, lm_head, targets)
     assert torch.equal(whole.logprobs, token_logprobs(hidden, lm_head, targets))
+    with mock.patch.object(cuda, "_specialised_kernels", return_value=None):
+        for emulated.timing in TIMINGS[::3]:
+            assert same_bytes(token_statistics(hidden, lm_head, targets), whole)
     for timing in TIMINGS:
         emulated.timing = timing
         few = token_statistics(hidden[:FEW], lm_head, targets[:FEW])

@@ -69,9 +69,9 @@ def test_many_tokens_on_sm_90_need_no_memory_for_registers(heads):
     rows = [
         row
         for row in heads
-        if row["architecture"] == 90 and row["schedule"] == "many" and "bias" not in row["options"]
+        if row["architecture"] == 90 and "many" in row["schedule"] and "bias" not in row["options"]
     ]
-    assert len(rows) == 5
+    assert len(rows) == 8
     for row in rows:
         # fp32's two numbers are put away once a tile, outside of the loop of products.
         assert row["stack_bytes"] <= (8 if row["dtype"] == "fp32" else 0), row
@@ -85,7 +85,7 @@ def test_log_probabilities_alone_take_fewer_instructions(heads):
             key = row["architecture"], row["schedule"], row["loads"]
             by_kernel.setdefault(key, {})[row["options"]] = row["instructions"]
     compared = [found for found in by_kernel.values() if len(found) > 1]
-    assert len(compared) == 4
+    assert len(compared) == 5
     for found in compared:
         # Triton 3.9: 0.73 to 0.81; Triton 3.6: 0.75 to 0.87.
         assert found[""] < 0.9 * found["statistics"], by_kernel
@@ -93,7 +93,9 @@ def test_log_probabilities_alone_take_fewer_instructions(heads):
 
 def test_spilled_registers_stay_few(found):
     for row in found["kernels"]:
-        assert row["stack_bytes"] <= 128, row
+        # With a softcap, specialised warps put some 35 away once a tile, and fetch them once.
+        specialised = "specialised" in row.get("schedule", "") and "softcap" in row["options"]
+        assert row["stack_bytes"] <= (192 if specialised else 128), row
 
 
 def test_schedules_multiply_and_reduce_alike(heads):
@@ -103,8 +105,10 @@ def test_schedules_multiply_and_reduce_alike(heads):
         if row["architecture"] == 90 and row["dtype"] != "fp32":
             layout, key = row["product_layout"], (row["dtype"], row["options"])
             assert layout, row
-            warps = row["tile"][0] // 16  # each holds whole rows, 16 of them
-            assert f"warpsPerCTA = [{warps}, 1]" in layout, row
+            # Each holds whole rows, 16 of them; groups of specialised ones have half a tile each.
+            assert f"warpsPerCTA = [{row['warps']}, 1]" in layout, row
+            groups = 2 if "specialised" in row["schedule"] else 1
+            assert row["tile"][0] == 16 * row["warps"] * groups, row
             by_row.setdefault(key, set()).add((layout.split("instrShape")[1], row["tile"][1]))
     assert by_row
     assert all(len(each) == 1 for each in by_row.values()), by_row

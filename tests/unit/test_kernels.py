@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
 import sys
@@ -158,10 +159,34 @@ def test_every_newer_device_has_a_row_in_the_tuning_table(capability, monkeypatc
     assert instruction_set(device) == "triton sm_{}{}".format(*capability)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         row = schedules_of(capability, dtype)
-        for tile in (row.many, row.few):
+        for tile in filter(None, (row.many, row.few, row.specialised)):
             assert 1024 % tile.block_v == 0
             assert tile.block_v == row.many.block_v
             assert tile.block_t <= cuda.ROWS
+
+
+@pytest.mark.parametrize("gluon", [True, False])
+def test_warps_are_specialised_for_many_tokens_that_descriptors_can_load(gluon, monkeypatch):
+    monkeypatch.setattr(cuda, "_specialised_kernels", lambda: object() if gluon else None)
+    row = schedules_of((9, 0), torch.bfloat16)
+    many = row.specialised if gluon else row.many
+    matrix = torch.zeros(300, 72, dtype=torch.bfloat16)
+    assert cuda._tile(row, matrix, matrix) == (many, True)
+    assert cuda._tile(row, matrix[:65], matrix[:1]) == (many, True)
+    assert cuda._tile(row, matrix[:64], matrix) == (row.few, True)
+    assert cuda._tile(row, matrix[:, 1:], matrix[:, 1:]) == (row.many, False)  # not aligned
+    assert cuda._tile(row, matrix, matrix.T) == (row.many, False)
+    for capability, dtype in ((8, 0), torch.bfloat16), ((9, 0), torch.float32):
+        row = schedules_of(capability, dtype)
+        assert cuda._tile(row, matrix, matrix)[0] == row.many
+
+
+def test_gluon_of_another_triton_is_not_used(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.delitem(sys.modules, "llfast.kernels.gluon_head", raising=False)
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    with pytest.raises(ImportError, match=r"that of Triton 3\.6 to 3\.9, got 3\.10\.0"):
+        importlib.import_module("llfast.kernels.gluon_head")
 
 
 # ----------------------------------------------------------------------------- as torch's operator
