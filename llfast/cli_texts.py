@@ -16,7 +16,9 @@ texts_app = typer.Typer(help="Make and look at text sets.", no_args_is_help=True
 @texts_app.command("build")
 def texts_build(
     inputs: Annotated[list[Path], typer.Argument(metavar="FILE", help="Files and folders.")],
-    out: Annotated[Path, typer.Option(help="Where to write the set (.jsonl).")],
+    out: Annotated[
+        Path, typer.Option(help="Where to write the set (.jsonl); folders are read without it.")
+    ],
     n: Annotated[int, typer.Option("--n", help="How many chunks to sample.")] = 10_000,
     max_bytes: Annotated[int, typer.Option(help="The longest chunk.")] = 1024,
     min_bytes: Annotated[int, typer.Option(help="Chunks up to this long are dropped.")] = 256,
@@ -26,7 +28,9 @@ def texts_build(
     """Cut documents into chunks of whole characters and sample them."""
     from .texts import build_texts
 
-    texts, report = build_texts(inputs, n=n, max_bytes=max_bytes, min_bytes=min_bytes, seed=seed)
+    texts, report = build_texts(
+        inputs, n=n, max_bytes=max_bytes, min_bytes=min_bytes, seed=seed, out=out
+    )
     texts.save(out)
     if report.skipped_files:
         print_note(

@@ -149,6 +149,7 @@ def build_texts(
     max_bytes: int = 1024,
     min_bytes: int = 256,
     seed: int = 42,
+    out: str | os.PathLike[str] | None = None,
 ) -> tuple[TextSet, BuildReport]:
     """Cut documents into chunks and sample `n` of them.
 
@@ -166,18 +167,21 @@ def build_texts(
         max_bytes: the longest chunk, in bytes.
         min_bytes: chunks of this many bytes or fewer are dropped.
         seed: names the sample.
+        out: the file that the set will be written to. In folders it is passed over, or a second
+            build would sample what the first has written.
 
     Raises:
         OSError: if an input cannot be read.
         TextSetError: if a file named in `inputs` is not UTF-8, or no chunk is long enough.
-        ValueError: if the sizes make no sense.
+        ValueError: if the sizes make no sense, or `out` is named in `inputs`.
         TypeError: if `inputs` is a single path.
     """
     if isinstance(inputs, str | os.PathLike):  # its characters are paths, and / is all there is
         raise TypeError(f"inputs must be several paths, got {inputs!r}; wrap it in a list")
     skipped: list[str] = []
+    sources = _documents(inputs, skipped, None if out is None else os.path.realpath(out))
     texts, documents, chunks = sample_chunks(
-        _documents(inputs, skipped), n=n, max_bytes=max_bytes, min_bytes=min_bytes, seed=seed
+        sources, n=n, max_bytes=max_bytes, min_bytes=min_bytes, seed=seed
     )
     return texts, BuildReport(documents=documents, chunks=chunks, skipped_files=tuple(skipped))
 
@@ -221,9 +225,15 @@ def sample_chunks(
 
 
 def _documents(
-    inputs: Sequence[str | os.PathLike[str]], skipped: list[str]
+    inputs: Sequence[str | os.PathLike[str]], skipped: list[str], out: str | None
 ) -> Iterator[tuple[str, str]]:
     paths = [Path(given) for given in inputs]
+    for path in paths:
+        if out == os.path.realpath(path):
+            raise ValueError(
+                f"inputs must not name the file that the set is written to, got {path}; write to "
+                "another one"
+            )
     own_names = [path.resolve().name if path.is_dir() else path.name for path in paths]
     for path, own_name in zip(paths, own_names, strict=True):
         root = own_name if own_names.count(own_name) == 1 else path.as_posix()
@@ -233,6 +243,8 @@ def _documents(
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
             if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+                if out == os.path.realpath(file):
+                    continue
                 name = as_utf8(f"{root}/{inside.as_posix()}")
                 try:
                     found = list(_file_documents(file, name))  # all of a file or nothing

@@ -38,6 +38,15 @@ def test_texts_are_built_and_shown(command, tmp_path):
     assert f"only {more.json['texts']} chunks were long enough for the 500" in more.err
 
 
+def test_texts_are_built_again_from_the_same_sources(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doc.txt").write_text("Zwölf Boxkämpfer " * 200, encoding="utf-8")
+    runs = [command("texts", "build", ".", "--out", "texts.jsonl", "--json") for _ in range(2)]
+    assert runs[1].json == runs[0].json
+    run = command("texts", "build", "doc.txt", "texts.jsonl", "--out", "texts.jsonl")
+    assert "inputs must not name the file" in run.error
+
+
 def test_import_puts_a_table_into_the_store(command, tmp_path):
     (tmp_path / "m.csv").write_text("id,a,b\nx,1.0,1.1\ny,1.2,1.5\nz,2.0,1.0\n")
     (tmp_path / "sizes.txt").write_text("10 20 30")

@@ -153,6 +153,20 @@ def test_a_file_of_a_folder_is_taken_whole_or_not_at_all(corpus):
     assert not any("torn" in id_ for id_ in texts.ids)
 
 
+def test_the_file_that_a_set_is_written_to_is_no_source_of_it(corpus, monkeypatch):
+    monkeypatch.chdir(corpus)
+    (corpus / "link.jsonl").symlink_to("out.jsonl")
+    expected, _ = build_texts([corpus])
+    for out in ("out.jsonl", corpus / "sub" / ".." / "link.jsonl"):
+        found, report = build_texts([corpus], out=out)
+        found.save(out)
+        assert found.digest == expected.digest
+        assert report.skipped_files == ("corpus/image.bin",)
+    for given in ("out.jsonl", "link.jsonl"):
+        with pytest.raises(ValueError, match=rf"inputs must not name .*, got {given}; write"):
+            build_texts([corpus, given], out="out.jsonl")
+
+
 def test_inputs_of_one_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("one", "two"):
