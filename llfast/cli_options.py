@@ -32,7 +32,10 @@ StoredDtype = Annotated[
     str | None, typer.Option("--dtype", help="Only models that ran in this dtype.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-TokenBudget = Annotated[int | None, typer.Option(min=1, help="The most tokens in a batch.")]
+# The largest is that of `check_token_budget`, whose module would load torch for `--help`.
+TokenBudget = Annotated[
+    int | None, typer.Option(min=1, max=1 << 20, help="The most tokens in a batch.")
+]
 Weights = Annotated[
     str, typer.Option(help="resident, paged (a layer at a time), or auto: paged if too large.")
 ]

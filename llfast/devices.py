@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from .models import MemorySource, ModelSource
@@ -20,6 +21,22 @@ _CUDA_TOKEN_BUDGETS = (4096, 8192)  # the least and the most
 # batches need fewer dummy rows; a thread more is given as many tokens more.
 _CPU_TOKENS_PER_THREAD = 256
 _CPU_TOKEN_BUDGETS = (512, 8192)  # the least and the most
+# Beyond what any chip needs; short batches are filled up to it with dummy rows.
+_LARGEST_TOKEN_BUDGET = 1 << 20
+
+
+def check_token_budget(token_budget: int | None) -> None:
+    """Refuse a budget that no model could be run with; None stands for the default.
+
+    Raises:
+        ValueError: if it is no whole number, or too small or large.
+    """
+    is_whole = isinstance(token_budget, int | np.integer)
+    if token_budget is not None and not (is_whole and 1 <= token_budget <= _LARGEST_TOKEN_BUDGET):
+        raise ValueError(
+            f"token_budget must be a whole number from 1 to {_LARGEST_TOKEN_BUDGET:,}, got "
+            f"{token_budget!r}; leave it out for the default"
+        )
 
 
 def default_token_budget(device: torch.device, config: Any) -> int:

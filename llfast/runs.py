@@ -25,7 +25,7 @@ from .batches import (
     model_max_length,
     tokenize,
 )
-from .devices import default_token_budget, device_name, resolve_device
+from .devices import check_token_budget, default_token_budget, device_name, resolve_device
 from .dtypes import dtype_name
 from .engines import Engine, Finished, Job, Ready, check_budget, open_engine
 from .errors import CannotPageError, CheckpointError, LlfastError, LlfastWarning, ScoringError
@@ -41,8 +41,6 @@ from .traits import is_mixture_of_experts
 from .verify import Verification, manifest_path
 
 SCORING_VERSION = 1  # part of every stored key: raised when a release changes numbers
-# Beyond what any chip needs; short batches are filled up to it with dummy rows.
-_LARGEST_TOKEN_BUDGET = 1 << 20
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -212,14 +210,10 @@ def prepare(
     loading = LoadingStatistics() if loading is None else loading
     place = resolve_device(device, source)
     body_dtype = source.dtype(dtype, place)
+    check_token_budget(token_budget)
     budget = default_token_budget(place, source.config) if token_budget is None else token_budget
     memory_bytes = check_budget(weights, memory_budget)
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
-    if not (isinstance(budget, int | np.integer) and 1 <= budget <= _LARGEST_TOKEN_BUDGET):
-        raise ValueError(
-            f"token_budget must be a whole number from 1 to {_LARGEST_TOKEN_BUDGET:,}, got "
-            f"{budget!r}; leave it out for the default"
-        )
     if token_ids is not None:
         if convention != "paper":
             raise ValueError(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from llfast.batches import CONVENTIONS
+from llfast.devices import check_token_budget
 from llfast.dtypes import parse_dtype
 from llfast.engines import check_budget
 from llfast.estimate import Estimate, estimate
@@ -67,7 +68,7 @@ def score_models(
 
     Raises:
         OSError: if the store cannot be written.
-        ValueError: for a convention, dtype or device that there is not.
+        ValueError: for a convention, dtype, device or token budget that there is not.
         MissingDependencyError: if a model needs a package that is not installed.
     """
     memory_budget = begin(
@@ -75,6 +76,7 @@ def score_models(
         store,
         convention=convention,
         dtype=dtype,
+        token_budget=token_budget,
         weights=weights,
         memory_budget=memory_budget,
         verify=verify,
@@ -135,7 +137,7 @@ def estimate_models(
 
     Raises: as `estimate` says of any of the models, and as `score_models` of the options.
     """
-    _check(requests, convention, dtype, weights, memory_budget)
+    _check(requests, convention, dtype, token_budget, weights, memory_budget)
     options = {
         "convention": convention,
         "device": device,
@@ -160,6 +162,7 @@ def begin(
     *,
     convention: str,
     dtype: str,
+    token_budget: int | None,
     weights: str,
     memory_budget: int | str | None,
     verify: bool | str | os.PathLike[str],
@@ -175,7 +178,7 @@ def begin(
         TypeError: for a `verify` that is no path.
         OSError: if a manifest cannot be read, or the store not be made.
     """
-    budget_bytes = _check(requests, convention, dtype, weights, memory_budget)
+    budget_bytes = _check(requests, convention, dtype, token_budget, weights, memory_budget)
     if (manifest := manifest_path(verify)) is not None:
         read_manifest(manifest)
     if not store.folder.is_dir():
@@ -188,6 +191,7 @@ def _check(
     requests: Sequence[ModelRequest],
     convention: str,
     dtype: str,
+    token_budget: int | None,
     weights: str,
     memory_budget: int | str | None,
 ) -> int | None:
@@ -197,6 +201,7 @@ def _check(
     for name in (dtype, *(request.dtype or dtype for request in requests)):
         if name != "auto":
             parse_dtype(name)
+    check_token_budget(token_budget)
     for request in requests:
         check_budget(request.weights or weights, request.memory_budget)
     return check_budget(weights, memory_budget)

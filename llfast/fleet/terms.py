@@ -93,6 +93,7 @@ def agree(requests: Sequence[ModelRequest], store: Store, options: Options) -> T
         store,
         convention=terms.convention,
         dtype=terms.dtype,
+        token_budget=terms.token_budget,
         weights=terms.weights,
         memory_budget=terms.memory_budget,
         verify=terms.verify,

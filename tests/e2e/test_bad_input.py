@@ -9,6 +9,8 @@ import torch
 
 import llfast
 from llfast import SpaceError, Store, TextSet
+from llfast.fleet import score_models, score_share
+from llfast.model_list import read_model_list
 from tests.tiny import TEXTS, make_model, make_tokenizer, save
 
 
@@ -94,6 +96,23 @@ def test_an_option_that_does_not_exist(command, checkpoints, store, texts_file, 
     assert message in run.error
     run = command("score", *models, "--texts", texts_file, "--dry-run", *options.split())
     assert message in run.error
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("words", "run"), [("score --list", score_models), ("fleet score", score_share)]
+)
+def test_a_token_budget_that_is_none_is_refused_once(
+    command, models_list, store, texts, texts_file, words, run
+):
+    where = ("--texts", texts_file, "--store", store)
+    for budget in (0, 1_048_577):
+        found = command(*words.split(), models_list, *where, "--token-budget", budget)
+        assert (found.code, found.out) == (2, "")
+        assert "Invalid value for '--token-budget'" in found.error
+        message = f"token_budget must be a whole number from 1 to 1,048,576, got {budget}"
+        with pytest.raises(ValueError, match=message):
+            run(read_model_list(models_list), texts, Store(store), token_budget=budget)
 
 
 @pytest.mark.usefixtures("untouched")

@@ -138,7 +138,7 @@ def test_a_command_that_fails_leaves_no_new_store(
         (
             checkpoints / "gpt2",
             ("--token-budget", 9999999),
-            "token_budget must be a whole number from 1 to",
+            "Invalid value for '--token-budget'",
         ),
     ):
         run = command("layers", model, "--texts", texts_file, "--store", new, *options)
