@@ -158,6 +158,7 @@ def score_command(
         "token_budget": token_budget,
         "weights": weights,
         "memory_budget": memory_budget,
+        "verify": verify if manifest is None else manifest,
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
     }
@@ -173,7 +174,6 @@ def score_command(
         requests,
         text_set,
         Store(store),
-        verify=verify if manifest is None else manifest,
         together=together,
         report=None if as_json else print_outcome,
         **options,

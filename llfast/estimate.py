@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from os import PathLike
 from statistics import median
 
 import torch
@@ -74,11 +75,13 @@ def estimate(
     token_budget: int | None = None,
     weights: str = "auto",
     memory_budget: int | str | None = None,
+    verify: bool | str | PathLike[str] = False,
 ) -> Estimate:
     """Estimate what `score` would take; tokenises the texts, reads no weights.
 
     Raises:
-        CheckpointError: if the checkpoint does not fill its model, or the tokens do not fit it.
+        CheckpointError: if the checkpoint does not fill its model, the tokens do not fit it, or
+            there is no digest to verify with.
         UnsupportedModelError: if it cannot be paged where that is asked for.
         ValueError: for a memory budget that is too small, and for a model in memory, whose weights
             are there already.
@@ -94,6 +97,7 @@ def estimate(
         token_budget=token_budget,
         weights=weights,
         memory_budget=memory_budget,
+        verify=verify,
     ).job
     paged = as_pages(job, weights)
     way, paged_bytes = _way(job, paged, weights)

@@ -130,6 +130,7 @@ def estimate_models(
     token_budget: int | None = None,
     weights: str = "auto",
     memory_budget: int | str | None = None,
+    verify: bool | str | os.PathLike[str] = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> list[Estimate]:
@@ -137,13 +138,14 @@ def estimate_models(
 
     Raises: as `estimate` says of any of the models, and as `score_models` of the options.
     """
-    _check(requests, convention, dtype, token_budget, weights, memory_budget)
+    _check(requests, convention, dtype, token_budget, weights, memory_budget, verify)
     options = {
         "convention": convention,
         "device": device,
         "token_budget": token_budget,
         "weights": weights,
         "memory_budget": memory_budget,
+        "verify": verify,
     }
     return [
         estimate(
@@ -178,9 +180,7 @@ def begin(
         TypeError: for a `verify` that is no path.
         OSError: if a manifest cannot be read, or the store not be made.
     """
-    budget_bytes = _check(requests, convention, dtype, token_budget, weights, memory_budget)
-    if (manifest := manifest_path(verify)) is not None:
-        read_manifest(manifest)
+    budget_bytes = _check(requests, convention, dtype, token_budget, weights, memory_budget, verify)
     if not store.folder.is_dir():
         refuse_unwritable_store(store.folder)
     _remove_leftovers(store.folder)
@@ -194,6 +194,7 @@ def _check(
     token_budget: int | None,
     weights: str,
     memory_budget: int | str | None,
+    verify: bool | str | os.PathLike[str],
 ) -> int | None:
     """Refuse what would fail for one slip of the pen; the memory budget in bytes."""
     if convention not in CONVENTIONS:
@@ -204,6 +205,8 @@ def _check(
     check_token_budget(token_budget)
     for request in requests:
         check_budget(request.weights or weights, request.memory_budget)
+    if (manifest := manifest_path(verify)) is not None:
+        read_manifest(manifest)
     return check_budget(weights, memory_budget)
 
 

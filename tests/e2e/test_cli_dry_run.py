@@ -1,5 +1,6 @@
 """`llfast score --dry-run`: says and refuses what the run then does."""
 
+import hashlib
 import json
 import shutil
 
@@ -105,3 +106,24 @@ def test_dry_run_of_a_list_takes_each_model_as_the_run_does(
             assert message in run.error
     refused = score([{**models[3], "trust_remote_code": False}], "--dry-run")
     assert "brings its own code" in refused.error
+
+
+def test_dry_run_refuses_what_cannot_be_verified(command, checkpoints, texts_file, tmp_path):
+    weights = checkpoints / "llama" / "model.safetensors"
+    arguments = ("score", checkpoints / "llama", "--texts", texts_file)
+    line = f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  {{}}\n"
+    for name, content, message in (
+        ("right", line.format(weights.name), None),
+        ("torn", "no digest\n", "line 1 must be a sha256 and a file name"),
+        ("other", line.format("other.safetensors"), "must have a sha256 to be verified, got none"),
+        ("missing", None, "No such file"),
+    ):
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        dry = command(*arguments, "--dry-run", "--manifest", path)
+        run = command(*arguments, "--store", tmp_path / f"{name}-store", "--manifest", path)
+        assert [dry.code, run.code] == [1 if message else 0] * 2
+        assert message is None or (message in dry.error and message in run.out + run.err)
+    run = command(*arguments, "--dry-run", "--verify")
+    assert "must have a sha256 to be verified, got none from the Hub's cache" in run.error
