@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .errors import SpaceError
 from .layers import score_layers
 from .models import open_model
 from .results import KLEstimate, LogLikelihoodMatrix, LogLikelihoods
@@ -73,7 +74,7 @@ def store_layers(
     Returns: a result a layer, and whether they had to be scored.
 
     Raises:
-        LlfastError: as `score_layers`.
+        LlfastError: as `score_layers`, and as `compare_layers` of texts.
         OSError: if the store cannot be written. It is made with the first results alone.
     """
     source = open_model(
@@ -103,6 +104,7 @@ def store_layers(
         device=device,
         token_budget=token_budget,
     )
+    _refuse_unscored(results)
     results = [replace(each, metadata={"layers": len(results)}) for each in results]
     store.add_all(results)
     return results, True
@@ -115,8 +117,9 @@ def compare_layers(results: Sequence[LogLikelihoods]) -> list[LayerReading]:
         results: of all layers, as `score_layers` gives them.
 
     Raises:
-        SpaceError: if no text has bytes, which KL is counted by.
+        SpaceError: if no text has a scored token, or bytes, which KL is counted by.
     """
+    _refuse_unscored(results)
     first, last = results[0], len(results) - 1
     names = [str(number) for number in range(len(results))]
     space = ModelSpace.fit(
@@ -139,3 +142,13 @@ def compare_layers(results: Sequence[LogLikelihoods]) -> list[LayerReading]:
         )
         for number, result in enumerate(results)
     ]
+
+
+def _refuse_unscored(results: Sequence[LogLikelihoods]) -> None:
+    """Layers that have said nothing would all seem to be equal."""
+    counts = results[-1].token_counts
+    if not counts.any():
+        raise SpaceError(
+            f"texts must have a scored token for layers to be compared, got none in {len(counts)} "
+            "texts; give longer ones, or score their first token, too, with convention 'always-bos'"
+        )

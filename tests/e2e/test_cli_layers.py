@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import llfast
-from llfast import Store, nearest, stored_layers
+from llfast import SpaceError, Store, TextSet, nearest, stored_layers
 from tests.architectures import build
 from tests.stores import run_with_mount
 from tests.tiny import make_adapter, make_tokenizer, save
@@ -146,6 +146,26 @@ def test_a_command_that_fails_leaves_no_new_store(
         assert not new.parent.exists()
     assert command("layers", checkpoints / "gpt2", "--texts", texts_file, "--store", new).code == 0
     assert len(Store(new).rows()) == 3
+
+
+@pytest.mark.parametrize("words", [("a", "b"), ("", "")])
+def test_texts_without_a_scored_token_are_no_grounds_for_a_comparison(
+    command, checkpoints, tmp_path, words
+):
+    """Layers that have said nothing are not equal."""
+    texts, new = TextSet.from_texts(words), tmp_path / "new"
+    texts.save(tmp_path / "t.jsonl")
+    arguments = ("layers", checkpoints / "gpt2", "--texts", tmp_path / "t.jsonl", "--store", new)
+    message = (
+        "texts must have a scored token for layers to be compared, got none in 2 texts; give "
+        "longer ones, or score their first token, too, with convention 'always-bos'"
+    )
+    assert message in command(*arguments).error
+    assert not new.exists()
+    with pytest.raises(SpaceError, match=message):
+        stored_layers.compare_layers(llfast.score_layers(checkpoints / "gpt2", texts))
+    if any(words):
+        assert command(*arguments, "--convention", "always-bos").code == 0
 
 
 def test_a_store_that_cannot_be_made_is_found_out_before_a_model_runs(
