@@ -144,6 +144,8 @@ def trajectory_command(
 def _facts(found: Trajectory) -> dict[str, str]:
     """What is printed below the table, a line each."""
     winding = f", {found.tortuosity:.2f} times as long" if found.tortuosity else ""
+    if not found.kl.any():
+        winding = ": all checkpoints say the same"
     facts = {
         "path": f"{found.path_length:.4g} √(bits/byte), straight {found.straight_length:.4g}"
         + winding

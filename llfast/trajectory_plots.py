@@ -60,9 +60,12 @@ def _draw_steps(axes: Any, trajectory: Trajectory) -> None:
     axes.set(xscale="log", xlabel="optimiser step", ylabel=_KL)
     if any(estimate.value for estimate in trajectory.from_start):  # matplotlib has no log of none
         _scale_by_powers(axes)
+        axes.legend(frameon=False)
+    else:
+        _say(axes, "KL is 0 between all checkpoints")
+        axes.set(yticks=[], xlim=(0.9 * trajectory.steps[1], 1.1 * trajectory.steps[-1]))
     _label_some(axes, trajectory.steps[1:].tolist())
     axes.set_title("KL of each checkpoint, 95 % intervals")
-    axes.legend(frameon=False)
     axes.grid(which="major", color="0.9")
 
 
@@ -79,7 +82,7 @@ def _draw_distances(axes: Any, trajectory: Trajectory) -> None:
         other.set_ylabel("squared distance of weights", color=_WEIGHS)
         fit = trajectory.weight_diffusion
         spaces.append(("weight", _WEIGHS, trajectory.weight_distances, fit, other))
-    ranges, handles = [], []
+    ranges, handles, still = [], [], []
     for name, colour, distances, fit, place in spaces:
         curves = list(_curves(trajectory, distances))
         are_points = all(len(values) == 1 for _, values in curves)
@@ -90,10 +93,15 @@ def _draw_distances(axes: Any, trajectory: Trajectory) -> None:
             _scale_by_powers(place)
             every = np.concatenate([np.log10(values) for _, values in curves])
             ranges.append((place, float(every.min()), float(every.max())))
+        else:
+            still.append(name)
+            place.set_yticks([])
         if fit is not None:
             line = {"color": colour, "linewidth": 3, "path_effects": outline(6)}
             handles += place.plot(*_power_law(curves, fit), **line)
             handles[-1].set_label(f"{name} space: exponent {fit.median:.2f}")
+    if still:
+        _say(axes, f"all distances in {' and '.join(still)} space are 0")
     decades = max((high - low for _, low, high in ranges), default=0.0) + 0.3
     for place, low, high in ranges:
         middle = (low + high) / 2
@@ -137,6 +145,11 @@ def _draw_plane(figure: Any, axes: Any, trajectory: Trajectory) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xlabel="first axis (√ bits/byte)", ylabel="second axis (√ bits/byte)")
     axes.set_title("The path: squared distance is KL in bits per byte")
+
+
+def _say(axes: Any, text: str) -> None:
+    """Say why there is nothing to see."""
+    axes.text(0.5, 0.95, text, transform=axes.transAxes, ha="center", va="top")
 
 
 def _scale_by_powers(axes: Any) -> None:

@@ -289,6 +289,11 @@ def test_two_checkpoints_and_one_six_times_have_no_exponent(call, series, tmp_pa
     assert run.err.count("\n") == 1
     assert "15 distances of 0 among them" in run.err
     assert "exponent" not in run.out
+    line = next(line for line in run.out.splitlines() if line.startswith("path "))
+    assert line.endswith(" straight 0: all checkpoints say the same")
+    drawn = (tmp_path / "t.svg").read_text()
+    assert "<!-- KL is 0 between all checkpoints -->" in drawn
+    assert "<!-- all distances in log-likelihood and weight space are 0 -->" in drawn
 
 
 @pytest.mark.parametrize(
