@@ -213,6 +213,8 @@ def prepare(
     check_token_budget(token_budget)
     budget = default_token_budget(place, source.config) if token_budget is None else token_budget
     memory_bytes = check_budget(weights, memory_budget)
+    if not isinstance(metadata, Mapping | None):
+        raise TypeError(f"metadata must be a mapping, got {metadata!r}; name its columns")
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work
     if token_ids is not None:
         if convention != "paper":

@@ -163,7 +163,7 @@ def score_many(
         memory_budget: for weights and texts on their way.
         verify: compare sha256 digests of weights.
         per_token: keep the logprob of every token, too.
-        metadata: columns to keep with each result.
+        metadata: columns to keep with each result, a mapping a model.
         trust_remote_code: let checkpoints bring code of their own.
         allow_pickle: let weights be pickles.
         partials: a file for each model, in which finished texts are kept.
@@ -176,7 +176,7 @@ def score_many(
     Raises:
         LlfastError: as `score`; nothing is returned then, and `partials` have what was finished.
         ValueError: for arguments that make no sense.
-        TypeError: if `models` is one path.
+        TypeError: if `models`, `metadata` or `partials` is what one model takes, and no list.
     """
     if isinstance(models, str | PathLike):
         raise TypeError("models must be a list, got one path; wrap it in a list, or use score")
@@ -184,6 +184,9 @@ def score_many(
         open_model(each, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         for each in models
     ]
+    for name, given in (("metadata", metadata), ("partials", partials)):
+        if isinstance(given, Mapping | str | PathLike):
+            raise TypeError(f"{name} must be a list, one a model, got {given!r}; wrap it in a list")
     if partials is not None and len({Path(each).resolve() for each in partials}) < len(partials):
         raise ValueError("partials must be different files, got one twice")
     for name, given in (("metadata", metadata), ("partials", partials)):

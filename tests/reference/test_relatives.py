@@ -218,6 +218,19 @@ def test_names_metadata_and_no_models(tmp_path, tokenizer):
         llfast.score_many(sources, FEW, partials=["a", "b", "c"])
 
 
+@pytest.mark.usefixtures("untyped")
+def test_what_one_model_takes_is_not_taken_for_a_list(tmp_path, tokenizer):
+    """With one model, an index into it is the first thing that would fail, if anything does."""
+    (folder,) = make_family(tmp_path, "llama", tokenizer, [])
+    for name, given in (("metadata", {"a": 1}), ("metadata", "a"), ("partials", str(tmp_path))):
+        with pytest.raises(TypeError, match=f"{name} must be a list, one a model, got .*; wrap it"):
+            llfast.score_many([folder], FEW, **{name: given})
+    for given in (5, "ab", [("a", 1)]):
+        for score, metadata in ((llfast.score, given), (llfast.score_many, [given])):
+            with pytest.raises(TypeError, match="metadata must be a mapping, got .*; name its col"):
+                score(folder if score is llfast.score else [folder], FEW, metadata=metadata)
+
+
 def test_a_run_goes_on_where_it_was(tmp_path, tokenizer, monkeypatch):
     folders = make_family(tmp_path, "llama", tokenizer, CHANGES[:2])
     partials = [tmp_path / f"{n}.npz" for n in range(3)]
