@@ -57,7 +57,8 @@ def _is_model(folder: Path) -> bool:
     """Whether it is no store, but a model, or what `open_model` has the right words for."""
     if (folder / "config.json").exists() or not folder.exists():
         return True
-    return is_adapter(folder) or any(folder.glob("*.gguf"))
+    others = ("*.gguf", "consolidated*.safetensors")
+    return is_adapter(folder) or any(path for each in others for path in folder.glob(each))
 
 
 def _machine() -> dict[str, Any]:

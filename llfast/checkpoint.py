@@ -66,8 +66,8 @@ class Checkpoint:
         Raises:
             CheckpointError: if something is missing or damaged.
             MissingDependencyError: if its weights take a package that is not there.
-            UnsupportedModelError: for adapters, GGUF files, weights quantised in a way that is not
-                turned back, and pickles unless allowed.
+            UnsupportedModelError: for adapters, GGUF files, Mistral's own format, weights quantised
+                in a way that is not turned back, and pickles unless allowed.
         """
         config = _read_config(folder)
         quantised = quantisation(folder, config)
@@ -194,7 +194,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "away to score the model alone"
         )
     if not (folder / "config.json").exists():
-        _refuse_gguf(folder)
+        _refuse_formats(folder)
         raise CheckpointError(f"{folder} must be a checkpoint folder, got one without config.json")
     return _read_json(folder / "config.json")
 
@@ -223,19 +223,37 @@ def _refuse_others(folder: Path, config: Mapping[str, Any], own: str) -> None:
         )
 
 
-def _refuse_gguf(folder: Path) -> None:
+def _refuse_formats(folder: Path) -> None:
+    """Refuse, by name, a folder without weights for transformers that has others."""
     if any(folder.glob("*.gguf")):
         raise UnsupportedModelError(
             f"{folder} must hold .safetensors weights, got GGUF files; use the checkpoint that "
             "they were converted from"
         )
+    found = sorted(_names(folder, ("consolidated*.safetensors*",)))
+    names, whose = [name for name in found if (folder / name).exists()], "Mistral's"
+    if not names and _has_native_params(folder / "params.json"):
+        names, whose = ["params.json"], "Mistral's or Meta's"
+    if names:
+        raise UnsupportedModelError(
+            f"{folder} must hold a model as transformers saves it, got {names[0]}, of {whose} own "
+            "format; use a checkpoint that was converted"
+        )
+
+
+def _has_native_params(path: Path) -> bool:
+    """Whether these are a model's sizes as both call them: the Hub's weights are not downloaded."""
+    try:
+        return {"dim", "n_layers"} <= _read_json(path).keys()
+    except (OSError, CheckpointError):
+        return False
 
 
 def _pickles(folder: Path, allow_pickle: bool) -> list[Path]:
     """Pickled weights, if there are any and they may be loaded."""
     pickles, index = _weight_files(folder, _PICKLES)
     if not pickles:
-        _refuse_gguf(folder)
+        _refuse_formats(folder)
         there = (name for name in _names(folder, _OTHER_WEIGHTS) if (folder / name).exists())
         others = ", ".join(sorted(there)[:3])
         but = f" by the names that transformers knows, but {others}" if others else ""

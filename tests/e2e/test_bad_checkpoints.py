@@ -80,6 +80,11 @@ def gguf(checkpoints, folder):
     (folder / "model.gguf").write_bytes(b"GGUF")
 
 
+def mistral(checkpoints, folder):
+    folder.mkdir()
+    (folder / "consolidated.safetensors").write_bytes(b"weights")
+
+
 def adapter(checkpoints, folder):
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
@@ -117,6 +122,7 @@ BROKEN = [
     (gptq, r"got quantised ones \('gptq'\); use the checkpoint that they were made from", True),
     (a_scale_short, "'model.layers.1.mlp.up_proj.weight' must come with scales .*, got none", True),
     (gguf, "got GGUF files; use the checkpoint that they were converted from", True),
+    (mistral, "got consolidated.safetensors, of Mistral's own format; use a checkpoint", True),
     (adapter, "got a LoRA adapter; pass the model .* with --adapter-base", True),
     (no_tokenizer, "must hold a tokenizer, got none", False),
     (no_tokenizer_gpt2, "must hold a tokenizer, got none", False),

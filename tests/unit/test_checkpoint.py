@@ -259,6 +259,40 @@ def test_other_formats_are_refused_by_name(tmp_path):
             assert line.endswith("is the download complete, and saved by transformers?")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("consolidated.safetensors", b"weights"),
+        ("consolidated-00001-of-00002.safetensors", b"weights"),
+        ("consolidated.safetensors.index.json", b"{}"),
+        # All that is downloaded from the Hub where the weights are no others.
+        ("params.json", b'{"dim": 5120, "n_layers": 40}'),
+    ],
+)
+def test_the_format_that_models_are_converted_from_is_refused_by_name(tmp_path, name, content):
+    folder = make(tmp_path / "m", **{"model.safetensors": None, name: content})
+    line = refused(folder, UnsupportedModelError)
+    whose = "Mistral's or Meta's" if name == "params.json" else "Mistral's"
+    assert line.endswith(
+        f"m must hold a model as transformers saves it, got {name}, of {whose} own format; use a "
+        "checkpoint that was converted"
+    )
+    for options in ({}, {"allow_pickle": True}):
+        assert refused(folder, UnsupportedModelError, **options) == line
+    (folder / "config.json").unlink()
+    assert refused(folder, UnsupportedModelError) == line
+    with_both = make(tmp_path / "both", **{name: content})
+    assert Checkpoint.open(with_both).weights == (with_both / "model.safetensors",)
+
+
+def test_parameters_of_something_else_are_no_format(tmp_path):
+    for content in ("{}", "[1]", '{"lr": 0.1}', "torn", b"\xff"):
+        folder = make(tmp_path / "m", **{"model.safetensors": None, "params.json": content})
+        assert refused(folder).endswith("got none; is the download complete?")
+    (folder / "consolidated.safetensors").symlink_to("not-there")
+    assert refused(folder).endswith("got none; is the download complete?")
+
+
 METHODS = (
     "gptq awq bitsandbytes aqlm quanto quark fouroversix fp_quant eetq higgs hqq fbgemm_fp8 "
     "torchao bitnet vptq spqr gguf nvfp4 mxfp4 mxfp8 auto-round metal sinq gemma modelopt nonsense"
