@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -124,14 +124,15 @@ class Ledger:
         ]
         return max(found, key=_order, default=None)
 
-    def tries(self) -> dict[Asked, int]:
-        """How often each request that has failed was tried, whether that still counts or not."""
-        found: dict[Asked, int] = {}
-        for name, failures in self._failures.items():
-            for each in failures.values():
-                asked = name, each.asked
-                found[asked] = max(each.attempts, found.get(asked, 0))
-        return found
+    def tries(self, requests: Sequence[ModelRequest], dtype: str) -> dict[Asked, int]:
+        """How often models were tried whose failures count now: what no longer counts begins anew.
+
+        Args:
+            requests: the models.
+            dtype: unless one has its own.
+        """
+        found = [(name_of(each), self.failure(each, dtype)) for each in requests]
+        return {(name, each.asked): each.attempts for name, each in found if each is not None}
 
     def failures(self) -> dict[str, Failure]:
         """The last failure of each name that has had no result since."""

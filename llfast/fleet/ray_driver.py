@@ -73,7 +73,7 @@ def score_on_ray(
     requests, terms = told_apart(requests), agree(requests, store, options)
     ledger = Ledger(store, texts.digest, terms.convention)
     ledger.refresh()
-    forgiven = ledger.tries() if retry_failed else {}
+    forgiven = ledger.tries(requests, terms.dtype) if retry_failed else {}
     assignment = Assignment(
         texts=texts,
         folder=str(store.folder.absolute()),

@@ -75,7 +75,7 @@ def score_share(
         terms,
         facts={"rank": rank},
         ledger=ledger,
-        forgiven=ledger.tries() if retry_failed else {},
+        forgiven=ledger.tries(requests, terms.dtype) if retry_failed else {},
         progress=progress,
         log=log,
     ) as worker:

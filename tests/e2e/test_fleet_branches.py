@@ -30,7 +30,10 @@ class Hub:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_result_outdates_the_failures_before_it(monkeypatch, tmp_path, checkpoints, texts, ahead):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_result_outdates_the_failures_before_it(
+    monkeypatch, tmp_path, checkpoints, texts, ahead, again
+):
     """Also if the clock of the machine that has scored it is ahead of those it fails on."""
 
     class Clock(datetime):
@@ -48,7 +51,7 @@ def test_a_result_outdates_the_failures_before_it(monkeypatch, tmp_path, checkpo
         (outcome,) = score_share([BRANCH], texts, store, retry_failed=True).outcomes
     assert outcome.status == "scored"
     hub.branches["step1"] = gone
-    shared = score_share([BRANCH], texts, store)
+    shared = score_share([BRANCH], texts, store, retry_failed=again)
     assert [each.status for each in shared.outcomes] == ["failed"] * 3
     assert shared.failed["org/m"].attempts == 3
 

@@ -177,10 +177,12 @@ def test_what_fails_again_after_it_was_tried_often_counts(store, tmp_path, an_ho
     ledger = Ledger(store, DIGEST, "paper")
     ledger.refresh()
     assert ledger.settled(request, "auto", 3) is False
+    forgiven = ledger.tries([request], "auto")
     store.add_failure(key_of("m", ""), "no weights", attempts=1, is_lasting=True)
     ledger.refresh()
     assert ledger.failure(request, "auto").reason == "no weights"
     assert ledger.settled(request, "auto", 3) is True
+    assert ledger.settled(request, "auto", 3, forgiven) is True
 
 
 def test_a_date_that_has_not_come_is_not_after_anything(store, tmp_path):
@@ -285,7 +287,7 @@ def test_what_others_write_is_nothing_that_was_asked_for(store, asked):
     ledger.refresh()
     assert ledger.has(ModelRequest(model="m", revision="step1"), "auto", by_name=True) is False
     assert ledger.has(ModelRequest(model="m", tokenizer="t"), "auto", by_name=True)
-    assert set(ledger.tries()) <= {("m", None)}
+    assert ledger.tries([M], "auto").keys() <= {("m", None)}
 
 
 @pytest.mark.parametrize(
