@@ -132,7 +132,8 @@ class LogLikelihoods:
     def bits_per_byte(self) -> Float64[np.ndarray, " N"]:
         """(N,) positive bits a UTF-8 byte of raw text; NaN where the text has no bytes."""
         known = np.where(self.text_bytes > 0, self.text_bytes, np.nan)
-        bits: Float64[np.ndarray, " N"] = -self.loglikelihoods / (known * np.log(2.0))
+        # Not negated: of a text without a scored token, that would be -0.0.
+        bits: Float64[np.ndarray, " N"] = (0.0 - self.loglikelihoods) / (known * np.log(2.0))
         return bits
 
     @property
@@ -303,7 +304,7 @@ def _mean_bits_per_byte(
     if not known.any():
         return np.full(len(loglikelihoods), np.nan)
     total = float(text_bytes.sum()) * np.log(2.0)
-    bits: Float64[np.ndarray, " K"] = -loglikelihoods[:, known].sum(axis=1) / total
+    bits: Float64[np.ndarray, " K"] = (0.0 - loglikelihoods[:, known].sum(axis=1)) / total
     return bits
 
 

@@ -80,6 +80,12 @@ def test_without_bytes_there_are_no_bits_per_byte():
     assert math.isnan(result.mean_bits_per_byte)
 
 
+def test_bits_per_byte_of_texts_without_scored_tokens_have_no_sign():
+    result = make_result(loglikelihoods=np.zeros(3), token_counts=np.zeros(3, np.int64))
+    assert math.copysign(1, result.bits_per_byte[0]) == 1
+    assert math.copysign(1, result.mean_bits_per_byte) == 1
+
+
 def test_texts_that_were_cut_or_not_scored_are_named():
     result = make_result()
     assert result.truncated_ids == ("b",)
