@@ -116,7 +116,7 @@ def _field(value: np.ndarray, first: np.ndarray, bits: np.ndarray) -> np.ndarray
     return value >> first & ((np.uint32(1) << bits) - np.uint32(1))
 
 
-ARITHMETIC: dict[str, Callable[[list[str]], Any]] = {
+_INSTRUCTIONS: dict[str, Callable[[list[str]], Any]] = {
     "abs": _binary(np.abs, 1),
     "add": _binary(np.add),
     "and": _binary(lambda a, b: a & b),
@@ -146,3 +146,25 @@ ARITHMETIC: dict[str, Callable[[list[str]], Any]] = {
     "sub": _binary(np.subtract),
     "xor": _binary(lambda a, b: a ^ b),
 }
+
+
+def arithmetic(name: str, count: int) -> tuple[Callable[..., Any], list[str], str] | None:
+    """What an instruction of `count` operands computes, and the dtypes of operands and result."""
+    operation, *parts = name.split(".")
+    if operation not in _INSTRUCTIONS:
+        return None
+    if parts[-1] == "f32x2":  # two numbers a register
+        compute, read, _ = _INSTRUCTIONS[operation]([*parts[:-1], "f32"])
+        return _of_pairs(compute), ["u8"] * len(read), "u8"
+    compute, read, written = _INSTRUCTIONS[operation](parts)
+    if operation in ("max", "min") and count == 3:
+        return (lambda a, b, c: compute(compute(a, b), c)), [*read, read[0]], written
+    return compute, read, written
+
+
+def _of_pairs(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*pairs: np.ndarray) -> np.ndarray:
+        given = [np.ascontiguousarray(each).view(np.float32) for each in pairs]
+        return np.asarray(compute(*given), np.float32).view(np.uint64)
+
+    return run

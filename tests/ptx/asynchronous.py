@@ -10,7 +10,7 @@ import numpy as np
 
 from .machine import ALL, BLOCKED, LANES, Machine, Warp
 from .memory import POISON, Mbarrier, spread, swizzled
-from .operands import address, assign, source
+from .operands import address, assign, one, source
 from .program import split
 
 _BULK = (
@@ -29,13 +29,6 @@ def _barrier(_: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
     return run
 
 
-def _one(values: np.ndarray, mask: np.ndarray | None) -> int:
-    """The value of the only lane that takes part, or of all if it is one."""
-    chosen = np.unique(np.broadcast_to(values, LANES)[slice(None) if mask is ALL else mask])
-    assert len(chosen) == 1, "lanes name different places"
-    return int(chosen[0])
-
-
 def _mbarrier(found: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
     action = found[1]
     if action == "try_wait.parity":
@@ -43,8 +36,8 @@ def _mbarrier(found: re.Match, operands: tuple[str, ...], machine: Machine) -> A
         place_of, parity_of = address(where, machine), source(parity, "u4", machine)
 
         def wait(warp: Warp, mask: np.ndarray | None) -> object:
-            barrier = warp.block.mbarrier(_one(place_of(warp), mask))
-            ended = barrier.phase != _one(parity_of(warp), mask)
+            barrier = warp.block.mbarrier(one(place_of(warp), mask))
+            ended = barrier.phase != one(parity_of(warp), mask)
             assign(warp, predicate, np.array(ended), mask)
             return None if ended else BLOCKED
 
@@ -54,7 +47,7 @@ def _mbarrier(found: re.Match, operands: tuple[str, ...], machine: Machine) -> A
     count = int(operands[-1], 0) if operands[-1] != where else 1
 
     def run(warp: Warp, mask: np.ndarray | None) -> None:
-        place = _one(place_of(warp), mask)
+        place = one(place_of(warp), mask)
         block = warp.block
         lanes = LANES if mask is ALL else int(mask.sum())
         assert lanes == 1, "one thread is to do it"
@@ -84,10 +77,10 @@ def _bulk_copy(_: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
     def run(warp: Warp, mask: np.ndarray | None) -> None:
         assert mask is not ALL
         assert mask.sum() == 1
-        descriptor = machine.descriptors[_one(descriptor_of(warp), mask)]
-        box = descriptor.copied(_one(columns(warp), mask), _one(rows(warp), mask))
-        block, first = warp.block, _one(place_of(warp), mask)
-        mbarrier = block.mbarrier(_one(barrier_of(warp), mask))
+        descriptor = machine.descriptors[one(descriptor_of(warp), mask)]
+        box = descriptor.copied(one(columns(warp), mask), one(rows(warp), mask))
+        block, first = warp.block, one(place_of(warp), mask)
+        mbarrier = block.mbarrier(one(barrier_of(warp), mask))
         assert first % 128 == 0
         assert first % (8 * descriptor.swizzle or 128) == 0, "the pattern would begin elsewhere"
         places = swizzled(first + np.arange(box.size), descriptor.swizzle)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .memory import Descriptor, GlobalMemory, Mbarrier, SharedMemory
+from .memory import Descriptor, GlobalMemory, Mbarrier, SharedMemory, TensorMemory
 from .program import Program
 
 LANES = 32
@@ -71,6 +71,7 @@ class Block:
         program = machine.program
         self.machine, self.index, self.blocks = machine, index, blocks
         self.shared = SharedMemory(shared_bytes)
+        self.tensors = TensorMemory()
         self.mbarriers: dict[int, Mbarrier] = {}
         self.arrived: dict[int, set[int]] = {}
         self.generations: dict[int, int] = {}

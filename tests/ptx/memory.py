@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 POISON = 0xFF  # as a byte of any float: NaN
 _NOBODY = -1
+TENSOR_ROWS, TENSOR_COLUMNS = 128, 512
 
 
 class GlobalMemory:
@@ -63,6 +65,22 @@ class SharedMemory:
         unfenced = self.writers[places] != _NOBODY
         assert not unfenced.any(), "tensor cores read what no fence has let them see"
         return self.data.view(f"u{size}")[places // size]
+
+
+class TensorMemory:
+    """That of sm_100's tensor cores, a block's, and the products that are on their way to it."""
+
+    def __init__(self):
+        self.data = np.full((TENSOR_ROWS, 4 * TENSOR_COLUMNS), POISON, np.uint8).view(np.uint32)
+        self.taken = 0  # columns
+        self.products: list[Callable[[], None]] = []
+        self.done = 0
+
+    def finish(self, count: int) -> None:
+        """The first so many of all products, in their order."""
+        while self.done < count:
+            self.products[self.done]()
+            self.done += 1
 
 
 def spread(places: np.ndarray, size: int) -> np.ndarray:

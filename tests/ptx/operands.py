@@ -84,3 +84,10 @@ def address(operand: str, machine: Machine) -> Values:
     base = source(found[1], "u8" if found[1].startswith("%rd") else "u4", machine)
     offset = np.int64(int(found[2], 0) if found[2] else 0)
     return lambda warp: (base(warp).astype(np.int64) + offset).astype(np.uint64)
+
+
+def one(values: np.ndarray, mask: np.ndarray | None) -> int:
+    """The value of the only lane that takes part, or of all if it is one."""
+    chosen = np.unique(np.broadcast_to(values, LANES)[slice(None) if mask is ALL else mask])
+    assert len(chosen) == 1, "lanes name different places"
+    return int(chosen[0])

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import ARITHMETIC
+from .arithmetic import arithmetic
 from .asynchronous import ASYNCHRONOUS
 from .machine import ALL, LANES, Machine, Warp
 from .memory import spread
 from .operands import LANE, Operation, address, assign, assigning, source
 from .program import Instruction, split
 from .tensor_cores import TENSOR_CORES
+from .tensor_memory import TENSOR_MEMORY
 
 _MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:::cta)?(?:\.(v2|v4))?\.([bsuf])(\d+)")
 
@@ -60,7 +61,7 @@ def _translated(instruction: Instruction, machine: Machine) -> Operation:
         return lambda warp, mask: None
     if memory := _MEMORY.fullmatch(name):
         return _memory(memory, operands, machine)
-    for table in (ASYNCHRONOUS, TENSOR_CORES):
+    for table in (ASYNCHRONOUS, TENSOR_CORES, TENSOR_MEMORY):
         for pattern, make in table.items():
             if found := re.fullmatch(pattern, name):
                 return make(found, operands, machine)
@@ -68,10 +69,10 @@ def _translated(instruction: Instruction, machine: Machine) -> Operation:
         return _packed(operands, machine)
     if name in _OTHERS:
         return _OTHERS[name](operands, machine)
-    parts = name.split(".")
-    if parts[0] not in ARITHMETIC:
+    found = arithmetic(name, len(operands) - 1)
+    if found is None:
         raise NotImplementedError(f"nobody has taught this machine {instruction.text}")
-    compute, read, written = ARITHMETIC[parts[0]](parts[1:])
+    compute, read, written = found
     sources = [source(each, dtype, machine) for each, dtype in zip(operands[1:], read, strict=True)]
     return assigning(operands[0], written, lambda warp: compute(*[each(warp) for each in sources]))
 
@@ -178,15 +179,15 @@ def _elect(operands: tuple[str, ...], machine: Machine) -> Operation:
     return run
 
 
-def _reduce(reduce: Callable[[np.ndarray], Any]) -> Callable[..., Operation]:
+def _reduce(reduce: Callable[[np.ndarray], Any], dtype: str = "i4") -> Callable[..., Operation]:
     def make(operands: tuple[str, ...], machine: Machine) -> Operation:
         target, value, _ = operands
-        read = source(value, "i4", machine)
+        read = source(value, dtype, machine)
 
         def run(warp: Warp, mask: np.ndarray | None) -> None:
             assert mask is ALL
             values = np.broadcast_to(read(warp), LANES)
-            assign(warp, target, np.asarray(reduce(values), np.int32), ALL)
+            assign(warp, target, np.asarray(reduce(values), dtype), ALL)
 
         return run
 
@@ -196,6 +197,8 @@ def _reduce(reduce: Callable[[np.ndarray], Any]) -> Callable[..., Operation]:
 _OTHERS: dict[str, Callable[..., Operation]] = {
     "elect.sync": _elect,
     "redux.sync.max.s32": _reduce(np.max),
+    "redux.sync.max.f32": _reduce(np.fmax.reduce, "f4"),
+    "redux.sync.max.NaN.f32": _reduce(np.max, "f4"),
     "redux.sync.min.s32": _reduce(np.min),
     "redux.sync.add.s32": _reduce(np.sum),
     "shfl.sync.bfly.b32": _shuffle(lambda amount: LANE ^ amount),

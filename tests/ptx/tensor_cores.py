@@ -14,7 +14,7 @@ from .memory import swizzled
 from .operands import LANE, address, source
 
 _K = 16  # elements of the width that one product of half precision sums over
-_SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes, by the two highest bits of a descriptor
+_SWIZZLES = {0: 0, 2: 128, 4: 64, 6: 32}  # bytes, by the three highest bits of a descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def _matrix(
+def matrix_of(
     warp: Warp, descriptor: int, rows: np.ndarray, dtype: str, *, by_columns: bool
 ) -> np.ndarray:
     """(rows, 16) of a matrix in shared memory whose rows, or columns, are contiguous.
@@ -43,7 +43,7 @@ def _matrix(
     """
     first, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     assert descriptor >> 49 & 7 == 0, "the swizzle is to begin where addresses say"
-    width = _SWIZZLES[descriptor >> 62]
+    width = _SWIZZLES[descriptor >> 61]
     assert width > 0
     rows, k = rows[:, None], np.arange(_K)
     if by_columns:
@@ -85,8 +85,8 @@ def _wgmma(found: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
 
         def multiply() -> None:
             own = np.arange(16) + 16 * (warp.index % 4)
-            a = _matrix(warp, left, own, dtype, by_columns=left_columns)
-            b = _matrix(warp, right, np.arange(columns), dtype, by_columns=right_columns)
+            a = matrix_of(warp, left, own, dtype, by_columns=left_columns)
+            b = matrix_of(warp, right, np.arange(columns), dtype, by_columns=right_columns)
             sums = in_flight[names[0]]
             sums[:] = (a @ b.T + (sums if adding else 0)).astype(np.float32)
 
@@ -164,6 +164,22 @@ def _mma(found: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
     return run
 
 
+def _stmatrix(found: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
+    """One matrix of 8 x 8, whose rows go where the first eight lanes say."""
+    place_of = address(operands[0], machine)
+    (name,) = (each.strip() for each in operands[1].strip("{} ").split(","))
+
+    def run(warp: Warp, mask: np.ndarray | None) -> None:
+        assert mask is ALL
+        shared = warp.block.shared
+        rows = shared.at(np.broadcast_to(place_of(warp), LANES)[:8], 16)
+        places = rows[:, None] + np.arange(16)
+        shared.data[places] = warp.registers[name].view(np.uint8).reshape(8, 16)
+        shared.writers[places] = warp.index
+
+    return run
+
+
 def _ldmatrix(found: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
     """Matrices of 8 x 8, a register each; 8 lanes say where the rows of one are."""
     names = [each.strip() for each in operands[0].strip("{} ").split(",")]
@@ -189,5 +205,6 @@ TENSOR_CORES: dict[str, Callable[..., Any]] = {
     r"wgmma\.commit_group\.sync\.aligned": _commit,
     r"wgmma\.wait_group\.sync\.aligned": _wait,
     r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.\1\.f32": _mma,
+    r"stmatrix\.sync\.aligned\.m8n8\.x1\.shared\.b16": _stmatrix,
     r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16": _ldmatrix,
 }

@@ -39,6 +39,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 SHAPES = {
     (9, 0): {"bfloat16": (150, 400, 192), "float16": (70, 400, 136), "float32": (70, 140, 24)},
     (8, 0): {"bfloat16": (70, 300, 64), "float16": (70, 140, 40), "float32": (70, 140, 24)},
+    (10, 0): {"bfloat16": (150, 300, 192), "float16": (70, 300, 136), "float32": (70, 140, 24)},
 }[CAPABILITY]
 FEW = 40
 OPTIONS = {"scale": 0.5, "softcap": 3.0}
@@ -51,6 +52,11 @@ NEEDED = {
         "fence before tensor cores": r"fence\.proxy\.async.*",
     },
     (8, 0): {"wait for copies": r"cp\.async\.wait_group", "barrier between warps": r"bar\.sync"},
+    (10, 0): {
+        "wait for copies and products": r"mbarrier\.try_wait.*",
+        "barrier between warps": r"bar\.sync",
+        "fence before tensor cores": r"fence\.proxy\.async.*",
+    },
 }
 emulated = Emulated()
 
