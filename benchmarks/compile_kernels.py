@@ -40,7 +40,7 @@ TYPES = {
     "argmax_ptr": "*i32",
     **dict.fromkeys(("scale", "softcap", "inverse_softcap"), "fp32"),
 }
-OPTIONS = ("", "statistics", "statistics, bias, scale, softcap")
+OPTIONS = ("", "statistics", "statistics, bias", "statistics, bias, scale, softcap")
 TENSOR_CORES = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -126,16 +126,16 @@ def specialised_job(architecture: int, dtype: torch.dtype, tile: Tile, options: 
 
 def constants_of(tile: Tile, options: str) -> dict[str, Any]:
     """Of both kernels."""
-    everything = "bias" in options
+    has_bias = "bias" in options
     constants = {
-        "HAS_BIAS": everything,
-        "HAS_SCALE": everything,
-        "HAS_SOFTCAP": everything,
+        "HAS_BIAS": has_bias,
+        "HAS_SCALE": "scale" in options,
+        "HAS_SOFTCAP": "softcap" in options,
         "ONLY_LOGPROBS": "statistics" not in options,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
     }
-    return constants if everything else constants | {"bias_ptr": None}
+    return constants if has_bias else constants | {"bias_ptr": None}
 
 
 def labels_of(dtype: str, schedule: str, tile: Tile, loads: str, options: str) -> dict[str, Any]:

@@ -146,12 +146,12 @@ def _launch(
 ) -> None:
     kernels = _kernels()
     matrices = {}
-    for name, matrix, rows in (
+    for which, matrix, rows in (
         ("hidden", hidden, tile.block_t),
         ("lm_head", lm_head, tile.block_v),
     ):
         block = [rows, tile.block_d]
-        matrices[name] = kernels.TensorDescriptor.from_tensor(matrix, block) if has_tma else matrix
+        matrices[which] = kernels.TensorDescriptor.from_tensor(matrix, block) if has_tma else matrix
     kernels.head_partials_kernel[grid](
         **matrices,
         **arguments,
@@ -171,6 +171,7 @@ def _launch_specialised(
 ) -> None:
     kernels = _specialised_kernels()
     assert kernels is not None
+    assert tile.block_t == kernels.GROUPS * kernels.ROWS
     kernels.head_partials_kernel[grid](
         hidden=kernels.boxes(hidden, kernels.ROWS, tile.block_d),
         lm_head=kernels.boxes(lm_head, tile.block_v, tile.block_d),
@@ -241,7 +242,7 @@ def _kernels() -> ModuleType:
 def _specialised_kernels() -> ModuleType | None:
     try:
         from . import gluon_head
-    except ImportError:
+    except (ImportError, AttributeError):  # the latter of an experimental module that has changed
         return None
     return gluon_head
 

@@ -3,8 +3,9 @@
     one warp                 loads boxes of both matrices into a ring in shared memory
     GROUPS of four warps     multiply 64 rows each, and reduce them, each at its own pace
 
-While one group reduces its tile, the tensor cores work for the other, as far ahead as the ring
-reaches. Products and sums are those of `triton_head.py`, and so are the bits.
+The first group starts ahead of the second, by half the ring, so that they do not reduce their tiles
+at once: the tensor cores work for the other one meanwhile. Products and sums are those of
+`triton_head.py`, and so are the bits.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ if ".".join(triton.__version__.split(".")[:2]) not in ("3.6", "3.7", "3.8", "3.9
 if triton.knobs.runtime.interpret:
     raise ImportError("Triton does not interpret Gluon")
 
-__all__ = ["REGISTERS_AT_START", "ROWS", "boxes", "head_partials_kernel"]
+__all__ = ["GROUPS", "REGISTERS_AT_START", "ROWS", "boxes", "head_partials_kernel"]
 
+GROUPS = 2
 ROWS = 64  # of a group
 # A thread's: what twelve warps have when they start is what two groups and four warps, of which
 # one loads, divide among themselves.
 REGISTERS_AT_START = 168
 _GROUP_REGISTERS = gl.constexpr(240)
 _LOADER_REGISTERS = gl.constexpr(24)
-_ROWS = gl.constexpr(ROWS)
+_GROUPS, _ROWS = gl.constexpr(GROUPS), gl.constexpr(ROWS)
 _reduce_tile = gluon.jit(triton_head.reduce_tile.fn)
 _tile_place = gluon.jit(triton_head.tile_place.fn)
 # Triton 3.9 has given it another name.
@@ -64,14 +66,13 @@ def _load(
     vocabulary,
     width,
     panel_tiles,
-    GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     BLOCK_V: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):
     """Fill each place of the ring as soon as all groups have left it."""
-    BYTES: gl.constexpr = GROUPS * hidden.block_type.nbytes + lm_head.block_type.nbytes
-    t_tiles = gl.cdiv(tokens, GROUPS * _ROWS)
+    BYTES: gl.constexpr = _GROUPS * hidden.block_type.nbytes + lm_head.block_type.nbytes
+    t_tiles = gl.cdiv(tokens, _GROUPS * _ROWS)
     chunks = gl.cdiv(vocabulary, BLOCK_V)
     stage = 0
     phase = 1  # all places are empty
@@ -82,9 +83,9 @@ def _load(
             arrived = full.index(stage)
             mbarrier.expect(arrived, BYTES)
             _load_box(lm_head, [chunk * BLOCK_V, d], arrived, lm_head_ring.index(stage))
-            for group in gl.static_range(GROUPS):
-                first_row = (t_tile * GROUPS + group) * _ROWS
-                place = hidden_ring.index(stage * GROUPS + group)
+            for group in gl.static_range(_GROUPS):
+                first_row = (t_tile * _GROUPS + group) * _ROWS
+                place = hidden_ring.index(stage * _GROUPS + group)
                 _load_box(hidden, [first_row, d], arrived, place)
             stage += 1
             if stage == STAGES:
@@ -99,6 +100,7 @@ def _multiply(
     lm_head_ring,
     full,
     empty,
+    ahead,
     bias_ptr,
     targets_ptr,
     max_ptr,
@@ -119,7 +121,6 @@ def _multiply(
     HAS_SCALE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     ONLY_LOGPROBS: gl.constexpr,
-    GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     BLOCK_V: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -130,23 +131,29 @@ def _multiply(
     )
     offs_t = gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
     offs_v = gl.arange(0, BLOCK_V, gl.SliceLayout(0, layout))
-    t_tiles = gl.cdiv(tokens, GROUPS * _ROWS)
+    t_tiles = gl.cdiv(tokens, _GROUPS * _ROWS)
     chunks = gl.cdiv(vocabulary, BLOCK_V)
     stage = 0
     phase = 0
     before = 0  # the stage of the product before
+    steps = 0
+    if GROUP == 1:
+        mbarrier.wait(ahead, 0)
     for tile in range(gl.program_id(0), t_tiles * chunks, gl.num_programs(0)):
         t_tile, chunk = _tile_place(tile, t_tiles, chunks, panel_tiles)
         logits = gl.zeros((_ROWS, BLOCK_V), gl.float32, layout)
         for d in range(0, width, BLOCK_D):
             mbarrier.wait(full.index(stage), phase)
-            h = hidden_ring.index(stage * GROUPS + GROUP)
+            h = hidden_ring.index(stage * _GROUPS + GROUP)
             w = lm_head_ring.index(stage).permute((1, 0))
             logits = warpgroup_mma(h, w, logits, is_async=True)
             # The product before has ended, and its place may be filled again.
             logits = warpgroup_mma_wait(1, deps=(logits,))
             mbarrier.arrive(empty.index(before), pred=d > 0)
             before = stage
+            if GROUP == 0:
+                steps += 1
+                mbarrier.arrive(ahead, pred=steps == STAGES // 2)
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -155,7 +162,7 @@ def _multiply(
         mbarrier.arrive(empty.index(before))
         _reduce_tile(
             logits,
-            (t_tile * GROUPS + GROUP) * _ROWS + offs_t,
+            (t_tile * _GROUPS + GROUP) * _ROWS + offs_t,
             offs_v,
             chunk,
             bias_ptr,
@@ -178,6 +185,8 @@ def _multiply(
             ONLY_LOGPROBS,
             BLOCK_V,
         )
+    if GROUP == 0:
+        mbarrier.arrive(ahead, pred=steps < STAGES // 2)
 
 
 @gluon.jit(
@@ -211,38 +220,39 @@ def head_partials_kernel(
     BLOCK_D: gl.constexpr,
 ):
     """What `triton_head.head_partials_kernel` computes, two groups a program."""
-    GROUPS: gl.constexpr = 2
     hidden_ring = gl.allocate_shared_memory(
-        hidden.dtype, [STAGES * GROUPS, _ROWS, BLOCK_D], hidden.layout
+        hidden.dtype, [STAGES * _GROUPS, _ROWS, BLOCK_D], hidden.layout
     )
     lm_head_ring = gl.allocate_shared_memory(
         lm_head.dtype, [STAGES, BLOCK_V, BLOCK_D], lm_head.layout
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ahead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ahead, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
+        mbarrier.init(empty.index(stage), count=_GROUPS)
     # fmt: off
     gl.warp_specialize(
         [
             (_multiply, (
-                gl.constexpr(0), hidden_ring, lm_head_ring, full, empty, bias_ptr, targets_ptr,
-                max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr, tokens,
-                vocabulary, width, first_word, last_target, panel_tiles, scale, softcap,
-                inverse_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, GROUPS, STAGES,
-                BLOCK_V, BLOCK_D,
+                gl.constexpr(0), hidden_ring, lm_head_ring, full, empty, ahead, bias_ptr,
+                targets_ptr, max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr,
+                tokens, vocabulary, width, first_word, last_target, panel_tiles, scale, softcap,
+                inverse_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, STAGES, BLOCK_V,
+                BLOCK_D,
             )),
             (_multiply, (
-                gl.constexpr(1), hidden_ring, lm_head_ring, full, empty, bias_ptr, targets_ptr,
-                max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr, tokens,
-                vocabulary, width, first_word, last_target, panel_tiles, scale, softcap,
-                inverse_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, GROUPS, STAGES,
-                BLOCK_V, BLOCK_D,
+                gl.constexpr(1), hidden_ring, lm_head_ring, full, empty, ahead, bias_ptr,
+                targets_ptr, max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr,
+                tokens, vocabulary, width, first_word, last_target, panel_tiles, scale, softcap,
+                inverse_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, STAGES, BLOCK_V,
+                BLOCK_D,
             )),
             (_load, (
                 hidden, lm_head, hidden_ring, lm_head_ring, full, empty, tokens, vocabulary, width,
-                panel_tiles, GROUPS, STAGES, BLOCK_V, BLOCK_D,
+                panel_tiles, STAGES, BLOCK_V, BLOCK_D,
             )),
         ],
         [4, 1],

@@ -148,10 +148,16 @@ _INSTRUCTIONS: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
+# Qualifiers that change a result in ways that nothing here computes.
+_UNKNOWN = {"hi", "sat", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi"}
+
+
 def arithmetic(name: str, count: int) -> tuple[Callable[..., Any], list[str], str] | None:
     """What an instruction of `count` operands computes, and the dtypes of operands and result."""
     operation, *parts = name.split(".")
-    if operation not in _INSTRUCTIONS:
+    if operation not in _INSTRUCTIONS or not _UNKNOWN.isdisjoint(parts):
+        return None
+    if ("ftz" in parts) != (operation in ("ex2", "rcp")):  # what is too small for fp32 becomes 0
         return None
     if parts[-1] == "f32x2":  # two numbers a register
         compute, read, _ = _INSTRUCTIONS[operation]([*parts[:-1], "f32"])

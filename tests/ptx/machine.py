@@ -43,6 +43,7 @@ class Warp:
     done: bool = False
     register_count: int = 0  # of a thread
     waiting: tuple[int, int] | None = None  # barrier, its generation
+    written: set[str] = field(default_factory=set)  # registers, since the last `wgmma.fence`
     products: list[Any] = field(default_factory=list)
     product_groups: list[list[Any]] = field(default_factory=list)
     in_flight: dict[str, np.ndarray] = field(default_factory=dict)

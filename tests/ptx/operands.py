@@ -68,6 +68,7 @@ def assign(warp: Warp, register: str, values: np.ndarray, mask: np.ndarray | Non
     """Put values of any dtype into a register, where the lanes take part."""
     if register == "_":
         return
+    warp.written.add(register)
     held = warp.registers[register]
     if values.dtype.itemsize == held.dtype.itemsize:
         held = held.view(values.dtype)

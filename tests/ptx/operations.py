@@ -113,6 +113,7 @@ def _memory(found: re.Match, operands: tuple[str, ...], machine: Machine) -> Ope
             data, places = shared.data, shared.at(addresses, size * count)
         else:
             data, places = machine.memory.at(addresses, size * count)
+        assert not (places % size).any(), "what is at the address begins elsewhere"
         elements = (
             data.view(dtype) if len(data) % size == 0 else data[: -(len(data) % size)].view(dtype)
         )

@@ -74,6 +74,7 @@ def _wgmma(found: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
         assert mask is ALL
         left, right = (int(np.unique(each(warp)).item()) for each in (left_of, right_of))
         adding = bool(np.broadcast_to(adds(warp), LANES).all())
+        assert warp.written.isdisjoint(names), "no fence since these registers were written"
         in_flight = warp.in_flight
         if names[0] not in in_flight:
             sums = np.zeros((16, columns), np.float32)
@@ -131,7 +132,7 @@ def _wait(_: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
 
 
 def _fence(_: re.Match, operands: tuple[str, ...], machine: Machine) -> Any:
-    return lambda warp, mask: None
+    return lambda warp, mask: warp.written.clear()
 
 
 def _halves(warp: Warp, names: list[str], dtype: str) -> np.ndarray:

@@ -93,9 +93,9 @@ def test_log_probabilities_alone_take_fewer_instructions(heads):
 
 def test_spilled_registers_stay_few(found):
     for row in found["kernels"]:
-        # With a softcap, specialised warps put some 35 away once a tile, and fetch them once.
-        specialised = "specialised" in row.get("schedule", "") and "softcap" in row["options"]
-        assert row["stack_bytes"] <= (192 if specialised else 128), row
+        # With a bias, specialised warps put some 60 away once a tile, and fetch them once.
+        specialised = "specialised" in row.get("schedule", "") and "bias" in row["options"]
+        assert row["stack_bytes"] <= (288 if specialised else 128), row
 
 
 def test_schedules_multiply_and_reduce_alike(heads):
