@@ -70,7 +70,7 @@ def _translated(instruction: Instruction, machine: Machine) -> Operation:
     if name in _OTHERS:
         return _OTHERS[name](operands, machine)
     found = arithmetic(name, len(operands) - 1)
-    if found is None:
+    if found is None:  # a guess at what it does could hide an error of a kernel
         raise NotImplementedError(f"nobody has taught this machine {instruction.text}")
     compute, read, written = found
     sources = [source(each, dtype, machine) for each, dtype in zip(operands[1:], read, strict=True)]
