@@ -65,7 +65,8 @@ def score(
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, except that a CPU
             runs fp16 (and bf16, where it is slower) in fp32.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": a CUDA device if there is one.
-        token_budget: the most tokens in a batch; halved when memory runs out.
+        token_budget: the most tokens in a batch; halved when memory runs out. With another one,
+            batches have other shapes, in which torch may round otherwise.
         weights: "resident" loads all of a model before it is run; "paged" reads a layer at a time,
             and takes as many texts through it as memory holds; "auto" pages what does not fit. A
             model that runs one way or the other has the same bits.
