@@ -58,19 +58,15 @@ def boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 def _load(
     hidden,
     lm_head,
-    hidden_ring,
-    lm_head_ring,
-    full,
-    empty,
-    tokens,
-    vocabulary,
-    width,
-    panel_tiles,
+    ring,
+    sizes,
     STAGES: gl.constexpr,
     BLOCK_V: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):
     """Fill each place of the ring as soon as all groups have left it."""
+    hidden_ring, lm_head_ring, full, empty, _ = ring
+    tokens, vocabulary, width, panel_tiles = sizes
     BYTES: gl.constexpr = _GROUPS * hidden.block_type.nbytes + lm_head.block_type.nbytes
     t_tiles = gl.cdiv(tokens, _GROUPS * _ROWS)
     chunks = gl.cdiv(vocabulary, BLOCK_V)
@@ -96,27 +92,13 @@ def _load(
 @gluon.jit
 def _multiply(
     GROUP: gl.constexpr,
-    hidden_ring,
-    lm_head_ring,
-    full,
-    empty,
-    ahead,
-    bias_ptr,
+    ring,
+    sizes,
     targets_ptr,
-    max_ptr,
-    sum_ptr,
-    weighted_sum_ptr,
-    target_logits_ptr,
-    argmax_ptr,
-    tokens,
-    vocabulary,
-    width,
+    sums,
+    options,
     first_word,
     last_target,
-    panel_tiles,
-    scale,
-    softcap,
-    inverse_softcap,
     HAS_BIAS: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -126,6 +108,8 @@ def _multiply(
     BLOCK_D: gl.constexpr,
 ):
     """A group's rows of each tile."""
+    hidden_ring, lm_head_ring, full, empty, ahead = ring
+    tokens, vocabulary, width, panel_tiles = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_V, 16]
     )
@@ -165,20 +149,13 @@ def _multiply(
             (t_tile * _GROUPS + GROUP) * _ROWS + offs_t,
             offs_v,
             chunk,
-            bias_ptr,
             targets_ptr,
-            max_ptr,
-            sum_ptr,
-            weighted_sum_ptr,
-            target_logits_ptr,
-            argmax_ptr,
+            sums,
+            options,
             tokens,
             vocabulary,
             first_word,
             last_target,
-            scale,
-            softcap,
-            inverse_softcap,
             HAS_BIAS,
             HAS_SCALE,
             HAS_SOFTCAP,
@@ -233,27 +210,22 @@ def head_partials_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=_GROUPS)
+    ring = (hidden_ring, lm_head_ring, full, empty, ahead)
+    sizes = (tokens, vocabulary, width, panel_tiles)
+    sums = (max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr)
+    options = (bias_ptr, scale, softcap, inverse_softcap)
     # fmt: off
     gl.warp_specialize(
         [
             (_multiply, (
-                gl.constexpr(0), hidden_ring, lm_head_ring, full, empty, ahead, bias_ptr,
-                targets_ptr, max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr,
-                tokens, vocabulary, width, first_word, last_target, panel_tiles, scale, softcap,
-                inverse_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, STAGES, BLOCK_V,
-                BLOCK_D,
+                gl.constexpr(0), ring, sizes, targets_ptr, sums, options, first_word, last_target,
+                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, STAGES, BLOCK_V, BLOCK_D,
             )),
             (_multiply, (
-                gl.constexpr(1), hidden_ring, lm_head_ring, full, empty, ahead, bias_ptr,
-                targets_ptr, max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr,
-                tokens, vocabulary, width, first_word, last_target, panel_tiles, scale, softcap,
-                inverse_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, STAGES, BLOCK_V,
-                BLOCK_D,
+                gl.constexpr(1), ring, sizes, targets_ptr, sums, options, first_word, last_target,
+                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ONLY_LOGPROBS, STAGES, BLOCK_V, BLOCK_D,
             )),
-            (_load, (
-                hidden, lm_head, hidden_ring, lm_head_ring, full, empty, tokens, vocabulary, width,
-                panel_tiles, STAGES, BLOCK_V, BLOCK_D,
-            )),
+            (_load, (hidden, lm_head, ring, sizes, STAGES, BLOCK_V, BLOCK_D)),
         ],
         [4, 1],
         [_GROUP_REGISTERS, _LOADER_REGISTERS],

@@ -67,20 +67,13 @@ def reduce_tile(
     rows,
     offs_v,  # of the columns, within the chunk
     chunk,
-    bias_ptr,
     targets_ptr,
-    max_ptr,
-    sum_ptr,
-    weighted_sum_ptr,
-    target_logits_ptr,
-    argmax_ptr,
+    sums,  # the five pointers to what is stored
+    options,  # (bias_ptr, scale, softcap, inverse_softcap)
     tokens,
     vocabulary,
     first_word,
     last_target,
-    scale,
-    softcap,
-    inverse_softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -88,6 +81,8 @@ def reduce_tile(
     BLOCK_V: tl.constexpr,
 ):
     """The partial sums of one tile, stored. Nothing here makes a tensor, so Gluon can call it."""
+    max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr = sums
+    bias_ptr, scale, softcap, inverse_softcap = options
     first_column = chunk * BLOCK_V
     columns = first_column + offs_v
     if HAS_BIAS:
@@ -223,20 +218,13 @@ def head_partials_kernel(
             rows,
             tl.arange(0, BLOCK_V),
             chunk,
-            bias_ptr,
             targets_ptr,
-            max_ptr,
-            sum_ptr,
-            weighted_sum_ptr,
-            target_logits_ptr,
-            argmax_ptr,
+            (max_ptr, sum_ptr, weighted_sum_ptr, target_logits_ptr, argmax_ptr),
+            (bias_ptr, scale, softcap, inverse_softcap),
             tokens,
             vocabulary,
             first_word,
             last_target,
-            scale,
-            softcap,
-            inverse_softcap,
             HAS_BIAS,
             HAS_SCALE,
             HAS_SOFTCAP,
