@@ -14,6 +14,7 @@ from .weight import QuantisedWeight
 
 # Of how inputs were quantised, which they are not here.
 _OF_INPUTS = (".activation_scale", ".input_scale", ".input_zero_point", ".input_global_scale")
+_INTEGERS = frozenset({"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"})
 _METHODS = {"fp8": fp8, "compressed-tensors": compressed}
 
 
@@ -78,8 +79,14 @@ def _settings(config: Mapping[str, Any]) -> Any:
 
 
 def _refuse_unexplained(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse scales that no config explains: transformers would leave them out, and go on."""
+    """Refuse what no config explains: transformers would drop scales, and take codes as numbers."""
     for name, tensor in tensors.items():
+        # Masks and the like are integers, too, but no weights.
+        if tensor.dtype in _INTEGERS and name.endswith(".weight"):
+            raise CheckpointError(
+                f"{folder / 'config.json'} must have a quantization_config, for {short(name)} is "
+                f"stored as {tensor.dtype}, got none"
+            )
         names = [*fp8.scale_names(name), f"{name}_scale"]
         if tensor.dtype in fp8.FLOATS_OF_8_BITS and any(each in tensors for each in names):
             raise CheckpointError(

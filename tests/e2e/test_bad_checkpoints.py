@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +33,13 @@ def a_weight_short(checkpoints, folder):
     path = copy_checkpoint(checkpoints / "gpt2", folder) / "model.safetensors"
     weights = load_file(path)
     del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def a_weight_of_codes(checkpoints, folder):
+    path = copy_checkpoint(checkpoints / "gpt2", folder) / "model.safetensors"
+    weights = load_file(path)
+    weights["transformer.h.1.mlp.c_fc.weight"] = torch.ones(32, 128, dtype=torch.uint8)
     save_file(weights, path, metadata={"format": "pt"})
 
 
@@ -116,6 +124,7 @@ BROKEN = [
     (truncated, "must be 1.* bytes long by its header, got 1.*; is the download complete", True),
     (a_shard_short, "must hold every shard, got none named model-00002-of-00002", True),
     (a_weight_short, "1 missing keys: transformer.h.1.mlp.c_fc.weight", False),
+    (a_weight_of_codes, "quantization_config, for '.*c_fc.weight' is stored as U8, got none", True),
     (broken_config, "config.json must be JSON", True),
     (encoder, "must be a causal language model, got BertForMaskedLM", True),
     (encoder_decoder, "must be a causal decoder, got an encoder-decoder: T5", True),

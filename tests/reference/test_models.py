@@ -102,7 +102,10 @@ def test_a_config_of_fewer_layers_than_there_are_is_warned_of(llama):
 
 
 def test_buffers_of_old_checkpoints_are_no_loss(gpt2):
-    buffers = {f"transformer.h.0.attn.{name}": torch.ones(4) for name in ("bias", "masked_bias")}
+    buffers = {
+        f"transformer.h.0.attn.{name}": torch.ones(4, dtype=torch.uint8)
+        for name in ("bias", "masked_bias")
+    }
     edit_weights(gpt2, lambda weights: weights.update(buffers))
     assert same_weights(load(gpt2), make_model("gpt2"))
 
