@@ -23,6 +23,8 @@ TOKENIZER_FILES = (
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "tekken.json",
     "*.tiktoken", "sentencepiece.bpe.model",
 )  # fmt: skip
+# So many may be in a config however few tensors there are: layers can share them.
+_LAYERS_WITHOUT_DOUBT = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,7 @@ class Checkpoint:
         _refuse_others(folder, config, own)
         state = _state(folder, weights)
         tensors = {} if pickled else _stored_tensors(weights, index.get("weight_map", {}))
+        _refuse_layers(folder, config, most=max(_LAYERS_WITHOUT_DOUBT, len(tensors)))
         plain = {} if pickled else plain_weights(folder, config, tensors)
         counts: Counter[str] = Counter()
         for tensor in plain.values():
@@ -221,6 +224,18 @@ def _refuse_others(folder: Path, config: Mapping[str, Any], own: str) -> None:
             f"{folder} must hold its weights as {own}, got {short(named)} for "
             "transformers_weights in config.json; save the model again"
         )
+
+
+def _refuse_layers(folder: Path, config: Mapping[str, Any], most: int) -> None:
+    """Refuse far more layers than can be stored: to build them would take for ever."""
+    inner = config.get("text_config")
+    for each in (config, inner if isinstance(inner, dict) else {}):
+        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            if isinstance(count := each.get(key), int) and count > most:
+                raise CheckpointError(
+                    f"{folder / 'config.json'} must have a {key} of at most {most:,}, by the "
+                    f"number of tensors that are stored, got {count:,}"
+                )
 
 
 def _refuse_formats(folder: Path) -> None:

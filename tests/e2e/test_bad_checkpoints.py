@@ -43,6 +43,11 @@ def a_weight_of_codes(checkpoints, folder):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def too_many_layers(checkpoints, folder):
+    copy_checkpoint(checkpoints / "llama", folder)
+    edit(folder, num_hidden_layers=2_147_483_648)
+
+
 def encoder(checkpoints, folder):
     config = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -125,6 +130,7 @@ BROKEN = [
     (a_shard_short, "must hold every shard, got none named model-00002-of-00002", True),
     (a_weight_short, "1 missing keys: transformer.h.1.mlp.c_fc.weight", False),
     (a_weight_of_codes, "quantization_config, for '.*c_fc.weight' is stored as U8, got none", True),
+    (too_many_layers, "a num_hidden_layers of at most 1,000, .* got 2,147,483,648", True),
     (broken_config, "config.json must be JSON", True),
     (encoder, "must be a causal language model, got BertForMaskedLM", True),
     (encoder_decoder, "must be a causal decoder, got an encoder-decoder: T5", True),
