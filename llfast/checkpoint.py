@@ -161,6 +161,16 @@ def check_adapter(folder: Path) -> None:
     read_header(weights)
 
 
+def refuse_irregular(path: Path) -> None:
+    """Refuse a pipe and the like, which would be waited for, for ever if nobody writes to it.
+
+    Raises:
+        CheckpointError: if something is there, but no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} must be a regular file, got something else")
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a LoRA (peft) adapter rather than a model."""
     whole = _names(folder, ("model.safetensors*", "pytorch_model.bin*"))
@@ -179,6 +189,7 @@ def _state(folder: Path, weights: Sequence[Path]) -> tuple[tuple[int, int, int],
 def _digest(folder: Path, names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(names):
+        refuse_irregular(folder / name)
         digest.update(name.encode() + b"\0")
         digest.update(cache.file_sha256(folder / name).encode())
     return digest.hexdigest()
@@ -203,6 +214,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    refuse_irregular(path)
     content = path.read_bytes()
     refuse_pointer(path, content)
     try:
@@ -306,7 +318,7 @@ def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, Any]]:
     if (folder / name).is_file():
         return [folder / name], {}
     path = folder / f"{name}.index.json"
-    if not path.is_file():
+    if not path.exists():
         return [], {}
     index = _read_json(path, unique=True)
     weight_map = index.get("weight_map")

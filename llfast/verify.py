@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Self
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, refuse_irregular
 from .errors import CheckpointError, LlfastError
 from .paging import LoadingStatistics
 
@@ -131,9 +131,10 @@ def read_manifest(path: Path) -> Mapping[str, str]:
     """Digests by file name, from lines of a sha256 (hex), spaces or " *", and a name.
 
     Raises:
-        CheckpointError: if a line is something else.
+        CheckpointError: if a line is something else, or it is no regular file.
         OSError: if it cannot be read.
     """
+    refuse_irregular(path)
     found: dict[str, str] = {}
     for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
