@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, LlfastWarning, MissingDependencyError
 from .quantised import QuantisedWeight
 from .quantised.dequantise import LazyWeight
+from .safetensors_file import StoredTensor
 
 # `refuse_incomplete` refuses tensors of another size by name.
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -33,7 +34,8 @@ def load_whole(
     """A model on the CPU with all its weights, and transformers' report of what it found.
 
     Raises:
-        CheckpointError: if transformers cannot read it, or scales are not finite.
+        CheckpointError: if transformers cannot read it, or scales are not finite; by name, if it
+            lacks tensors that are put together with others.
     """
     try:
         if checkpoint.quantised or checkpoint.bare_index:
@@ -53,9 +55,12 @@ def load_whole(
     except (torch.OutOfMemoryError, MemoryError, CheckpointError):
         raise
     except Exception as error:
+        refuse_lacking(name, checkpoint.plain, config, trust_remote_code)
         raise CheckpointError(
             f"{name} must be a checkpoint that transformers loads, got: {one_line(error)}"
         ) from error
+    if report["mismatched_keys"]:
+        refuse_lacking(name, checkpoint.plain, config, trust_remote_code)
     return model, report
 
 
@@ -119,6 +124,46 @@ def refuse_incomplete(name: str, model: Any, report: Mapping[str, Any]) -> None:
         more = _listed("unexpected keys", unused)
         message = f"{name} holds more than its config asks for, left out: {more}"
         warnings.warn(message, LlfastWarning, stacklevel=4)
+
+
+def refuse_lacking(
+    name: str,
+    stored: Mapping[str, StoredTensor | QuantisedWeight],
+    config: Any,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a checkpoint that lacks some of what transformers would store, for many alike.
+
+    Where tensors are put together, such as those of experts, transformers fails and only logs of
+    what, or names what they would have been.
+
+    Raises:
+        CheckpointError: with the first few of them, if that is what is wrong.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            outline = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+            core = importlib.import_module("transformers.core_model_loading")
+            wanted = core.revert_weight_conversion(outline, dict(outline.named_parameters()))
+    except Exception:  # it is explained in other words, then
+        return
+    # In another layout every name is another.
+    kinds = {_kind(key) for key in stored}
+    missing = [key for key in wanted if key not in stored and _kind(key) in kinds]
+    mismatched = [
+        (key, stored[key].shape, tensor.shape)
+        for key, tensor in wanted.items()
+        if key in stored and tuple(stored[key].shape) != tuple(tensor.shape)
+    ]
+    report = {"missing_keys": missing, "mismatched_keys": mismatched}
+    refuse_incomplete(name, outline, report | {"error_msgs": [], "unexpected_keys": []})
+
+
+def _kind(key: str) -> str:
+    """A tensor's name whatever its layer and expert."""
+    return re.sub(r"\d+", "*", key)
 
 
 def refuse_without_peft() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llfast.dtypes import STORED_DTYPES
 from llfast.errors import CannotPageError, CheckpointError
-from llfast.loading import load_from, one_line, quiet, refuse_incomplete
+from llfast.loading import load_from, one_line, quiet, refuse_incomplete, refuse_lacking
 from llfast.quantised import QuantisedWeight
 from llfast.quantised.dequantise import LazyWeight
 from llfast.safetensors_file import StoredTensor
@@ -119,10 +119,13 @@ class Skeleton:
             with quiet():
                 self.model, report = load_from(shapes, config, dtype=dtype)
         except Exception as error:
+            refuse_lacking(name, weights, config)
             raise CannotPageError(
                 f"{name} must be a model that can be built without weights to be paged, got: "
                 f"{one_line(error)}"
             ) from error
+        if report["mismatched_keys"]:
+            refuse_lacking(name, weights, config)
         refuse_incomplete(name, self.model, report)
         self.model.eval()
         self.device = device

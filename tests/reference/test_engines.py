@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import llfast
@@ -123,6 +124,38 @@ def test_errors_that_transformers_only_logs_are_raised(merged, monkeypatch):
     for weights in ("paged", "auto"):
         with pytest.raises(CheckpointError, match="must fill .*, got 1 problems: the experts"):
             llfast.score(merged, TEXTS, weights=weights, **OPTIONS)
+
+
+def without(name):
+    return lambda weights: weights.pop(name)
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (without(f"{EXPERT}.w1.weight"), f"1 missing keys: {EXPERT}.w1.weight"),
+        (without(f"{EXPERT}.w2.weight"), f"1 missing keys: {EXPERT}.w2.weight"),
+        (
+            lambda weights: weights.update({f"{EXPERT}.w3.weight": torch.zeros(3, 32)}),
+            f"1 mismatched keys: {EXPERT}.w3.weight [3, 32] not [64, 32]",
+        ),
+    ],
+    ids=["gate", "down", "shape"],
+)
+@pytest.mark.parametrize("weights", ["resident", "paged", "auto"])
+def test_tensors_that_are_put_together_are_named_as_they_are_stored(
+    merged, change, problem, weights
+):
+    path = merged / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="must hold every weight of Mixtral") as caught:
+        llfast.score(merged, TEXTS, weights=weights, **OPTIONS)
+    assert str(caught.value).endswith(f"ForCausalLM, got {problem}")
 
 
 @pytest.mark.parametrize("weights", ["paged", "auto"])
