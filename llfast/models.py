@@ -344,10 +344,24 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
                 f"{folder} must have a config that transformers understands, got: {one_line(error)}"
             ) from error
     for each in (config, config.get_text_config()):
+        _refuse_counts(folder, each)
         each.return_dict = True  # without names, transformers' own models do not find their states
         if hasattr(each, "quantization_config"):
             del each.quantization_config
     return config
+
+
+def _refuse_counts(folder: Path, config: Any) -> None:
+    """Refuse counts below zero, and no words: some fail in the first forward, some do nothing."""
+    if not type(config).__module__.startswith("transformers."):
+        return  # code of its own may mean something by them
+    for key, count in vars(config).items():
+        least = 1 if key == "vocab_size" else 0
+        is_count = key == "vocab_size" or key.startswith("num_")
+        if is_count and isinstance(count, int) and count < least:
+            raise UnsupportedModelError(
+                f"{folder} must have a config with {key} of at least {least}, got {count}"
+            )
 
 
 def _refuse_other_kinds(name: str, config: Any) -> None:

@@ -238,6 +238,18 @@ def test_configs_that_transformers_does_not_take(llama, config, message):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("setting", "least"),
+    [({"vocab_size": 0}, 1), ({"num_experts_per_tok": -1}, 0), ({"num_hidden_layers": -2}, 0)],
+)
+def test_configs_with_counts_that_are_none(llama, setting, least):
+    """Of these, transformers builds a model; the last it would run without any layer."""
+    edit(llama / "config.json", **setting)
+    ((key, count),) = setting.items()
+    line = refused(llama, UnsupportedModelError)
+    assert line.endswith(f"must have a config with {key} of at least {least}, got {count}")
+
+
 @pytest.mark.parametrize("weights", ["resident", "paged"])
 def test_a_config_that_asks_for_results_without_names(llama, weights):
     expected = llfast.score(llama, TEXTS).values
