@@ -29,7 +29,7 @@ from .errors import (
 )
 from .head import Head, find_head
 from .linear import linear_layers, linear_path
-from .loading import one_line
+from .loading import count_parameters, one_line
 from .models import FolderSource, ModelSource
 from .paging import (
     Equals,
@@ -151,6 +151,7 @@ def open_engine(
     Raises:
         CheckpointError: if a model cannot be loaded.
         UnsupportedModelError: if it cannot be scored, or not be paged where that is asked for.
+        ValueError: if a memory budget is too small for it.
     """
     with _ONE_AT_A_TIME:
         if len(jobs) > 1:
@@ -202,17 +203,25 @@ def as_pages(job: Job, weights: str) -> PagedModel | None:
     Raises:
         CheckpointError: if the checkpoint does not fill it.
         UnsupportedModelError: if it cannot be paged where that is asked for.
+        ValueError: if it has to be loaded whole, and its memory budget does not hold it.
     """
     with _ONE_AT_A_TIME:
         if weights == "paged":
             return _skeleton(job)
+        size = _whole_bytes(job)
+        fits = size <= memory_bytes(job)
         # Pages have not been tried on a GPU yet, so there only what does not fit is paged.
-        is_first_choice = job.device.type == "cpu" or not _fits(job)
-        if weights == "auto" and is_first_choice and _why_whole(job.source) is None:
+        is_first_choice = job.device.type == "cpu" or not fits
+        if weights == "auto" and is_first_choice:
             try:
                 return _skeleton(job)
             except UnsupportedModelError as error:
-                if not _fits(job):
+                if not fits and job.memory_bytes is not None:
+                    raise ValueError(
+                        f"memory_budget must hold all of {job.source.name}, {size:,} bytes, got "
+                        f"{job.memory_bytes:,}: {error}"
+                    ) from error
+                if not fits:
                     _warn_of_loading(error, fits=False)
         return None
 
@@ -260,10 +269,10 @@ def _skeleton(job: Job) -> PagedModel:
     )
 
 
-def _fits(job: Job) -> bool:
-    """Whether all weights have room in memory."""
-    checkpoint = job.source.checkpoint
-    return checkpoint is None or checkpoint.parameters * job.dtype.itemsize <= memory_bytes(job)
+def _whole_bytes(job: Job) -> int:
+    """What all weights take of memory that is not taken yet."""
+    checkpoint, config = job.source.checkpoint, job.source.config
+    return count_parameters(checkpoint, config) * job.dtype.itemsize if checkpoint else 0
 
 
 def _warn_of_loading(error: Exception, *, fits: bool) -> None:

@@ -14,6 +14,7 @@ from .dtypes import dtype_name
 from .engines import Job, as_pages, memory_bytes, plan_unread
 from .errors import CannotPageError
 from .linear import PACKED, linear_layers, linear_path
+from .loading import count_parameters
 from .models import ModelSource
 from .paging import PagedModel
 from .runs import prepare
@@ -108,7 +109,7 @@ def estimate(
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
     if isinstance(feed_forward, list):  # one a layer
         feed_forward = max(feed_forward)
-    parameters = source.checkpoint.parameters or _room(source)
+    parameters = count_parameters(source.checkpoint, source.config)
     tied = getattr(config, "tie_word_embeddings", False)
     embedding = hidden * (getattr(config, "vocab_size", 0) or 0)
     looked_up = 0 if tied else embedding
@@ -147,14 +148,6 @@ def _way(job: Job, paged: PagedModel | None, weights: str) -> tuple[str, int]:
             raise
         return "resident", 0  # the run warns that it may not fit
     return "kept" if room.keeps_weights else "paged", room.weights_bytes
-
-
-def _room(source: ModelSource) -> int:
-    """How many numbers of the config's dtype the weight files have room for."""
-    assert source.checkpoint is not None
-    stored = getattr(source.config, "dtype", None)
-    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize
-    return source.checkpoint.weight_bytes // itemsize
 
 
 @torch.inference_mode()

@@ -28,6 +28,15 @@ _QUIET_LOCK = threading.Lock()
 _BEFORE: list[tuple[int, bool]] = []  # verbosity and bars, once for each that is quiet
 
 
+def count_parameters(checkpoint: Checkpoint, config: Any) -> int:
+    """Stored numbers; of pickles, which are not opened for that, as many as have room in them."""
+    if not checkpoint.pickled:
+        return checkpoint.parameters
+    stored = getattr(config, "dtype", None)
+    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize
+    return checkpoint.weight_bytes // itemsize
+
+
 def load_whole(
     name: str, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[Any, Mapping[str, Any]]:

@@ -213,6 +213,11 @@ def prepare(
     check_token_budget(token_budget)
     budget = default_token_budget(place, source.config) if token_budget is None else token_budget
     memory_bytes = check_budget(weights, memory_budget)
+    if memory_bytes is not None and source.checkpoint is None:
+        raise ValueError(
+            f"memory_budget must be left out for a loaded model, got {memory_budget!r}; its "
+            "weights are there already"
+        )
     if not isinstance(metadata, Mapping | None):
         raise TypeError(f"metadata must be a mapping, got {metadata!r}; name its columns")
     json.dumps(dict(metadata or {}))  # what a store could not keep is refused before the work

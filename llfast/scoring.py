@@ -71,7 +71,8 @@ def score(
             and takes as many texts through it as memory holds; "auto" pages what does not fit. A
             model that runs one way or the other has the same bits.
         memory_budget: for weights and texts on their way, in bytes or as "8GiB"; without one, 80 %
-            of the memory that is free.
+            of the memory that is free. It must hold all weights of a model that cannot be paged,
+            and is not for a loaded one, whose weights are there already.
         verify: compare the sha256 of every weight file with the one that the Hub's cache has for
             it, or a manifest (a file as `sha256sum` writes it); no result is given before.
         per_token: keep the logprob of every token, too.

@@ -103,9 +103,8 @@ def test_a_transformers_that_loads_in_another_way_loads_models_whole(merged, mon
     result = llfast.score(merged, TEXTS, **OPTIONS)
     assert result.provenance["weights"] == "resident"
     check_same(result, llfast.score(merged, TEXTS, weights="resident", **OPTIONS))
-    with pytest.warns(LlfastWarning, match="is loaded whole, for .* layers come out differently"):
-        result = llfast.score(merged, TEXTS, memory_budget=1000, **OPTIONS)
-    assert result.provenance["weights"] == "resident"
+    with pytest.raises(ValueError, match=r"must hold all of .*: .* layers come out differently"):
+        llfast.score(merged, TEXTS, memory_budget=1000, **OPTIONS)
     with pytest.raises(CannotPageError, match=r"m\w*tral must be loaded whole .* differently"):
         llfast.score(merged, TEXTS, weights="paged", **OPTIONS)
 

@@ -1,6 +1,7 @@
 """What an estimate says of weights and memory is what the run then does, or refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,16 @@ from llfast.paging import pages, units
 from llfast.paging.pages import Pages
 from tests.architectures import build
 from tests.paging import LIMITS, least_budget, score_paged
-from tests.tiny import SIZES, TEXTS, copy_checkpoint, make_model, make_tokenizer, one_thread, save
+from tests.tiny import (
+    SIZES,
+    TEXTS,
+    copy_checkpoint,
+    make_adapter,
+    make_model,
+    make_tokenizer,
+    one_thread,
+    save,
+)
 
 FEW = TextSet.from_texts(TEXTS[1::5])
 DTYPE = {"dtype": "float32"}
@@ -46,6 +56,10 @@ def outcome(call):
 
 def planned(folder, **options):
     return estimate.estimate(open_model(folder), FEW, **DTYPE, **options).weights
+
+
+def whole(source):
+    return source.load(torch.float32, torch.device("cpu")).parameters()
 
 
 def done(folder, **options):
@@ -116,7 +130,59 @@ def changing(_, tmp_path):
     return save(build("rwkv"), make_tokenizer(adds_bos=False), tmp_path / "rwkv")
 
 
-def test_what_is_not_paged_is_loaded_whole_whatever_the_budget(folders, tmp_path):
+def pickled(folder, copy):
+    copy_checkpoint(folder, copy)
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    return open_model(copy, allow_pickle=True)
+
+
+def adapted(folder, copy):
+    pytest.importorskip("peft", reason="peft is an extra: pip install 'llfast[lora]'")
+    return open_model(make_adapter(copy), adapter_base=str(folder))
+
+
+def with_code(folder, copy):
+    config = copy_checkpoint(folder, copy) / "config.json"
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    content = json.loads(config.read_text()) | {"model_type": "own", "auto_map": names}
+    config.write_text(json.dumps(content))
+    (copy / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    return open_model(copy, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (pickled, "to be paged, got pickled weights; use weights='resident'"),
+        (adapted, "to be paged, got a LoRA adapter; use weights='resident'"),
+        (with_code, "to be paged, got one with code of its own; use weights='resident'"),
+        (changing, "must leave its weights as they are to be paged, got a rwkv"),
+    ],
+)
+def test_a_budget_must_hold_what_is_loaded_whole(folders, tmp_path, make, reason):
+    source = open_model(make(folders["llama"], tmp_path / "m"))
+    refused = check_same(source, memory_budget=1000)
+    found = re.match(r"memory_budget must hold all of \S+, ([\d,]+) bytes, got 1,000: ", refused)
+    assert refused.endswith(reason)
+    size = int(found[1].replace(",", ""))
+    assert size == pytest.approx(4 * sum(p.numel() for p in whole(source)), rel=0.05)
+    assert check_same(source, memory_budget=size) == "resident"
+    assert f"got {size - 1:,}: " in check_same(source, memory_budget=size - 1)
+
+
+def test_a_budget_is_not_for_what_is_loaded_already():
+    pair = make_model("llama"), make_tokenizer(adds_bos=True)
+    message = "memory_budget must be left out for a loaded model, got '1GiB'; its weights are there"
+    with pytest.raises(ValueError, match=message):
+        llfast.score(pair, FEW, memory_budget="1GiB")
+
+
+def test_what_is_not_paged_is_loaded_whole_if_the_budget_holds_it(folders, tmp_path):
     folder = changing(folders["llama"], tmp_path)
     assert check_same(folder) == check_same(folder, memory_budget="1GiB") == "resident"
     assert "to be paged" in check_same(folder, weights="paged")
@@ -138,10 +204,15 @@ def test_an_llfast_without_its_reader(folders, monkeypatch):
     assert "C++ module" in check_same(folders["llama"], weights="paged")
 
 
-def test_one_that_may_not_fit_is_warned_of(folders, tmp_path):
-    folder = changing(folders["llama"], tmp_path)
-    with pytest.warns(LlfastWarning, match="may not fit into memory is loaded whole, for .*rwkv"):
-        assert planned(folder, memory_budget=1000) == "resident"
+@pytest.mark.parametrize(("make", "reason"), [(changing, "rwkv"), (pickled, "pickled weights")])
+def test_one_that_may_not_fit_is_warned_of(folders, tmp_path, monkeypatch, make, reason):
+    """Nobody said that so little may be used."""
+    source = make(folders["llama"], tmp_path / "m")
+    monkeypatch.setattr(engines.memory, "available_bytes", lambda _: 1000)
+    message = f"may not fit into memory is loaded whole, for .*{reason}"
+    for way in (planned, done):
+        with pytest.warns(LlfastWarning, match=message):
+            assert way(source) == "resident"
 
 
 def test_checkpoints_that_are_refused(folders, tmp_path):

@@ -379,8 +379,12 @@ def test_a_warning_names_what_is_loaded_whole_although_it_may_not_fit(folders, m
         raise UnsupportedModelError("model must have a reason, got none")
 
     monkeypatch.setattr(engines, "_skeleton", refuse)
-    with pytest.warns(LlfastWarning, match="is loaded whole, for model must have a reason"):
-        result = llfast.score(folders["gpt2"], FEW, memory_budget=1000, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.memory, "available_bytes", lambda _: 1000)
+        with pytest.warns(LlfastWarning, match="is loaded whole, for model must have a reason"):
+            result = llfast.score(folders["gpt2"], FEW, **OPTIONS)
     assert result.provenance["weights"] == "resident"
+    with pytest.raises(ValueError, match="got 1,000: model must have a reason, got none"):
+        llfast.score(folders["gpt2"], FEW, memory_budget=1000, **OPTIONS)
     result = llfast.score(folders["gpt2"], FEW, memory_budget="1GiB", **OPTIONS)  # it fits
     assert result.provenance["weights"] == "resident"
