@@ -83,3 +83,13 @@ def plain_file(path, tensors):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
+
+
+def lengthen_header(folder, count):
+    """Put as many spaces at the end of a file's header: tensors begin later."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes((end - 8 + count).to_bytes(8, "little") + data[8:end] + b" " * count)
+    with path.open("ab") as file:
+        file.write(data[end:])

@@ -7,13 +7,15 @@ bits from either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 
+from llfast.dtypes import STORED_DTYPES
 from llfast.safetensors_file import StoredTensor
 
 _BLOCK = 4096  # of direct reads
@@ -88,6 +90,20 @@ class Layout:
 def row_bytes(tensor: StoredTensor) -> int:
     """Bytes of one row."""
     return (tensor.end - tensor.begin) // max(tensor.shape[0], 1)
+
+
+def copied_bytes(parts: Iterable[Part], device: torch.device) -> int:
+    """Of those that cannot be used where they lie in a slot, but are copied out of it.
+
+    A processor's tensors begin at a multiple of their item size, and those of a file whose header
+    is not padded need not. On another device runs begin at whole addresses.
+    """
+    total = 0
+    for part in parts if device.type == "cpu" else ():
+        begin, end = part.span
+        kind = STORED_DTYPES.get(part.tensor.dtype)
+        total += end - begin if kind is not None and begin % kind.itemsize else 0
+    return total
 
 
 def lay_out(parts: Mapping[str, Part], files: Mapping[Path, int]) -> Layout:

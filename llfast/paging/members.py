@@ -10,7 +10,7 @@ from llfast.dtypes import STORED_DTYPES
 from llfast.linear import PACKED
 from llfast.safetensors_file import StoredTensor
 
-from .layout import Page, Part
+from .layout import Page, Part, copied_bytes
 from .sharing import in_other_places
 from .skeleton import Skeleton
 from .tables import head_tiles
@@ -106,8 +106,9 @@ class Plan:
 
     @property
     def paged_bytes(self) -> int:
-        """What they take in memory: what stays, slots, and a page in another form."""
-        copies = [0]  # of one layer: converted or moved, and packed
+        """What they take in memory: what stays, slots, and a page in other forms."""
+        copies = [0]  # of one layer: to whole addresses, converted or moved, and packed
+        to_whole = {name: self._most_copied_bytes(name) for name in self.listed}
         for member in self._members:
             places, head = member.skeleton.places, member.units.head
             for unit in member.units.layers:
@@ -115,11 +116,12 @@ class Plan:
                 is_moved = in_other_places(unit.sources, member.equals, device)
                 number = member.skeleton.copies(unit.places) + is_moved
                 nbytes = sum(places[name].empty.nbytes for name in unit.places)
-                copies.append((number + (member.linear == PACKED)) * nbytes)
-            if STORED_DTYPES.get(head.weight.dtype) != head.dtype:
-                tiles = self.tiles[member.read(head.weight)]
-                shapes = (tile.parts["weight"].shape for tile in tiles)
-                copies += [math.prod(shape) * head.dtype.itemsize for shape in shapes]
+                number += member.linear == PACKED
+                copies.append(number * nbytes + to_whole[unit.name])
+            converts = STORED_DTYPES.get(head.weight.dtype) != head.dtype
+            for tile in self.tiles[member.read(head.weight)]:
+                words = math.prod(tile.parts["weight"].shape)
+                copies.append(converts * words * head.dtype.itemsize + self._copied(tile))
         is_packed = any(member.linear == PACKED for member in self._members)
         moving = max(self._slots_bytes + max(copies), self._kept_pages_bytes)
         return (1 + is_packed) * self.kept_places_bytes + moving
@@ -163,15 +165,34 @@ class Plan:
     def _kept_pages_bytes(self) -> int:
         """The most, of what stays, that is held as it was stored until it is converted."""
         members = self._members
-        if all(each.skeleton.is_as_stored(each.units.kept_places) for each in members):
+        kept = [self.page(KEPT, range(number + 1)) for number in range(len(members))]
+        is_there = all(each.skeleton.is_as_stored(each.units.kept_places) for each in members)
+        if is_there and not any(map(self._copied, kept)):
             return 0
         most = 0
         for number in range(len(members)):
             needed = self.needed(KEPT, range(number, len(members)))
-            pages = (self.page(KEPT, range(each + 1)) for each in range(number + 1))
-            held = (tensor for page in pages for tensor in tensors_of(page) if tensor in needed)
-            most = max(most, _nbytes(held))
+            pages = kept[: number + 1]
+            held = [tensor for page in pages for tensor in tensors_of(page) if tensor in needed]
+            copied = 0 if is_there else self._copied_bytes(held)  # which are what stays
+            most = max(most, _nbytes(held) + copied)
         return most
+
+    def _most_copied_bytes(self, layer: str) -> int:
+        """Of tensors of a layer that are copied to whole addresses, the most at a time."""
+        most = 0
+        for first in range(len(self._members)):
+            stay, additions = self._additions(layer, first)
+            largest = max(map(self._copied_bytes, additions), default=0)
+            own = self._copied_bytes(self.needed(layer, [first]))
+            most = max(most, own + (stay + 1) * largest)
+        return most
+
+    def _copied(self, page: Page) -> int:
+        return copied_bytes(page.parts.values(), self._members[0].skeleton.device)
+
+    def _copied_bytes(self, tensors: Iterable[StoredTensor]) -> int:
+        return copied_bytes(map(Part, tensors), self._members[0].skeleton.device)
 
     @property
     def _slots_bytes(self) -> int:
@@ -188,15 +209,20 @@ class Plan:
 
         A slot for each addition that stays for a later member, for the one in use, and the next.
         """
+        stay, additions = self._additions(layer, first)
+        sizes = (_nbytes(each) + _GAP * (len(each) + 1) for each in additions if each)
+        return (stay + 2) * max(sizes, default=0)
+
+    def _additions(self, layer: str, first: int) -> tuple[int, list[set[StoredTensor]]]:
+        """How many of them stay for a later member, and all of them."""
         there = self.needed(layer, [first])
         later = range(first + 1, len(self._members))
         additions = [self.needed(layer, [member]) - there for member in later]
-        sizes = (_nbytes(each) + _GAP * (len(each) + 1) for each in additions if each)
         stay = sum(
             any(not each.isdisjoint(other) for other in additions[place + 1 :])
             for place, each in enumerate(additions)
         )
-        return (stay + 2) * max(sizes, default=0)
+        return stay, additions
 
 
 def _nbytes(tensors: Iterable[StoredTensor]) -> int:

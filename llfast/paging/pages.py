@@ -17,7 +17,7 @@ from torch import Tensor
 from llfast.errors import CannotPageError, CheckpointError
 from llfast.safetensors_file import StoredTensor
 
-from .layout import Layout, Page, Part, lay_out, row_bytes
+from .layout import Layout, Page, Part, copied_bytes, lay_out, row_bytes
 from .slots import Slot
 from .statistics import LoadingStatistics, PageRead
 
@@ -103,6 +103,7 @@ class Pages:
             self._ahead = None
         if not keep:
             self._taken[page] = slot
+            self._count()
         slot.take()
         read.stall_seconds = time.perf_counter() - start
         self.statistics.pages.append(read)
@@ -175,9 +176,14 @@ class Pages:
             if free:
                 free.pop().close()  # too small: given back before a larger one is taken
             slot = self._new_slot(nbytes)
-        in_use = slot.nbytes + sum(each.nbytes for each in self._slots)
-        self.statistics.slot_bytes = max(self.statistics.slot_bytes, in_use)
+        self._count(slot.nbytes)
         return slot
+
+    def _count(self, nbytes: int = 0) -> None:
+        """Note what slots take, with one of `nbytes` that is being read to, and copies."""
+        in_use = nbytes + sum(each.nbytes for each in self._slots)
+        in_use += sum(copied_bytes(page.parts.values(), self._device) for page in self._taken)
+        self.statistics.slot_bytes = max(self.statistics.slot_bytes, in_use)
 
     def _new_slot(self, nbytes: int) -> Slot:
         slot = Slot(nbytes, self._device)

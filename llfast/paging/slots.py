@@ -136,17 +136,14 @@ class Slot:
             flat = torch.frombuffer(self._memory, dtype=kind, count=count, offset=offset)
             return flat.view(tuple(shape))
         if offset % (kind.itemsize if self.on_device is None else _ADDRESSES):
-            raw = raw.clone()
+            raw = _copy_of(raw)
         return raw.view(kind).view(tuple(shape))
 
 
 def move_to(tensor: Tensor | LazyWeight, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor on a device, in a dtype; itself if it is so already.
 
-    On a CPU a large copy has memory of its own, which goes when it does. In that of malloc, copies
-    of one layer after the other may add up to most of a model, for aligned memory that was freed is
-    hard to find again (glibc before 2.38: its bug 14581); and as huge pages are made ready faster,
-    a large copy takes a fifth of the time.
+    On a CPU a large copy has memory of its own, see `_own_memory`.
     """
     if isinstance(tensor, LazyWeight):
         return tensor.to(device, dtype)
@@ -154,8 +151,24 @@ def move_to(tensor: Tensor | LazyWeight, device: torch.device, dtype: torch.dtyp
     is_copy = dtype != tensor.dtype and tensor.device.type == device.type == "cpu"
     if not is_copy or nbytes < _OWN_MEMORY_BYTES:
         return tensor.to(device, dtype)
-    flat = torch.frombuffer(Memory(nbytes), dtype=dtype)
-    return flat.view(tensor.shape).copy_(tensor)
+    return _own_memory(nbytes, dtype).view(tensor.shape).copy_(tensor)
+
+
+def _copy_of(raw: Tensor) -> Tensor:
+    """Bytes at a whole address; if they are many on a CPU, in memory of their own."""
+    if raw.device.type != "cpu" or raw.nbytes < _OWN_MEMORY_BYTES:
+        return raw.clone()
+    return _own_memory(raw.nbytes, raw.dtype).copy_(raw)
+
+
+def _own_memory(nbytes: int, dtype: torch.dtype) -> Tensor:
+    """Memory that goes when the tensor does.
+
+    In that of malloc, copies of one layer after the other may add up to most of a model, for
+    aligned memory that was freed is hard to find again (glibc before 2.38: its bug 14581); and as
+    huge pages are made ready faster, a large copy takes a fifth of the time.
+    """
+    return torch.frombuffer(Memory(nbytes), dtype=dtype)
 
 
 def _empty_on(device: torch.device, nbytes: int) -> Tensor:

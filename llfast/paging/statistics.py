@@ -39,7 +39,8 @@ class LoadingStatistics:
         compared_bytes: read to find out what models share; the next time it is known.
         waves: how often the model was gone through.
         order: names of the layers in the order in which the first wave met them.
-        slot_bytes: the most that the page slots took.
+        slot_bytes: the most that the page slots took, and copies of what lies in them between whole
+            addresses.
         kept_bytes: weights that stay in memory from the start.
         state_bytes: the most that the suspended forwards of a wave held; 0 where they were so few
             that it was not looked at.

@@ -10,7 +10,7 @@ import pytest
 
 import llfast
 from llfast.checkpoint import Checkpoint
-from tests.paging import least_budget
+from tests.paging import least_budget, lengthen_header
 from tests.stores import run_python
 from tests.tiny import make_model, save
 
@@ -127,6 +127,21 @@ def test_experts_that_are_put_together_take_what_was_promised(tmp_path):
     given = json.dumps([str(small), str(large), budget, options])
     grown = int(run_python(MERGED, given).stdout)
     assert grown < budget + WORK
+
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+
+
+def test_tensors_between_whole_addresses_take_what_was_promised(tmp_path):
+    """A page of them is there a second time, and what is copied of it goes with it."""
+    small = save(make_model("llama"), None, tmp_path / "small")
+    large = save(make_model("llama", **WIDE).bfloat16(), None, tmp_path / "large")
+    lengthen_header(large, 1)
+    options = {"token_ids": [list(range(3, 60))], "token_budget": 128, "dtype": "bfloat16"}
+    budget = least_budget(large, **options) + (1 << 20)
+    given = json.dumps([str(small), str(large), budget, options])
+    grown = int(run_python(MERGED, given).stdout)
+    assert grown < budget + WORK // 2, "a copy of a page is 24 MiB"
 
 
 COPIES = """
