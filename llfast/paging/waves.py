@@ -77,6 +77,11 @@ class _Wave:
         return sorted({forward.member for forward in self.all})
 
     @property
+    def count(self) -> int:
+        """Of all forwards."""
+        return len(self.forwards) + sum(len(each.forwards) for each in self.questions.values())
+
+    @property
     def tokens(self) -> int:
         return _tokens(self.tasks)
 
@@ -145,7 +150,7 @@ class Waves:
         leader = wave.forwards[0]
         passed = self._lead(leader)
         if self._measures:
-            self._meter.measure(1, wave.tokens, self._weights.held)
+            self._meter.measure(1, wave.tokens, wave.count, self._weights.held)
             if self._check is not None:
                 self._check(self._meter.bytes_per_token)
         self._ask(wave, leader.member)
@@ -161,7 +166,9 @@ class Waves:
         while stop := self._common_stop(wave.all):
             self._go_through(stop, wave.all)
             passed.append(stop)
-            if self._measures and self._meter.measure(len(passed), wave.tokens, self._weights.held):
+            if self._measures and self._meter.measure(
+                len(passed), wave.tokens, wave.count, self._weights.held
+            ):
                 self._shed(pending, wave)
         self._measures = False
         self._statistics.wave_tokens = max(self._statistics.wave_tokens, wave.tokens)
@@ -236,13 +243,13 @@ class Waves:
         tokens = wave.tokens
         while pending and len(wave.forwards) < most:
             tokens += _tokens([pending[0]])
-            if not self._meter.has_room(tokens):
+            if not self._meter.has_room(tokens, wave.count + 1):
                 return
             self._take(pending, wave)
 
     def _shed(self, pending: deque[Task], wave: _Wave) -> None:
         """Put the last batches back if the wave grew beyond its room; a later wave takes them."""
-        while len(wave.tasks) > 1 and self._meter.overflows(wave.tokens):
+        while len(wave.tasks) > 1 and self._meter.overflows(wave.tokens, wave.count):
             wave.forwards.pop().end()
             pending.appendleft(wave.tasks.pop())
 

@@ -110,7 +110,8 @@ small, large, budget, options = json.loads(sys.argv[1])
 def status(name):
     found = re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) << 10
-llfast.score(small, weights="paged", **options)  # imports, and threads
+few = options | {"token_ids": options["token_ids"][:2]}
+llfast.score(small, weights="paged", **few)  # imports, and threads
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 llfast.score(large, weights="paged", memory_budget=budget, **options)
@@ -142,6 +143,16 @@ def test_tensors_between_whole_addresses_take_what_was_promised(tmp_path):
     given = json.dumps([str(small), str(large), budget, options])
     grown = int(run_python(MERGED, given).stdout)
     assert grown < budget + WORK // 2, "a copy of a page is 24 MiB"
+
+
+def test_many_short_batches_take_what_was_promised(tmp_path):
+    """What a suspended call takes beside its tensors counts: its stack, above all."""
+    small = save(make_model("llama"), None, tmp_path / "small")
+    options = {"token_ids": [[3 + n % 200] * 12 for n in range(1500)], "token_budget": 16}
+    budget = least_budget(small, **options) + (16 << 20)
+    given = json.dumps([str(small), str(small), budget, options])
+    grown = int(run_python(MERGED, given).stdout)
+    assert grown < budget + (8 << 20), "all of them take some 60 MiB"
 
 
 COPIES = """

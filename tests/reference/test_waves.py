@@ -19,7 +19,7 @@ from llfast.borrowing import borrowed
 from llfast.errors import CannotPageError, LlfastError, LlfastWarning
 from llfast.paging import LoadingStatistics, PagedModel, Task, open_waves, questions, units, waves
 from llfast.paging.pages import Pages
-from llfast.paging.states import StateMeter
+from llfast.paging.states import FORWARD_BYTES, StateMeter
 from llfast.paging.weights import Weights
 from tests.paging import LIMITS, check_same, least_budget, score_paged
 from tests.tiny import make_model, save
@@ -201,7 +201,7 @@ def test_nothing_is_left_of_a_run_that_ends_early(folder, forwards, monkeypatch,
 
     monkeypatch.setattr(LlamaAttention, "forward", fail)
     wanted = error or (GeneratorExit if when == "between" else StopAsyncIteration)
-    with pytest.raises(wanted), running(paged, 300_000) as (found, batches):
+    with pytest.raises(wanted), running(paged, 600_000) as (found, batches):
         run = found.run(batches)
         try:
             next(run)
@@ -314,7 +314,7 @@ def test_a_wave_that_outgrows_its_room_is_made_smaller(folder, expected, monkeyp
     monkeypatch.setattr(StateMeter, "measure", lambda *_: True)
     monkeypatch.setattr(StateMeter, "has_room", lambda *_: True)
     monkeypatch.setattr(
-        StateMeter, "overflows", lambda _, tokens: sheds.append(tokens) or tokens > most
+        StateMeter, "overflows", lambda _, tokens, __: sheds.append(tokens) or tokens > most
     )
     result, statistics = score_paged(folder, **OPTIONS)
     check_same(result, expected)
@@ -326,7 +326,8 @@ def test_room_says_how_many_texts_a_wave_takes(folder, expected):
     least = least_budget(folder, **OPTIONS)
     small = score_paged(folder, memory_budget=least, **OPTIONS)[1]
     held = []
-    for room in (30_000, 60_000, 120_000):
+    for forwards, states in ((3, 30_000), (6, 60_000), (12, 120_000)):
+        room = forwards * FORWARD_BYTES + states
         result, statistics = score_paged(folder, memory_budget=least + room, **OPTIONS)
         check_same(result, expected)
         assert statistics.state_bytes <= 1.1 * max(room, small.state_bytes)
@@ -341,7 +342,16 @@ def test_what_a_wave_holds_is_measured(folder):
     statistics = score_paged(folder, memory_budget=least, **OPTIONS)[1]
     questions = 3 * 24
     tokens = statistics.wave_tokens
-    assert 32 * 4 * tokens < statistics.state_bytes < 6 * 32 * 4 * (tokens + questions)
+    held = statistics.state_bytes - 3 * FORWARD_BYTES
+    assert 32 * 4 * tokens < held < 6 * 32 * 4 * (tokens + questions)
+
+
+def test_a_forward_takes_room_beside_its_tensors():
+    meter = StateMeter([make_model("llama")], 10 * FORWARD_BYTES, LoadingStatistics())
+    assert meter.has_room(10**6, 10)
+    assert not meter.has_room(1, 11)
+    assert not meter.overflows(1, 11)
+    assert meter.overflows(1, 12)
 
 
 def test_states_count_where_garbage_lay():
@@ -357,7 +367,7 @@ def test_states_count_where_garbage_lay():
         meter.begin(tokens=10**9)
         gc.collect()
         state = torch.frombuffer(place, dtype=torch.float32)
-        assert meter.measure(1, 1, [])
+        assert meter.measure(1, 1, 0, [])
     finally:
         gc.enable()
     assert statistics.state_bytes == state.nbytes == 40_000
