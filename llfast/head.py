@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,9 +189,9 @@ def refuse_acausal(model: Any, logits: Float[Tensor, "S V"], changed: Float[Tens
         UnsupportedModelError: if it is not.
     """
     half = len(logits) // 2
-    before, after = logits[:half].double(), changed[:half].double()
-    size = before.abs().max().item()
-    error = (before - after).abs().max().item()
+    size = _largest(logits[:half])
+    pairs = zip(logits[:half], changed[:half], strict=True)
+    error = _largest(before.double() - after.double() for before, after in pairs)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
     if error > tolerance * size:
         raise UnsupportedModelError(
@@ -205,7 +205,7 @@ def describe_head(
 ) -> Head | None:
     """Name the function that makes `out` of the ramp, which the head returned for its logits."""
     vocabulary = out.shape[-1]
-    fitted = _fit(ramp[:vocabulary].double(), out.double()) if vocabulary <= len(ramp) else None
+    fitted = _fit(ramp[:vocabulary].double(), out) if vocabulary <= len(ramp) else None
     if fitted is None:
         return None
     scale, softcap = fitted
@@ -222,11 +222,11 @@ def agrees(
         fused: of the same hidden states and targets.
         targets: word ids.
     """
-    lse = logits.double().logsumexp(-1)
-    logprobs = logits.double().gather(1, targets[:, None])[:, 0] - lse
+    lse = torch.stack([row.double().logsumexp(-1) for row in logits])
+    logprobs = logits.gather(1, targets[:, None])[:, 0].double() - lse
     errors = torch.stack((fused.logprobs - logprobs, fused.lse - lse))
     # The model's own logits are rounded to its dtype; the fused ones are not.
-    rounding = torch.finfo(logits.dtype).eps * logits.abs().max().item()
+    rounding = torch.finfo(logits.dtype).eps * _largest(logits)
     return errors.abs().mean().item() <= 2 * rounding + 1e-5
 
 
@@ -241,12 +241,12 @@ def ramp_of(rows: int, device: torch.device) -> Float32[Tensor, " V"]:
 
 
 def _fit(
-    ramp: Float64[Tensor, " V"], out: Float64[Tensor, "S V"]
+    ramp: Float64[Tensor, " V"], out: Float[Tensor, "S V"]
 ) -> tuple[float, float | None] | None:
     """Scale and softcap that turn the ramp into every row of `out`, or None."""
-    if not torch.isfinite(out).all():
+    if not all(torch.isfinite(row).all() for row in out):
         return None
-    x, y = ramp, out[0]
+    x, y = ramp, out[0].double()
     scale, softcap = (y[:1] / x[:1]).item(), None  # |x[0]| is smallest: all but linear there
     if scale <= 0:
         return None
@@ -262,8 +262,13 @@ def _fit(
     expected = scale * x
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    error = ((out - expected).abs() / expected.abs()).max().item()
+    error = _largest((row.double() - expected) / expected for row in out)
     return (scale, softcap) if error < _RAMP_FIT_ERROR else None
+
+
+def _largest(rows: Iterable[Tensor]) -> float:
+    """By absolute value, NaN if there is one. One row after the other: a copy of all is large."""
+    return torch.stack([row.abs().max() for row in rows]).max().item()
 
 
 def _bound(x: float, y: float) -> float:

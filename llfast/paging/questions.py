@@ -58,7 +58,8 @@ class Questions:
         self._ramped = self._ask(probe[None])
         ramp = self._ramp
         self._ramped.at_head = lambda hidden: ramp.expand(*hidden.shape[:-1], rows)
-        self._tiles: list[Tensor] = []
+        self._logits: Tensor | None = None
+        self._words = 0  # of these, so many are known
         self.forwards = [self._own, self._ramped]
 
     @property
@@ -78,12 +79,21 @@ class Questions:
 
     def add_logits(self, weight: Float[Tensor, "W D"], bias: Float[Tensor, " W"] | None) -> None:
         """The model's own logits of a tile."""
-        assert self._own.hidden is not None
-        self._tiles.append(torch.nn.functional.linear(self._own.hidden, weight, bias))
+        hidden = self._own.hidden
+        assert hidden is not None
+        tile = torch.nn.functional.linear(hidden, weight, bias)
+        if self._logits is None:
+            rows = self._stored.weight.shape[0]
+            self._logits = tile.new_empty(*hidden.shape[:-1], rows)
+        first, self._words = self._words, self._words + len(weight)
+        self._logits[..., first : self._words] = tile
 
     def judge(self, head: Head, fused: TokenStatistics) -> None:
         """Let the forward end with its logits, and compare."""
-        self._own.resume(torch.cat(self._tiles, dim=-1))
+        assert self._logits is not None
+        assert self._words == self._logits.shape[-1], "every word must have its logits"
+        self._own.resume(self._logits)
+        self._logits = None
         logits, changed = self._own.result
         if logits.isnan().any():
             name = type(self._model).__name__

@@ -155,6 +155,18 @@ def test_many_short_batches_take_what_was_promised(tmp_path):
     assert grown < budget + (8 << 20), "all of them take some 60 MiB"
 
 
+def test_a_large_vocabulary_takes_its_logits_once(tmp_path):
+    """Those of the probe are looked at by rows: together they would be there in fp64, too."""
+    small = save(make_model("llama"), None, tmp_path / "small")
+    sizes = {"vocabulary": 1 << 18, "hidden_size": 64, "num_attention_heads": 4}
+    large = save(make_model("llama", **sizes).bfloat16(), None, tmp_path / "large")
+    options = {"token_ids": [list(range(3, 60))], "token_budget": 64, "dtype": "bfloat16"}
+    budget = least_budget(large, **options) + (1 << 20)
+    given = json.dumps([str(small), str(large), budget, options])
+    grown = int(run_python(MERGED, given).stdout)
+    assert grown < budget + WORK, "24 MiB in bf16, and 48 of some rows in fp64"
+
+
 COPIES = """
 import re
 from pathlib import Path
