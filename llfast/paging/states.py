@@ -14,8 +14,7 @@ from .statistics import LoadingStatistics
 # No model tried holds more between layers, in hidden states of a token (Llama holds 2.04).
 _MOST_HIDDEN_STATES = 32
 # Beside its tensors: its stack, its frames, what tensors are made of. Measured by RSS for 3,000 of
-# 12 tokens, before layers of GPT-2, Llama and Mixtral: 31 to 38 KB, and 41 KB at the peak of a run
-# (greenlet 3.5, Python 3.11).
+# 12 tokens, before layers of GPT-2, Llama and Mixtral: 31 to 38 KB (greenlet 3.5, Python 3.11).
 FORWARD_BYTES = 48 << 10
 _MEASURE_EVERY = 1.5  # times as many layers as at the last time: it looks at all live objects
 
