@@ -27,6 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, which have a core eac
     threadpoolctl.threadpool_limits(1)  # numpy, which torch has loaded, has its own
 _CACHE = tempfile.TemporaryDirectory(prefix="llfast-tests-")  # gone when the tests are
 os.environ["LLFAST_CACHE"] = _CACHE.name
+os.environ["HF_MODULES_CACHE"] = str(Path(_CACHE.name, "modules"))  # code that checkpoints bring
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)

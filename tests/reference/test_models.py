@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -312,15 +311,10 @@ class MineTokenizer(PreTrainedTokenizerFast):
 
 
 @pytest.fixture
-def trap(tmp_path, monkeypatch):
-    """A folder in which code leaves a file when it is run; all else that it leaves is removed."""
-    modules = tmp_path / "modules"
+def trap(tmp_path):
+    """A folder in which code leaves a file when it is run."""
     (tmp_path / "ran").mkdir()
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path / "ran"
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
+    return tmp_path / "ran"
 
 
 def test_code_of_a_checkpoint_is_run_with_the_flag_only(llama, trap):
